@@ -1,0 +1,210 @@
+"""`nightrank ...`: the flows by hand, and the questions an operator asks. Each prints the Prefect command it equals."""
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DEMO = Path("var/movielens")
+
+# The embedded default: no server runs, so nobody reads its logs. Set by hand, the environment's own values win.
+EMBEDDED = {
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script.
+
+    Args:
+        arguments: the words after `nightrank`; none: the process's own.
+    """
+    options = parser().parse_args(arguments)
+    for name, value in EMBEDDED.items():
+        os.environ.setdefault(name, value)
+    from rich.console import Console
+
+    from flows.display import errors_to
+
+    with errors_to(Console(stderr=True, highlight=False)):
+        options.command(options, Console(highlight=False))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = argparse.ArgumentParser(prog="nightrank", description="Retrain, prove and publish rankers, night by night.")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo-data", help="build a lake of MovieLens 100k nights")
+    demo.add_argument("--target", type=Path, default=DEMO, help=f"folder of the lake (default: {DEMO})")
+    demo.set_defaults(command=_demo_data)
+
+    run = commands.add_parser("run", help="run one night")
+    run.add_argument("--config", required=True, help="config file, such as infra/movielens.yaml")
+    run.add_argument("--night", type=_night, help="the night, YYYY-MM-DD (default: today less night_lag_days)")
+    run.set_defaults(command=_run)
+
+    back = commands.add_parser("backfill", help="run the nights of a range in order, skipping finished ones")
+    back.add_argument("--config", required=True, help="config file")
+    back.add_argument("--start", type=_night, required=True, help="first night, YYYY-MM-DD")
+    back.add_argument("--end", type=_night, required=True, help="last night, included")
+    back.add_argument("--promote", action="store_true", help="move the pointer when a night's gate agrees")
+    back.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
+    back.set_defaults(command=_backfill)
+
+    listing = commands.add_parser("releases", help="list the releases of a pipeline")
+    listing.add_argument("--config", required=True, help="config file")
+    listing.set_defaults(command=_releases)
+
+    doctor = commands.add_parser("doctor", help="check config, lake, store and device before a night needs them")
+    doctor.add_argument("--config", required=True, help="config file")
+    doctor.set_defaults(command=_doctor)
+
+    rank = commands.add_parser("rank", help="rank a request's candidates with the champion")
+    rank.add_argument("--request", type=Path, required=True, help="JSON file: input name to values")
+    rank.add_argument("--config", help="config file that names store and pipeline")
+    rank.add_argument("--store", help="the store, where there is no config")
+    rank.add_argument("--pipeline", help="the pipeline, where there is no config")
+    rank.set_defaults(command=_rank)
+    return root
+
+
+def _night(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date; give YYYY-MM-DD") from error
+
+
+def prefect_command(deployment: str, parameters: dict[str, object]) -> str:
+    """The Prefect command that does the same by deployment.
+
+    >>> print(prefect_command("nightly-retrain/nightly", {"night": "1998-04-22"}))
+    prefect deployment run nightly-retrain/nightly --param 'night="1998-04-22"'
+    """
+    words = ["prefect", "deployment", "run", deployment]
+    for name, value in parameters.items():
+        words += ["--param", f"{name}={json.dumps(value, default=str)}"]
+    return shlex.join(words)
+
+
+def _demo_data(options: argparse.Namespace, console: "Console") -> None:
+    from flows.display import Screen
+    from tasks.data.movielens import build_lake
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nightrank"
+    with Screen(console) as screen:
+        screen.started("demo-data", f"downloads MovieLens 100k once, into {cache}")
+        summary = build_lake(
+            options.target, cache, lambda done, total: screen.progressed("demo-data", done, total, "nights")
+        )
+    state = "already there" if summary.reused else "built"
+    console.print(
+        f"{state}: {len(summary.nights)} nights, {summary.nights[0]} to {summary.nights[-1]}, "
+        f"{summary.rows:,} interactions in {summary.source}"
+    )
+
+
+@contextmanager
+def _no_heartbeats() -> Iterator[None]:
+    """Nobody watches an embedded server for them, and each flow run would wait a second for its thread to end."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    if PREFECT_API_URL.value() is not None:
+        yield
+        return
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
+
+
+def _run(options: argparse.Namespace, console: "Console") -> None:
+    from flows.config import load_config
+    from flows.display import Screen, show_night
+    from flows.nightly import nightly_retrain
+    from tasks.steps import watched_by
+
+    config = load_config(options.config)
+    given = {"night": options.night} if options.night else {}
+    _say_equal(console, "nightly-retrain/nightly", {"config": options.config, **given})
+    with _no_heartbeats(), Screen(console) as screen, watched_by(screen):
+        result = nightly_retrain(config, options.night)
+    show_night(console, result)
+
+
+def _backfill(options: argparse.Namespace, console: "Console") -> None:
+    from flows.backfill import backfill, told_to
+    from flows.config import load_config
+    from flows.display import BackfillScreen, Screen, show_backfill
+    from tasks.steps import watched_by
+
+    config = load_config(options.config)
+    parameters = {"start": options.start, "end": options.end, "promote": options.promote, "dry_run": options.dry_run}
+    _say_equal(console, "backfill/backfill", {"config": options.config, **parameters})
+    nights = BackfillScreen(console)
+    try:
+        with _no_heartbeats(), Screen(console) as screen, watched_by(screen), told_to(nights):
+            backfill(config, **parameters)
+    finally:
+        if nights.outcomes:
+            show_backfill(console, nights.outcomes)
+
+
+def _releases(options: argparse.Namespace, console: "Console") -> None:
+    from flows.config import load_config
+    from flows.display import show_releases
+    from tasks.releases import releases
+
+    show_releases(console, releases(load_config(options.config).place()))
+
+
+def _doctor(options: argparse.Namespace, console: "Console") -> None:
+    from flows.config import load_config
+    from tasks.clients.object_store import open_store
+    from tasks.data.interactions import nights
+    from tasks.steps import device_of, store_of
+
+    config = load_config(options.config)
+    console.print(f"config  {options.config}: fits, pipeline {config.pipeline}")
+    present = nights(config.data, open_store(config.data.source))
+    span = f"{len(present)} nights, {present[0]} to {present[-1]}" if present else "no nights yet"
+    console.print(f"lake    {config.data.source}: {span}")
+    store_of(config.place()).check()
+    console.print(f"store   {config.store}: writable, honours conditions")
+    console.print(f"device  {device_of(config.place())}")
+
+
+def _rank(options: argparse.Namespace, console: "Console") -> None:
+    from flows.display import show_ranked
+    from tasks.errors import InvalidConfig, RequestRejected
+    from tasks.serving.ranker import Ranker
+
+    store, pipeline = options.store, options.pipeline
+    if options.config:
+        from flows.config import load_config
+
+        config = load_config(options.config)
+        store, pipeline = store or config.store, pipeline or config.pipeline
+    if not store or not pipeline:
+        raise InvalidConfig("rank needs to know where the releases are: give --config, or --store and --pipeline")
+    try:
+        request = json.loads(options.request.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestRejected(f"request {options.request} cannot be read as JSON: {error}") from error
+    with Ranker(store, pipeline) as ranker:
+        show_ranked(console, ranker.release, ranker.night, ranker.rank(request))
+
+
+def _say_equal(console: "Console", deployment: str, parameters: dict[str, object]) -> None:
+    console.print(f"[dim]the same by deployment: {prefect_command(deployment, parameters)}[/dim]", soft_wrap=True)

@@ -1,0 +1,202 @@
+"""What a person at a terminal sees: live progress per step, tables at the end, one clear block per error."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tasks.errors import NightrankError
+
+if TYPE_CHECKING:  # their modules load Prefect and torch, which a ranked list needs no more than an error does
+    from flows.backfill import NightOutcome, PlannedNight
+    from flows.nightly import NightResult
+    from tasks.references import ReleaseRow, ScoreRow
+    from tasks.serving.ranker import Ranked
+
+
+class Screen:
+    """Watches steps: a moving line for the one that runs, a still line for each that is done."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<11}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[amount]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._bar: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def started(self, step: str, why: str) -> None:
+        """Open the step's bar."""
+        self._drop()
+        self._console.print(f"[dim]{step:<11} {escape(why)}[/dim]", soft_wrap=True)
+        self._bar = self._bars.add_task(step, total=None, amount="")
+
+    def progressed(self, step: str, done: float, total: float | None, unit: str) -> None:
+        """Move the step's bar."""
+        if self._bar is not None:
+            amount = f"{done:,.0f} {unit}" if total is None else f"{done:,.0f} of {total:,.0f} {unit}"
+            self._bars.update(self._bar, completed=done, total=total, amount=escape(amount))
+
+    def finished(self, step: str, reused: bool, seconds: float) -> None:
+        """Close the step's bar."""
+        self._drop()
+        self._console.print(f"{step:<11} [dim]reused[/dim]" if reused else f"{step:<11} {seconds:.1f} s")
+
+    def _drop(self) -> None:
+        if self._bar is not None:
+            self._bars.remove_task(self._bar)
+            self._bar = None
+
+
+class BackfillScreen:
+    """Shows the plan, then one line per night."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.outcomes: list[NightOutcome] = []
+
+    def __call__(self, event: "tuple[PlannedNight, ...] | NightOutcome") -> None:
+        """Print the plan, or the line of a night."""
+        if not isinstance(event, tuple):
+            self.outcomes.append(event)
+            self._console.print(f"[bold]{event.night}[/bold] {event.state}: {escape(event.why)}", soft_wrap=True)
+            return
+        table = Table(title=f"plan: {sum(entry.runs for entry in event)} of {len(event)} nights to run")
+        for heading in ("night", "", "why"):
+            table.add_column(heading)
+        for entry in event:
+            table.add_row(str(entry.night), "runs" if entry.runs else "skipped", escape(entry.why))
+        self._console.print(table)
+
+
+@contextmanager
+def errors_to(console: Console) -> Iterator[None]:
+    """Print an error of our family as one block, and leave with exit code 2."""
+    try:
+        yield
+    except NightrankError as error:
+        again = "[dim]Trying again later can help.[/dim]" if error.transient else ""
+        console.print(f"[bold red]{type(error).__name__}[/bold red]\n{escape(str(error))}", soft_wrap=True)
+        if again:
+            console.print(again)
+        sys.exit(2)
+
+
+def show_night(console: Console, result: "NightResult") -> None:
+    """The table at the end of a night."""
+    console.print(_score_table(f"night {result.night}", result.verdict.scores))
+    rejected = f", {result.validated.bad:,} in quarantine" if result.validated.bad else ""
+    left_out = f", {len(result.prepared.left_out)} left out" if result.prepared.left_out else ""
+    history = f"history {len(result.prepared.nights)} nights{left_out}"
+    console.print(f"rows      {result.validated.clean:,} clean{rejected}; {history}")
+    for alarm in result.verdict.alarms:
+        console.print(f"[bold yellow]alarm[/bold yellow]     {escape(alarm)}", soft_wrap=True)
+    console.print(f"gate      {'go' if result.verdict.go else 'hold'}, {escape(result.verdict.decided_by)}")
+    console.print(f"release   {result.published.release}")
+    champion = "yes" if result.published.promoted else "no"
+    console.print(f"champion  {champion}: {escape(result.published.why)}", soft_wrap=True)
+    console.print(f"report    {escape(result.published.report)}", soft_wrap=True)
+
+
+def show_backfill(console: Console, outcomes: Sequence["NightOutcome"]) -> None:
+    """The summary at the end of a backfill."""
+    table = Table(title="backfill")
+    for heading in ("night", "state", "rows", "log-loss", "best baseline", "AUC", "gate", "champion", "release"):
+        table.add_column(heading, justify="right" if heading in ("rows", "log-loss", "AUC") else "left")
+    for outcome in outcomes:
+        if outcome.result is None:
+            table.add_row(str(outcome.night), outcome.state, *[""] * 7)
+            continue
+        nightly = [row for row in outcome.result.verdict.scores if row.exam == "nightly"]
+        own = next((row for row in nightly if row.method == "adapted"), None)
+        others = [row for row in nightly if row.method != "adapted"]
+        best = min(others, key=lambda row: row.log_loss, default=None)
+        table.add_row(
+            str(outcome.night),
+            outcome.state,
+            f"{outcome.result.validated.clean:,}",
+            _number(own.log_loss if own else None),
+            f"{_number(best.log_loss)} {escape(best.method)}" if best else "",
+            _number(own.auc if own else None),
+            "go" if outcome.result.verdict.go else "hold",
+            "yes" if outcome.result.published.promoted else "no",
+            outcome.result.published.release[:12],
+        )
+    console.print(table)
+
+
+def show_releases(console: Console, rows: Sequence["ReleaseRow"]) -> None:
+    """The releases of a pipeline, oldest night first."""
+    table = Table()
+    for heading in ("night", "release", "gate", "champion", "parent", "created", "report"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(
+            str(row.night),
+            row.release[:12],
+            "go" if row.go else "hold",
+            "yes" if row.champion else "",
+            (row.parent or "none")[:12],
+            f"{row.created:%Y-%m-%d %H:%M}",
+            escape(row.report),
+        )
+    console.print(table)
+
+
+def show_ranked(console: Console, release: str, night: date, rankings: Sequence[Sequence["Ranked"]]) -> None:
+    """The candidates of each request, best first."""
+    for number, ranking in enumerate(rankings, start=1):
+        table = Table(title=f"request {number} of {len(rankings)}, release {release[:12]} of night {night}")
+        table.add_column("", justify="right")
+        table.add_column("candidate")
+        for objective in ranking[0].scores if ranking else ():
+            table.add_column(escape(objective), justify="right")
+        for ranked in ranking:
+            table.add_row(str(ranked.position), escape(str(ranked.item)), *map(_number, ranked.scores.values()))
+        console.print(table)
+
+
+def _score_table(title: str, scores: Sequence["ScoreRow"]) -> Table:
+    table = Table(title=title)
+    table.add_column("exam")
+    table.add_column("method")
+    for heading in ("rows", "log-loss", "calibration", "AUC", "NDCG@10"):
+        table.add_column(heading, justify="right")
+    last = ""
+    for row in scores:
+        if last and row.exam != last:
+            table.add_section()
+        style = "bold" if row.method == "adapted" else None
+        numbers = (_number(value) for value in (row.log_loss, row.calibration, row.auc, row.ndcg))
+        exam = "" if row.exam == last else escape(row.exam)
+        table.add_row(exam, escape(row.method), f"{row.rows:,}", *numbers, style=style)
+        last = row.exam
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,101 @@
+"""The whole night on one screen."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import date, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from prefect import flow, runtime
+
+from flows.config import RetrainConfig, load_config
+from tasks.adapt import adapt
+from tasks.data.contract import Section
+from tasks.errors import InvalidConfig
+from tasks.evaluate import evaluate, judge
+from tasks.export import export
+from tasks.ingest import ingest
+from tasks.meta_train import meta_train
+from tasks.prepare import prepare
+from tasks.publish import publish
+from tasks.references import PrepareRef, PublishRef, StepRef, ValidateRef, VerdictRef
+from tasks.steps import hold
+from tasks.validate import validate
+
+
+class NightResult(Section):
+    """What a night came to."""
+
+    night: date
+    validated: ValidateRef
+    prepared: PrepareRef
+    verdict: VerdictRef
+    published: PublishRef
+    steps: tuple[StepRef, ...]
+    """Every step in order, as a reference without its own fields."""
+
+
+def resolve(config: RetrainConfig | str) -> RetrainConfig:
+    """The config itself, or the one in the file of that path.
+
+    Raises:
+        InvalidConfig: the file does not hold one.
+    """
+    return load_config(config) if isinstance(config, str) else config
+
+
+def night_of(scheduled: datetime, config: RetrainConfig) -> date:
+    """The night that a run scheduled for this moment works on: its local date less ``night_lag_days``."""
+    return scheduled.astimezone(ZoneInfo(config.data.time_zone)).date() - timedelta(days=config.night_lag_days)
+
+
+def _run_name() -> str:
+    """Name the run after its pipeline and night, as an operator looks for it."""
+    parameters: Mapping[str, Any] = runtime.flow_run.parameters
+    night = parameters["night"]
+    with suppress(InvalidConfig):  # the run itself is about to say it
+        config = resolve(parameters["config"])
+        return f"{config.pipeline} {night or night_of(runtime.flow_run.scheduled_start_time, config)}"
+    return f"night {night}"
+
+
+@flow(name="nightly-retrain", flow_run_name=_run_name, validate_parameters=True, persist_result=False)
+def nightly_retrain(config: RetrainConfig | str, night: date | None = None, promote: bool = True) -> NightResult:
+    """Take in a night, learn from it, prove what was learned, and publish it.
+
+    Args:
+        config: the pipeline's config, or the path of its file.
+        night: the night to work on; none: the scheduled local date less `night_lag_days`.
+        promote: whether the pointer moves when the gate agrees.
+
+    Raises:
+        NightrankError: one of the family; the last good release stays in place.
+    """
+    config = resolve(config)
+    night = night or night_of(runtime.flow_run.scheduled_start_time, config)
+    place, data = config.place(), config.data
+    with hold(place) as lease:
+        ingested = ingest(place, data, config.gate, night)
+        validated = validate(place, data, ingested)
+        prepared = prepare(place, data, config.segments, config.statistics, ingested, validated)
+        base = meta_train(
+            place, data, config.segments, config.ranker, config.training, config.adapter, ingested, prepared
+        )
+        exam_bank = adapt(place, config.segments, config.adapter, prepared, base, bank="exam")
+        exam = evaluate(place, data, config.adapter, config.gate, ingested, prepared, base, exam_bank)
+        verdict = judge(place, data, config.gate, ingested, prepared, exam)
+        ship_bank = adapt(place, config.segments, config.adapter, prepared, base, bank="ship", exam=exam)
+        exported = export(place, data, config.segments, config.statistics, prepared, base, ship_bank)
+        steps = (ingested, validated, prepared, base, exam_bank, exam, verdict, ship_bank, exported)
+        published = publish(
+            place, config.gate, ingested, validated, verdict, exported, steps, config.digest(), promote, lease.token
+        )
+    shared = [{name: getattr(ref, name) for name in StepRef.model_fields} for ref in (*steps, published)]
+    return NightResult(
+        night=night,
+        validated=validated,
+        prepared=prepared,
+        verdict=verdict,
+        published=published,
+        steps=tuple(StepRef(**fields) for fields in shared),
+    )

@@ -1,0 +1,1 @@
+"""What one retryable step does; the packages below know how."""

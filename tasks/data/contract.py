@@ -1,0 +1,204 @@
+"""What a lake of interactions must look like: columns with roles, objectives, and the order of the inputs."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Role = Literal["user", "item", "time", "label", "request", "candidate", "weight", "ignored"]
+DType = Literal["int64", "float64", "string", "bool", "timestamp"]
+Kind = Literal["categorical", "numeric"]
+ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$")]
+
+
+class Section(BaseModel):
+    """A frozen config section that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ColumnConfig(Section):
+    """One column of the lake."""
+
+    name: ColumnName
+    """The column's name in the Parquet files."""
+    role: Role
+    """`user`, `item`, `time`: the keys of an interaction. `label`: an outcome, never an input. `request`: an input
+    known per request (user and context columns). `candidate`: an input known per candidate (item columns).
+    `weight`: a non-negative row weight. `ignored`: must be present, is never read."""
+    dtype: DType
+    """The Arrow type family that the files must have: int64 (any integer width), float64 (any float), string, bool,
+    timestamp (any unit; without zone it is UTC)."""
+    kind: Kind | None = None
+    """How an input is read: `categorical` (looked up in a vocabulary) or `numeric` (normalised). Inputs must say."""
+    nullable: bool = False
+    """Whether a missing value is allowed. Inputs that may be missing get their own rule inside the release."""
+    minimum: float | None = None
+    """Smallest value allowed; smaller ones go to quarantine."""
+    maximum: float | None = None
+    """Largest value allowed; larger ones go to quarantine."""
+    allowed: tuple[str | int | float, ...] | None = None
+    """The closed set of values allowed; others go to quarantine."""
+
+    @model_validator(mode="after")
+    def _inputs_say_their_kind(self) -> Self:
+        if self.role in ("request", "candidate"):
+            if self.kind is None:
+                raise ValueError(f"column {self.name!r} has role {self.role!r} and must set kind: categorical or numeric")
+            if self.kind == "categorical" and self.dtype not in ("int64", "string"):
+                raise ValueError(f"column {self.name!r} is categorical and must be int64 or string, not {self.dtype}")
+            if self.kind == "numeric" and self.dtype not in ("int64", "float64", "bool"):
+                raise ValueError(f"column {self.name!r} is numeric and must be int64, float64 or bool, not {self.dtype}")
+        elif self.kind is not None:
+            raise ValueError(f"column {self.name!r} has role {self.role!r}, which is no input: remove kind")
+        if self.role in ("user", "item") and self.dtype not in ("int64", "string"):
+            raise ValueError(f"column {self.name!r} is a key and must be int64 or string, not {self.dtype}")
+        if self.role in ("user", "item", "time") and self.nullable:
+            raise ValueError(f"column {self.name!r} is a key and cannot be nullable")
+        if self.role == "time" and self.dtype != "timestamp":
+            raise ValueError(f"column {self.name!r} is the time and must be a timestamp, not {self.dtype}")
+        if self.role == "label" and self.dtype not in ("int64", "float64", "bool"):
+            raise ValueError(f"column {self.name!r} is a label and must be int64, float64 or bool, not {self.dtype}")
+        if self.role == "weight" and self.dtype not in ("int64", "float64"):
+            raise ValueError(f"column {self.name!r} is a weight and must be int64 or float64, not {self.dtype}")
+        return self
+
+
+class ObjectiveConfig(Section):
+    """One outcome to predict."""
+
+    name: ColumnName
+    """The objective's name in metrics, manifest and output."""
+    column: ColumnName
+    """The label column it reads."""
+    kind: Literal["binary", "rating"] = "binary"
+    """`binary`: a probability, labels 0 and 1. `rating`: an expected value on the label's own scale."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its weight in the training loss."""
+
+
+class ExpectationConfig(Section):
+    """One expectation of the user's own, on top of those that the contract generates."""
+
+    type: Annotated[str, Field(pattern=r"^expect_[a-z_]+$")]
+    """A Great Expectations expectation type, such as `expect_column_mean_to_be_between`."""
+    kwargs: dict[str, object] = {}
+    """Its arguments."""
+
+
+class DataConfig(Section):
+    """Where the interactions lie and what they must look like."""
+
+    source: str
+    """Directory or `s3://bucket/prefix` that holds the partitions."""
+    partition: str = "night={night}"
+    """Folder of one night below `source`; `{night}` is the ISO date."""
+    time_zone: str = "UTC"
+    """The zone whose calendar days are the nights (IANA name)."""
+    columns: Annotated[tuple[ColumnConfig, ...], Field(min_length=4)]
+    """Every column that the files have, no more and no less."""
+    objectives: Annotated[tuple[ObjectiveConfig, ...], Field(min_length=1)]
+    """What is predicted; the first is the one that the exams lead with."""
+    window_nights: Annotated[int, Field(ge=2, le=3650)] = 90
+    """How many calendar nights before a night are its history."""
+    min_history_nights: Annotated[int, Field(ge=2)] = 3
+    """Fewest clean nights of history with which a night can run."""
+    min_rows: Annotated[int, Field(ge=1)] = 1
+    """Fewest rows a night must have."""
+    max_rows: Annotated[int, Field(ge=1)] = 1_000_000_000
+    """Most rows a night may have."""
+    max_bad_rows: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Largest share of a night's rows that may go to quarantine before the night stops."""
+    expectations: tuple[ExpectationConfig, ...] = ()
+    """The user's own expectations; one that fails stops the night."""
+
+    @model_validator(mode="after")
+    def _columns_and_objectives_fit(self) -> Self:
+        names = [column.name for column in self.columns]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"columns are named twice: {', '.join(doubled)}")
+        for role in ("user", "item", "time"):
+            if (count := len(self.named(role))) != 1:
+                raise ValueError(f"exactly one column must have role {role!r}, found {count}")
+        if len(self.named("weight")) > 1:
+            raise ValueError("at most one column may have role 'weight'")
+        labels = self.named("label")
+        for objective in self.objectives:
+            if objective.column not in labels:
+                raise ValueError(
+                    f"objective {objective.name!r} reads column {objective.column!r}, which has no role 'label' "
+                    f"(labels: {', '.join(labels) or 'none'})"
+                )
+        objectives = [objective.name for objective in self.objectives]
+        if len(set(objectives)) != len(objectives):
+            raise ValueError("objectives must have different names")
+        if self.partition.count("{night}") != 1:
+            raise ValueError(f"partition {self.partition!r} must hold {{night}} exactly once")
+        return self
+
+    def named(self, role: Role, kind: Kind | None = None) -> tuple[str, ...]:
+        """Names of the columns with a role (and kind), in the config's order."""
+        return tuple(c.name for c in self.columns if c.role == role and (kind is None or c.kind == kind))
+
+    def column(self, name: str) -> ColumnConfig:
+        """The column of this name.
+
+        Raises:
+            KeyError: if the contract has no such column.
+        """
+        for column in self.columns:
+            if column.name == name:
+                return column
+        raise KeyError(name)
+
+    @property
+    def user(self) -> str:
+        """The user column."""
+        return self.named("user")[0]
+
+    @property
+    def item(self) -> str:
+        """The item column."""
+        return self.named("item")[0]
+
+    @property
+    def time(self) -> str:
+        """The time column."""
+        return self.named("time")[0]
+
+    @property
+    def weight(self) -> str | None:
+        """The row-weight column, if there is one."""
+        return next(iter(self.named("weight")), None)
+
+    @property
+    def vocabularies(self) -> tuple[str, ...]:
+        """Columns that have a vocabulary: user, item, then the categorical inputs, request before candidate."""
+        inputs = self.named("request", "categorical") + self.named("candidate", "categorical")
+        return (self.user, self.item, *inputs)
+
+
+class SegmentsConfig(Section):
+    """The ladder: which columns make a segment, finest first; the base stands below the last."""
+
+    levels: Annotated[tuple[Annotated[tuple[ColumnName, ...], Field(min_length=1)], ...], Field(min_length=1)]
+    """Columns of each level, finest first, such as `[[user_id], [occupation, age_band]]`: the user column or
+    categorical request columns."""
+    min_support: Annotated[int, Field(ge=1)] = 1
+    """Fewest support rows with which a segment gets an adapter of its own; below, its parent serves."""
+    max_support: Annotated[int, Field(ge=1, le=4096)] = 128
+    """Most support rows read per segment, the newest first."""
+    max_leaves: Annotated[int, Field(ge=1)] = 200_000
+    """Most segments of the finest level in a bank, by support; the rest use their parent."""
+
+
+class StatisticsConfig(Section):
+    """As-of statistics: smoothed rates and counts from nights before the row's own."""
+
+    cohort: tuple[ColumnName, ...] = ()
+    """Categorical request columns that make the cohort of the cohort × item statistic; empty: no such statistic."""
+    item_strength: Annotated[float, Field(gt=0)] = 10.0
+    """Pseudo-rows of the global rate that an item's rate starts from."""
+    user_strength: Annotated[float, Field(gt=0)] = 10.0
+    """Pseudo-rows of the global rate that a user's rate starts from."""
+    cohort_item_strength: Annotated[float, Field(gt=0)] = 20.0
+    """Pseudo-rows of the item's rate that a cohort × item rate starts from."""

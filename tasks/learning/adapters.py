@@ -1,0 +1,136 @@
+"""Adaptation: the one pure function that solves the few numbers of a segment, for many segments at once.
+
+Training, nightly adaptation, both exams and the baselines all call `solve`; nothing else in the project adapts.
+
+Shapes: B segments, S support rows (padded), K objectives, D adapter features.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from tasks.data.contract import Section
+from tasks.errors import InvalidConfig
+
+ObjectiveKind = Literal["binary", "rating"]
+SMALLEST_CURVATURE = 1e-3
+"""Floor of p(1 - p), so that a saturated row cannot make a step explode."""
+SMALLEST_PRECISION = 1e-2
+"""Floor of a learned precision, so that every system of equations is well posed."""
+
+
+class AdapterConfig(Section):
+    """How a segment bends the shared network."""
+
+    kind: Literal["none", "bias", "ridge"] = "ridge"
+    """`none`: the base serves everybody. `bias`: one number per segment and objective. `ridge`: a linear head on the
+    ranker's adapter features, solved in closed form on the residuals of its parent's scores."""
+    precision: Annotated[float, Field(gt=0)] = 4.0
+    """Precision that the finest level starts from, in rows: the evidence at which a weight moves half-way."""
+    coarse_precision: Annotated[float, Field(gt=0)] = 150.0
+    """Precision that the coarser levels start from. They stand for people they have never seen, so it is larger."""
+    steps: Annotated[int, Field(ge=1, le=10)] = 1
+    """Newton steps of a solve. One is the classical ridge on residuals; a rating needs no more."""
+
+    def width(self, features: int) -> int:
+        """How many of the ranker's ``features`` are used (the constant 1 is the first)."""
+        return {"none": 0, "bias": 1, "ridge": features}[self.kind]
+
+
+class Precisions(nn.Module):
+    """Learned precision of every weight at every level of the ladder, finest level first: ``[L, K, D]``."""
+
+    def __init__(self, levels: int, objectives: int, width: int, config: AdapterConfig) -> None:
+        super().__init__()
+        start = torch.full((levels, objectives, width), config.coarse_precision)
+        start[0] = config.precision
+        self.logarithm = nn.Parameter(start.log())
+
+    def forward(self) -> Tensor:
+        """Precisions ``[L, K, D]``, positive."""
+        return self.logarithm.exp().clamp_min(SMALLEST_PRECISION)
+
+
+def solve(
+    features: Tensor,
+    offsets: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    precision: Tensor,
+    kinds: Sequence[ObjectiveKind],
+    steps: int = 1,
+) -> Tensor:
+    r"""Weights that bend each segment's scores towards its support rows: a ridge on the residuals of the offsets.
+
+    Per segment and objective, Newton steps on the penalised likelihood, from ``w = 0``:
+
+        w <- w + (Phi' S Phi + Lambda)^-1 (Phi' (y - m(o + Phi w)) - Lambda w)
+
+    with ``m`` the sigmoid and ``S = diag(p (1 - p))`` for binary objectives (one step is the ridge on residuals), and
+    the identity and ``S = I`` for ratings, where one step is exact. See Bishop, Pattern Recognition and Machine
+    Learning, 4.3.3 and 4.4. Everything is differentiable with respect to every input.
+
+    Args:
+        features: ``[B, S, D]``.
+        offsets: scores before this adaptation, the parent's part included, ``[B, S, K]``.
+        labels: ``[B, S, K]``; NaN where missing.
+        weights: row weights ``[B, S]``; 0 for padding.
+        precision: ``[K, D]``, positive: how strongly each weight is held at 0, in units of row weight.
+        kinds: kind of each objective.
+        steps: Newton steps.
+
+    Returns:
+        Weights ``[B, K, D]``; exactly 0 for a segment without support.
+
+    One segment whose 4 rows say 1 where 0.5 was expected, held by a precision of 1: w = (4 * 0.5) / (4 * 0.25 + 1).
+
+    >>> ones = torch.ones(1, 4, 1)
+    >>> solve(ones, torch.zeros(1, 4, 1), ones, torch.ones(1, 4), torch.ones(1, 1), ["binary"])
+    tensor([[[1.]]])
+    """
+    given = ~torch.isnan(labels)
+    mass = weights[..., None] * given
+    targets = torch.where(given, labels, torch.zeros_like(labels))
+    binary = torch.tensor([kind == "binary" for kind in kinds], device=features.device)
+    solution = features.new_zeros(features.shape[0], labels.shape[-1], features.shape[-1])
+    for _ in range(steps):
+        scores = offsets + torch.einsum("bsd,bkd->bsk", features, solution)
+        chance = torch.sigmoid(scores)
+        expected = torch.where(binary, chance, scores)
+        curvature = torch.where(binary, (chance * (1 - chance)).clamp_min(SMALLEST_CURVATURE), torch.ones_like(chance))
+        gradient = torch.einsum("bsd,bsk->bkd", features, mass * (targets - expected)) - precision * solution
+        scaled = features[:, :, None, :] * (mass * curvature)[..., None]
+        hessian = torch.einsum("bskd,bse->bkde", scaled, features) + torch.diag_embed(precision)
+        factor = torch.linalg.cholesky(hessian)
+        solution = solution + torch.cholesky_solve(gradient[..., None], factor)[..., 0]
+    return solution
+
+
+def apply(logits: Tensor, features: Tensor, solution: Tensor) -> Tensor:
+    """Scores of rows under their segments' weights.
+
+    Args:
+        logits: ``[..., K]``.
+        features: ``[..., D]``.
+        solution: each row's weights ``[..., K, D]``.
+
+    Returns:
+        Adapted scores ``[..., K]``, before the sigmoid.
+    """
+    return logits + torch.einsum("...d,...kd->...k", features, solution)
+
+
+def check_width(config: AdapterConfig, features: int) -> None:
+    """Refuse a ridge that has no features but the constant.
+
+    Raises:
+        InvalidConfig: `ridge` over a ranker without factors and features.
+    """
+    if config.kind == "ridge" and features < 2:
+        raise InvalidConfig(
+            "adapter.kind is 'ridge', but ranker.factors and ranker.features are both 0: there is nothing to bend but "
+            "the constant; set ranker.features to 1 or more, or adapter.kind to 'bias'"
+        )

@@ -1,0 +1,125 @@
+"""The bank: the weights of every segment in one table, and the slot that serves a row.
+
+Shapes: G slots, slot 0 the base; K objectives; D adapter features; N rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from tasks.data.columns import Rows
+from tasks.learning.adapters import AdapterConfig, ObjectiveKind
+from tasks.learning.ladder import Ladder, climb
+from tasks.learning.material import I64, Material, Scorer
+
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class BankLevel:
+    """One level's segments that have weights of their own, ascending by key.
+
+    Attributes:
+        keys: mixed-radix keys of vocabulary ids.
+        slots: rows of the bank.
+        support: rows that the weights were solved from.
+        parent: slot of the parent's weights.
+    """
+
+    keys: I64
+    slots: I64
+    support: I64
+    parent: I64
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Weights ``[G, K, D]`` and, finest level first, who has which."""
+
+    weights: F32
+    levels: tuple[BankLevel, ...]
+
+    def slots_of(self, rows: Rows, at: I64) -> I64:
+        """The slot that serves each of the rows at positions [N]: the finest level that knows its segment."""
+        slots = np.zeros(len(at), np.int64)
+        for own, level in zip(reversed(self.levels), reversed(rows.levels), strict=True):
+            if len(own.keys) == 0:
+                continue
+            keys = np.asarray(level.keys)[np.asarray(level.segment)[at]]
+            found = np.minimum(np.searchsorted(own.keys, keys), len(own.keys) - 1)
+            slots = np.where(own.keys[found] == keys, own.slots[found], slots)
+        return slots
+
+    def save(self, path: Path) -> None:
+        """Write the bank as one safetensors file; equal banks give equal bytes."""
+        tables = {"weights": self.weights}
+        for number, level in enumerate(self.levels):
+            tables |= {f"level{number}.{name}": value for name, value in vars(level).items()}
+        save_file({name: np.ascontiguousarray(table) for name, table in tables.items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Bank":
+        """Read what `save` wrote."""
+        tables: Mapping[str, npt.NDArray[np.generic]] = load_file(path)
+        count = sum(name.endswith(".keys") for name in tables)
+        levels = tuple(
+            BankLevel(*(tables[f"level{number}.{name}"].astype(np.int64) for name in BankLevel.__dataclass_fields__))
+            for number in range(count)
+        )
+        return cls(tables["weights"].astype(np.float32), levels)
+
+
+def fill_bank(
+    ladder: Ladder,
+    material: Material,
+    scorer: Scorer,
+    precisions: Tensor,
+    kinds: tuple[ObjectiveKind, ...],
+    config: AdapterConfig,
+    night: int,
+    harmful: tuple[I64, ...] | None = None,
+) -> Bank:
+    """Solve every segment from its rows before a night.
+
+    Args:
+        ladder: the segments over the rows.
+        material: the rows.
+        scorer: the base.
+        precisions: ``[L, K, D]``.
+        kinds: kind of each objective.
+        config: how to solve.
+        night: ordinal; rows of that night and later are not read.
+        harmful: for each level, finest first, the keys whose own weights are proven to do harm: they get none.
+
+    Returns:
+        The bank. Slots are numbered level by level, coarsest first, by key.
+    """
+    stages, chosen = ladder.bank_stages(night)
+    levels = ladder.rows.levels
+    with torch.no_grad():
+        keep: list[npt.NDArray[np.bool_] | None] = []
+        for number, segment in enumerate(chosen):
+            at = len(levels) - 1 - number
+            refused = None if harmful is None else harmful[at]
+            keep.append(None if refused is None else ~np.isin(np.asarray(levels[at].keys)[segment], refused))
+        solutions = climb(stages, scorer, material, precisions, kinds, config, keep)
+    table = [precisions.new_zeros(1, len(kinds), precisions.shape[-1])]
+    made: list[BankLevel] = []
+    size, above = 1, np.zeros(1, np.int64)
+    for stage, segment, kept, solution, level in zip(stages, chosen, keep, solutions, reversed(levels), strict=True):
+        own = np.ones(len(segment), np.bool_) if kept is None else kept
+        parent = above[stage.parent]  # -1 picks the last entry, which stands for the base
+        slots = np.where(own, size + np.cumsum(own) - 1, parent)
+        table.append(solution[torch.from_numpy(own).to(solution.device)])
+        made.append(
+            BankLevel(np.asarray(level.keys)[segment][own], slots[own], stage.windows.lengths[own], parent[own])
+        )
+        size, above = size + int(own.sum()), np.r_[slots, 0]
+    weights: F32 = torch.cat(table).float().cpu().numpy()
+    return Bank(weights, tuple(reversed(made)))

@@ -1,0 +1,157 @@
+"""The base: everything that segments share, as one value that is trained, stored, grown and loaded.
+
+Shapes: L levels, K objectives, D adapter features.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tasks.data.columns import Rows
+from tasks.data.contract import DataConfig
+from tasks.data.vocabulary import Vocabularies
+from tasks.errors import ObjectCorrupt
+from tasks.learning.adapters import AdapterConfig, ObjectiveKind, Precisions
+from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION = "base.safetensors", "base.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A trained ranker with the precisions of its adapters.
+
+    Attributes:
+        network: the ranker, in evaluation mode.
+        precisions: of every level, objective and adapter feature.
+        levels: columns of the levels that have precisions, finest first.
+        adapter: how adapters are solved on it.
+        trained_through: last night that its training or its stopping has read.
+    """
+
+    network: Ranker
+    precisions: Precisions
+    levels: tuple[tuple[str, ...], ...]
+    adapter: AdapterConfig
+    trained_through: date
+
+    @property
+    def kinds(self) -> tuple[ObjectiveKind, ...]:
+        """Kind of each objective."""
+        return self.network.shape.kinds
+
+    def table(self) -> Tensor:
+        """Precisions ``[L, K, D]`` without their gradient."""
+        table: Tensor = self.precisions()
+        return table.detach()
+
+    def to(self, device: str) -> "Base":
+        """The same base on a device."""
+        network, precisions = self.network.to(device), self.precisions.to(device)
+        return Base(network, precisions, self.levels, self.adapter, self.trained_through)
+
+    def parameters(self) -> int:
+        """Number of trained numbers."""
+        return sum(p.numel() for module in (self.network, self.precisions) for p in module.parameters())
+
+
+def shape_of(data: DataConfig, rows: Rows, vocabularies: Vocabularies) -> RankerShape:
+    """Sizes of a ranker for a contract, with tables for every key that the vocabularies know."""
+    names = rows.statistics_names
+    count = len(data.objectives)
+    return RankerShape(
+        request_vocabularies=tuple(vocabularies[name].rows for name in data.named("request", "categorical")),
+        candidate_vocabularies=tuple(
+            vocabularies[name].rows for name in (data.item, *data.named("candidate", "categorical"))
+        ),
+        request_numbers=len(data.named("request", "numeric")),
+        candidate_numbers=len(data.named("candidate", "numeric")),
+        request_statistics=tuple(at for at, name in enumerate(names) if name.startswith("user_")),
+        candidate_statistics=tuple(at for at, name in enumerate(names) if name.startswith("item_")),
+        joint_statistics=tuple(at for at, name in enumerate(names) if name.startswith("cohort_item_")),
+        offsets=tuple(range(count)),
+        kinds=tuple(objective.kind for objective in data.objectives),
+    )
+
+
+def save_base(base: Base, folder: Path) -> dict[str, Path]:
+    """Write a base as `base.safetensors` and `base.json`; equal bases give equal bytes.
+
+    Returns:
+        The files by name.
+    """
+    tensors = {f"network.{name}": value for name, value in base.network.state_dict().items()}
+    tensors |= {f"precisions.{name}": value for name, value in base.precisions.state_dict().items()}
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / WEIGHTS)
+    description = {
+        "format": FORMAT,
+        "shape": base.network.shape.model_dump(mode="json"),
+        "ranker": base.network.config.model_dump(mode="json"),
+        "adapter": base.adapter.model_dump(mode="json"),
+        "levels": base.levels,
+        "trained_through": base.trained_through.isoformat(),
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, sort_keys=True, indent=1) + "\n")
+    return {WEIGHTS: folder / WEIGHTS, DESCRIPTION: folder / DESCRIPTION}
+
+
+def load_base(files: Mapping[str, Path]) -> Base:
+    """Read what `save_base` wrote.
+
+    Args:
+        files: paths of `base.safetensors` and `base.json`, by these names.
+
+    Raises:
+        ObjectCorrupt: the files are of another format, or do not fit each other.
+    """
+    try:
+        description = json.loads(files[DESCRIPTION].read_text())
+        if description["format"] != FORMAT:
+            raise ObjectCorrupt(f"{files[DESCRIPTION]} has format {description['format']}, expected {FORMAT}")
+        shape, config = RankerShape(**description["shape"]), RankerConfig(**description["ranker"])
+        adapter = AdapterConfig(**description["adapter"])
+        levels = tuple(tuple(level) for level in description["levels"])
+        network = Ranker(shape, config)
+        precisions = Precisions(len(levels), len(shape.kinds), adapter.width(network.width), adapter)
+        tensors = load_file(files[WEIGHTS])
+        for prefix, module in (("network.", network), ("precisions.", precisions)):
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        through = date.fromisoformat(description["trained_through"])
+    except (KeyError, TypeError, ValueError, RuntimeError, ValidationError) as error:
+        raise ObjectCorrupt(f"{files[WEIGHTS]} and {files[DESCRIPTION]} do not make a base: {error}") from error
+    return Base(network.eval(), precisions, levels, adapter, through)
+
+
+def grow(base: Base, shape: RankerShape) -> Base | None:
+    """The base with rows for new vocabulary keys, each a copy of the unknown row, so that no score changes.
+
+    Returns:
+        None if the shapes differ in more than the number of rows, or a table would shrink: it cannot be a start.
+    """
+    old = base.network.shape
+    same = {"request_vocabularies": (), "candidate_vocabularies": ()}
+    if old.model_copy(update=same) != shape.model_copy(update=same):
+        return None
+    sizes = [
+        *zip(old.request_vocabularies, shape.request_vocabularies, strict=False),
+        *zip(old.candidate_vocabularies, shape.candidate_vocabularies, strict=False),
+    ]
+    if len(old.request_vocabularies) != len(shape.request_vocabularies) or any(new < was for was, new in sizes):
+        return None
+    network = Ranker(shape, base.network.config)
+    state = base.network.state_dict()
+    wanted = network.state_dict()
+    for name, value in state.items():
+        if value.shape != wanted[name].shape:
+            new_rows = value[:1].expand(wanted[name].shape[0] - value.shape[0], -1)
+            state[name] = torch.cat([value, new_rows])
+    network.load_state_dict(state)
+    return Base(network.eval(), base.precisions, base.levels, base.adapter, base.trained_through)

@@ -1,0 +1,152 @@
+"""Baselines: what any adaptation has to beat, each with the same support as the candidate.
+
+`global_rate` and `popularity` know no user. `offset` and `factorisation` have a user part, solved by the same closed
+form from the same support windows as the candidate's adapters. Everything is as of the night: fitted on earlier nights.
+
+Shapes: N rows, T query rows, K objectives.
+"""
+
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tasks.data.contract import Section
+from tasks.learning.adapters import AdapterConfig, ObjectiveKind
+from tasks.learning.closed_form import factorise
+from tasks.learning.episodes import score_visits
+from tasks.learning.ladder import Ladder
+from tasks.learning.material import I64, Material, Scorer, Visits
+
+HELD = 1e9
+"""Precision of the ladder's levels that a baseline does not have: their weights stay 0."""
+
+
+class BaselinesConfig(Section):
+    """How strong the baselines are held; chosen on nights before those that are reported."""
+
+    offset_strength: Annotated[float, Field(gt=0)] = 6.0
+    """Precision of a user's offset, in rows."""
+    factors: Annotated[int, Field(ge=1, le=256)] = 4
+    """Factors of the matrix factorisation."""
+    factor_strength: Annotated[float, Field(gt=0)] = 4.0
+    """Precision of its factors and user biases, in rows."""
+    sweeps: Annotated[int, Field(ge=1)] = 10
+    """Passes of alternating least squares."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of its first factors."""
+
+
+def global_rate(labels: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> Tensor:
+    """Mean of every objective's labels [N, K] of earlier nights: probabilities or mean ratings [K].
+
+    >>> global_rate(np.array([[1.0], [0.0], [np.nan], [1.0]], np.float32))
+    tensor([0.6667])
+    """
+    return torch.from_numpy(np.nanmean(labels, axis=0, dtype=np.float64).astype(np.float32))
+
+
+class Baselines:
+    """Fits the baselines on the nights before one, and scores visits of that night.
+
+    Args:
+        config: strengths.
+        ladder: the segments over the rows, of which the user's own is used.
+        material: history and the night; only rows before `night` are fitted on.
+        kinds: kind of each objective.
+        night: ordinal of the night to be scored.
+    """
+
+    def __init__(
+        self,
+        config: BaselinesConfig,
+        ladder: Ladder,
+        material: Material,
+        kinds: tuple[ObjectiveKind, ...],
+        night: int,
+    ) -> None:
+        self.config, self.ladder, self.material, self.kinds = config, ladder, material, kinds
+        rows = material.rows
+        self._earlier: I64 = np.flatnonzero(np.asarray(rows.night) < night)
+        self._rate = global_rate(np.asarray(rows.labels)[self._earlier]).to(material.device)
+        self._factors = [self._factorise(objective) for objective in range(len(kinds))]
+
+    def score(self, visits: Visits, after: I64) -> dict[str, tuple[I64, Tensor]]:
+        """Scores of each visit's rows after its first `after`, by baseline.
+
+        Returns:
+            Positions [T], and probabilities (values of ratings) ``[T, K]``.
+        """
+        offset = score_visits(
+            *(self.ladder, visits, after, self._popularity, self.material, self._held(1, self.config.offset_strength)),
+            *(self.kinds, AdapterConfig(kind="bias")),
+        )
+        scores = {
+            "global rate": self._rate.expand(len(offset.rows), -1),
+            "popularity": self._probability(offset.base),
+            "bias + offset": self._probability(offset.adapted),
+        }
+        columns = []
+        for objective in range(len(self.kinds)):
+            folded = score_visits(
+                *(self.ladder, visits, after, self._folded(objective), self.material),
+                self._held(1 + self.config.factors, self.config.factor_strength),
+                *(self.kinds, AdapterConfig(kind="ridge")),
+            )
+            columns.append(folded.adapted[:, objective])
+        scores["matrix factorisation"] = self._probability(torch.stack(columns, dim=1))
+        return {name: (offset.rows, probability) for name, probability in scores.items()}
+
+    def _held(self, width: int, strength: float) -> Tensor:
+        """Precisions that leave only the user's own level free."""
+        levels = len(self.ladder.segments.levels) + (0 if self.ladder.personal else 1)
+        table = torch.full((levels, len(self.kinds), width), HELD, device=self.material.device)
+        table[0] = strength
+        return table
+
+    def _probability(self, scores: Tensor) -> Tensor:
+        binary = torch.tensor([kind == "binary" for kind in self.kinds], device=scores.device)
+        return torch.where(binary, torch.sigmoid(scores), scores)
+
+    def _item_rate(self, at: I64) -> Tensor:
+        rates = np.ascontiguousarray(self.material.rows.statistics[at, : len(self.kinds)])
+        return torch.from_numpy(rates).to(self.material.device)
+
+    def _popularity(self, at: I64) -> tuple[Tensor, Tensor]:
+        rate = self._item_rate(at)
+        return rate, torch.ones_like(rate[:, :1])
+
+    def _folded(self, objective: int) -> Scorer:
+        table = self._factors[objective]
+
+        def scorer(at: I64) -> tuple[Tensor, Tensor]:
+            items = self._items(at, len(table))
+            rate = self._item_rate(at)
+            return rate, torch.cat([torch.ones_like(rate[:, :1]), table[items]], dim=1)
+
+        return scorer
+
+    def _items(self, at: I64, known: int) -> Tensor:
+        items = torch.from_numpy(np.ascontiguousarray(self.material.rows.item[at])).to(self.material.device)
+        return torch.where(items < known, items, torch.zeros_like(items))
+
+    def _factorise(self, objective: int) -> Tensor:
+        rows, at = self.material.rows, self._earlier
+        users, user = np.unique(np.asarray(rows.user)[at], return_inverse=True)
+        count = int(np.asarray(rows.item)[at].max(initial=0)) + 1
+        start = np.random.default_rng(self.config.seed).normal(0.0, 0.1, (count, self.config.factors))
+        return factorise(
+            torch.from_numpy(user.astype(np.int64)).to(self.material.device),
+            self._items(at, count),
+            self._item_rate(at)[:, objective],
+            self.material.labels(at)[:, objective],
+            self.material.weights(at),
+            self.kinds[objective],
+            len(users),
+            torch.from_numpy(start).to(self.material.device),
+            strength=self.config.factor_strength,
+            bias_strength=self.config.factor_strength,
+            sweeps=self.config.sweeps,
+        )

@@ -1,0 +1,148 @@
+"""Closed-form starts of a base: the calibration of its item rates, and factors of the items.
+
+Both are streamed over the history in chunks and cost a few passes; gradient descent goes on from there. A ranker that
+starts from them begins about where factor models end.
+
+Shapes: N rows, S statistics, K objectives, F factors, I items, U users.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tasks.learning.adapters import SMALLEST_CURVATURE, ObjectiveKind
+
+CHUNK = 262_144
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+
+
+def _residual(offset: Tensor, label: Tensor, weight: Tensor, kind: ObjectiveKind) -> tuple[Tensor, Tensor]:
+    """Weighted residual and curvature of each row; both 0 where the label is missing."""
+    given = ~torch.isnan(label)
+    target = torch.where(given, label, torch.zeros_like(label))
+    mass = weight * given
+    if kind == "rating":
+        return mass * (target - offset), mass
+    chance = torch.sigmoid(offset)
+    return mass * (target - chance), mass * (chance * (1 - chance)).clamp_min(SMALLEST_CURVATURE)
+
+
+def calibrate(
+    inputs: Tensor,
+    offsets: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    kinds: Sequence[ObjectiveKind],
+    strength: float = 100.0,
+    steps: int = 6,
+) -> Tensor:
+    """Coefficients that correct each objective's offset: regularised (logistic) regression by Newton steps.
+
+    Args:
+        inputs: normalised statistics ``[N, S]``.
+        offsets: ``[N, K]``.
+        labels: ``[N, K]``, NaN where missing.
+        weights: ``[N]``.
+        kinds: kind of each objective.
+        strength: precision of the coefficients' prior, in rows.
+        steps: Newton steps.
+
+    Returns:
+        Coefficients ``[K, S + 1]``, the constant last.
+    """
+    width = inputs.shape[1] + 1
+    solution = torch.zeros(len(kinds), width, dtype=torch.float64, device=inputs.device)
+    for objective, kind in enumerate(kinds):
+        for _ in range(steps):
+            hessian = strength * torch.eye(width, dtype=torch.float64, device=inputs.device)
+            gradient = -strength * solution[objective]
+            for part in _chunks(len(inputs)):
+                rows = torch.cat([inputs[part], torch.ones_like(inputs[part, :1])], dim=1).double()
+                score = offsets[part, objective].double() + rows @ solution[objective]
+                residual, curvature = _residual(score, labels[part, objective].double(), weights[part].double(), kind)
+                gradient = gradient + rows.T @ residual
+                hessian = hessian + rows.T @ (rows * curvature[:, None])
+            solution[objective] += torch.linalg.solve(hessian, gradient)
+    return solution
+
+
+def factorise(
+    users: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    kind: ObjectiveKind,
+    user_count: int,
+    factors: Tensor,
+    strength: float = 4.0,
+    bias_strength: float = 4.0,
+    sweeps: int = 10,
+) -> Tensor:
+    """Item factors by alternating least squares on the residuals of the offsets.
+
+    Each row is weighted by its curvature, so a sweep is one Newton step of the logistic model per side (for ratings,
+    exact least squares). Users get a bias besides their factors. Hu, Koren, Volinsky, Collaborative Filtering for
+    Implicit Feedback Datasets, 2008; Zhou et al., Large-scale Parallel Collaborative Filtering, 2008.
+
+    Args:
+        users: dense user index of each row, int64 ``[N]``.
+        items: item id of each row, int64 ``[N]``; item 0 stands for unknown and stays 0.
+        offsets: ``[N]``.
+        labels: ``[N]``, NaN where missing.
+        weights: ``[N]``.
+        kind: kind of the objective.
+        user_count: U.
+        factors: where to start from, ``[I, F]``.
+        strength: precision of every factor, in rows.
+        bias_strength: precision of the users' bias, in rows.
+        sweeps: passes over both sides.
+
+    Returns:
+        Item factors ``[I, F]``.
+    """
+    residual, curvature = _residual(offsets.double(), labels.double(), weights.double(), kind)
+    factors = factors.double()
+    width = factors.shape[1]
+    if width == 0:
+        return factors.float()
+    prior = torch.full((width + 1,), strength, dtype=torch.float64, device=factors.device)
+    prior[0] = bias_strength
+    for _ in range(sweeps):
+        tastes = _one_side(users, user_count, residual, curvature, prior, factors, items, constant=True)
+        rest = torch.cat([residual[part] - curvature[part] * tastes[users[part], 0] for part in _chunks(len(users))])
+        factors = _one_side(items, len(factors), rest, curvature, prior[1:], tastes[:, 1:], users, constant=False)
+        factors[0] = 0.0
+    return factors.float()
+
+
+def _one_side(
+    owner: Tensor,
+    count: int,
+    residual: Tensor,
+    curvature: Tensor,
+    prior: Tensor,
+    others: Tensor,
+    other: Tensor,
+    constant: bool,
+) -> Tensor:
+    """Ridge solutions ``[count, W]`` of all owners, by batched normal equations over the rows of the other side.
+
+    A row's inputs are ``others[other]``, behind a 1 where there is a `constant`.
+    """
+    width = len(prior)
+    gradient = residual.new_zeros(count, width)
+    hessian = residual.new_zeros(count, width * width)
+    for part in _chunks(len(owner)):
+        rows = others[other[part]]
+        if constant:
+            rows = torch.cat([torch.ones_like(rows[:, :1]), rows], dim=1)
+        gradient.index_add_(0, owner[part], rows * residual[part, None])
+        outer = (rows[:, :, None] * (rows * curvature[part, None])[:, None, :]).reshape(len(rows), -1)
+        hessian.index_add_(0, owner[part], outer)
+    system = hessian.reshape(count, width, width) + torch.diag(prior)
+    return torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(system))[..., 0]

@@ -1,0 +1,102 @@
+"""Episodes: visits whose first rows are support and whose later rows are the query, as in both exams.
+
+Shapes: V visits, T query rows, K objectives.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.learning.adapters import AdapterConfig, ObjectiveKind, apply
+from tasks.learning.ladder import Ladder, climb
+from tasks.learning.material import I64, Material, Scorer, Visits, Windows
+
+COLD_SHARE = 0.35
+"""Share of episodes without support from the query's own night, as in the nightly exam."""
+MOST_SUPPORT = 40
+"""Same-night support rows are drawn log-uniformly from 1 to this."""
+QUERY_ROWS = 512
+"""Most query rows read per visit in training."""
+
+
+def draw(visits: Visits, count: int, random: np.random.Generator) -> tuple[Visits, I64]:
+    """Visits without replacement, and how many of their first rows are support; at least one row is left to query."""
+    chosen = visits.take(random.choice(len(visits), min(count, len(visits)), replace=False))
+    warm = np.floor(np.exp(random.random(len(chosen)) * np.log(MOST_SUPPORT))).astype(np.int64)
+    after = np.where(random.random(len(chosen)) < COLD_SHARE, 0, warm)
+    return chosen, np.minimum(after, chosen.rows.lengths - 1)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of query rows before the sigmoid.
+
+    Attributes:
+        rows: their positions, int64 [T].
+        base: without adapters ``[T, K]``.
+        adapted: under the weights that serve their visit ``[T, K]``.
+    """
+
+    rows: I64
+    base: Tensor
+    adapted: Tensor
+
+
+def score_visits(
+    ladder: Ladder,
+    visits: Visits,
+    after: I64,
+    scorer: Scorer,
+    material: Material,
+    precisions: Tensor,
+    kinds: tuple[ObjectiveKind, ...],
+    config: AdapterConfig,
+    query_rows: int | None = None,
+    personal: bool = True,
+) -> Scores:
+    """Adapt on each visit's support and score its later rows.
+
+    Args:
+        ladder: the segments.
+        visits: whose rows are scored [V].
+        after: rows of each visit that are support [V]; the query begins behind them.
+        scorer: logits and features of positions.
+        material: labels of the support.
+        precisions: ``[L, K, D]``.
+        kinds: kind of each objective.
+        config: how to solve.
+        query_rows: most query rows of a visit, the earliest; None for all.
+        personal: whether the user has a level of his own.
+    """
+    plan = ladder.plan(visits, after, personal)
+    border, query = visits.split(after)
+    if query_rows is not None:
+        query = Windows(query.start, np.minimum(query.stop, border + query_rows))
+    rows, visit = query.flat()
+    logits, features = scorer(rows)
+    width = precisions.shape[-1]
+    if not plan.stages or width == 0:
+        return Scores(rows, logits, logits)
+    solution = climb(plan.stages, scorer, material, precisions, kinds, config)[-1]
+    serving = torch.from_numpy(plan.serving[visit]).to(logits.device)
+    weights = solution[serving.clamp_min(0)] * (serving >= 0)[:, None, None]
+    return Scores(rows, logits, apply(logits, features[:, :width], weights))
+
+
+def row_loss(scores: Tensor, labels: Tensor, kinds: tuple[ObjectiveKind, ...], weights: Tensor) -> Tensor:
+    """Mean loss over the rows: log-loss of binary objectives, half the squared error of ratings, summed by weight.
+
+    Args:
+        scores: ``[T, K]``, before the sigmoid.
+        labels: ``[T, K]``; NaN where missing.
+        kinds: kind of each objective.
+        weights: of each objective ``[K]``.
+    """
+    given = ~torch.isnan(labels)
+    targets = torch.where(given, labels, torch.zeros_like(labels))
+    binary = torch.tensor([kind == "binary" for kind in kinds], device=scores.device)
+    entropy = torch.nn.functional.softplus(scores) - targets * scores
+    loss = torch.where(binary, entropy, 0.5 * (scores - targets) ** 2) * given
+    return (loss.sum(dim=0) / given.sum(dim=0).clamp_min(1) * weights).sum()

@@ -1,0 +1,223 @@
+"""Both exams on a night, row by row: what each method said about every row of it.
+
+*Nightly*: adapters from earlier nights, every row of the night as query. *First contact*: a user's support is his
+earlier nights plus his first k rows of the night, the later ones are query. Every method with a user part gets the same
+support. Figures and intervals are computed from these tables, so exams of several nights pool by reading several.
+
+Shapes: N rows of the night, K objectives.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from tasks.data.contract import DataConfig
+from tasks.data.segments import split_keys
+from tasks.data.vocabulary import Vocabularies
+from tasks.learning.adapters import ObjectiveKind, apply
+from tasks.learning.bank import Bank
+from tasks.learning.base import Base
+from tasks.learning.baselines import Baselines
+from tasks.learning.episodes import score_visits
+from tasks.learning.ladder import Ladder
+from tasks.learning.material import I64, Material, Visits, visits_of
+
+SUPPORTS = (0, 5, 20)
+"""Same-night support rows of the exam of first contact."""
+COMMON = 20
+"""Rows of a user after which every support size is compared on the same rows."""
+CANDIDATE, ZERO_STEPS, PARENT, CHAMPION = "candidate", "zero steps", "parent", "champion"
+CHUNK = 131_072
+"""About how many rows of the night are scored at a time."""
+
+F32 = npt.NDArray[np.float32]
+Scores = dict[str, tuple[I64, Tensor]]
+
+
+def column(condition: str, method: str, objective: str) -> str:
+    """Name of the column of predictions.
+
+    >>> column("contact 5", "popularity", "liked")
+    'contact 5/popularity/liked'
+    """
+    return f"{condition}/{method}/{objective}"
+
+
+def contact(support: int) -> str:
+    """Name of the condition of first contact after some rows."""
+    return f"contact {support}"
+
+
+CONDITIONS = ("nightly", *(contact(support) for support in SUPPORTS))
+
+
+@dataclass(frozen=True)
+class Night:
+    """The night to be examined, among the rows of its window.
+
+    Attributes:
+        data: the contract.
+        ladder: segments over history and night.
+        material: the rows.
+        ordinal: the night.
+        visits: the night's visits.
+    """
+
+    data: DataConfig
+    ladder: Ladder
+    material: Material
+    ordinal: int
+    visits: Visits
+
+    @classmethod
+    def among(cls, data: DataConfig, ladder: Ladder, material: Material, ordinal: int) -> "Night":
+        """The visits of a night in a row table."""
+        return cls(data, ladder, material, ordinal, visits_of(ladder.rows).of_nights(ordinal, ordinal))
+
+    @property
+    def at(self) -> I64:
+        """Positions of the night's rows [N]: by user, then by time."""
+        return self.visits.rows.flat()[0]
+
+    def chunks(self) -> Iterator[Visits]:
+        """The visits in parts of about `CHUNK` rows."""
+        part = np.cumsum(self.visits.rows.lengths) // CHUNK
+        return (self.visits.take(np.flatnonzero(part == number)) for number in np.unique(part))
+
+
+def facts(night: Night, bank: Bank, vocabularies: Vocabularies) -> pa.Table:
+    """Who each row of the night is, what its labels are and which segment of the bank serves it, in raw keys.
+
+    Columns: `user` (string), `tie`, `at` (the row's number in the user's night), `history` (the user's earlier rows in
+    the window), `label/<objective>`, `level` (that serves it, -1 for the base), `segment` (its raw key), `support`.
+    """
+    rows, at = night.ladder.rows, night.at
+    first = np.repeat(night.visits.rows.start, night.visits.rows.lengths)
+    user = np.asarray(rows.user)[at]
+    columns: dict[str, pa.Array] = {
+        "user": vocabularies[night.data.user].decode(user).cast(pa.string()),
+        "tie": pa.array(np.asarray(rows.tie)[at]),
+        "at": pa.array((at - first).astype(np.int32)),
+        "history": pa.array((first - np.repeat(night.visits.first, night.visits.rows.lengths)).astype(np.int32)),
+    }
+    for number, objective in enumerate(night.data.objectives):
+        columns[f"label/{objective.name}"] = pa.array(np.asarray(rows.labels)[at, number])
+    slots = bank.slots_of(rows, at)
+    level = np.full(len(at), -1, np.int8)
+    support = np.zeros(len(at), np.int64)
+    segment = pa.array([""] * 1).take(pa.array(np.zeros(len(at), np.int64)))
+    for number, own in enumerate(bank.levels):
+        if len(own.slots) == 0:
+            continue
+        place = np.full(len(bank.weights), -1, np.int64)
+        place[own.slots] = np.arange(len(own.slots))
+        mine = place[slots]
+        served = mine >= 0
+        level[served], support[served] = number, own.support[mine[served]]
+        names = segment_names(own.keys, rows.levels[number].columns, rows.levels[number].radices, vocabularies)
+        segment = pc.if_else(pa.array(served), names.take(pa.array(np.maximum(mine, 0))), segment)
+    return pa.table(columns | {"level": pa.array(level), "segment": segment, "support": pa.array(support)})
+
+
+def segment_names(
+    keys: I64, columns: tuple[str, ...], radices: tuple[int, ...], vocabularies: Vocabularies
+) -> pa.Array:
+    """Raw keys of segments, joined by a bar: they mean the same in every night, which mixed-radix keys do not."""
+    ids = split_keys(keys, radices)
+    parts = [vocabularies[name].decode(ids[:, at]).cast(pa.string()) for at, name in enumerate(columns)]
+    return pc.binary_join_element_wise(*parts, " | ", null_handling="replace", null_replacement="?")
+
+
+def sit(night: Night, base: Base, bank: Bank, baselines: Baselines) -> dict[str, F32]:
+    """Predictions of the candidate, its parents and base, and the baselines, under every condition.
+
+    Returns:
+        Column name to predictions [N], NaN where the row is not query.
+    """
+    scorer, kinds = night.material.scorer(base.network), base.kinds
+    weights = torch.from_numpy(bank.weights).to(night.material.device)
+    parents = np.arange(len(bank.weights), dtype=np.int64)
+    for own in bank.levels:
+        parents[own.slots] = own.parent
+
+    def nightly(visits: Visits) -> Scores:
+        at = visits.rows.flat()[0]
+        logits, features = scorer(at)
+        features = features[:, : weights.shape[-1]]
+        slots = bank.slots_of(night.ladder.rows, at)
+        own, above = (apply(logits, features, weights[torch.from_numpy(use)]) for use in (slots, parents[slots]))
+        said = {CANDIDATE: own, PARENT: above, ZERO_STEPS: logits}
+        return {name: (at, probability(scores, kinds)) for name, scores in said.items()}
+
+    def after(support: int) -> Callable[[Visits], Scores]:
+        def contacts(visits: Visits) -> Scores:
+            scores = contact_scores(night, base, visits, support)
+            said = {CANDIDATE: scores[1], ZERO_STEPS: scores[2]}
+            given = np.full(len(visits), support, np.int64)
+            return {name: (scores[0], p) for name, p in said.items()} | baselines.score(visits, given)
+
+        return contacts
+
+    nothing = lambda visits: baselines.score(visits, np.zeros(len(visits), np.int64))  # noqa: E731
+    predictions = gather(night, "nightly", lambda visits: nightly(visits) | nothing(visits))
+    for support in SUPPORTS:
+        predictions |= gather(night, contact(support), after(support))
+    return predictions
+
+
+def sit_contact(night: Night, base: Base, method: str) -> dict[str, F32]:
+    """Predictions of one adapted base in first contact: a champion's, with its own solver on the same support."""
+    predictions: dict[str, F32] = {}
+    for support in SUPPORTS:
+
+        def contacts(visits: Visits, support: int = support) -> Scores:
+            scores = contact_scores(night, base, visits, support)
+            return {method: (scores[0], scores[1])}
+
+        predictions |= gather(night, contact(support), contacts)
+    return predictions
+
+
+def contact_scores(night: Night, base: Base, visits: Visits, support: int) -> tuple[I64, Tensor, Tensor]:
+    """Positions of the rows after the first `support`, and predictions with and without adapters."""
+    scores = score_visits(
+        *(night.ladder, visits, np.full(len(visits), support, np.int64), night.material.scorer(base.network)),
+        *(night.material, base.table(), base.kinds, base.adapter),
+    )
+    return scores.rows, probability(scores.adapted, base.kinds), probability(scores.base, base.kinds)
+
+
+def probability(scores: Tensor, kinds: tuple[ObjectiveKind, ...]) -> Tensor:
+    """Predictions ``[T, K]`` from scores: the sigmoid of binary objectives, ratings as they are."""
+    binary = torch.tensor([kind == "binary" for kind in kinds], device=scores.device)
+    return torch.where(binary, torch.sigmoid(scores), scores)
+
+
+def gather(night: Night, condition: str, score: Callable[[Visits], Scores]) -> dict[str, F32]:
+    """Run a scorer over the night part by part and lay its answers beside the night's rows."""
+    place = np.full(len(night.ladder.rows), -1, np.int64)
+    place[night.at] = np.arange(len(night.at))
+    predictions: dict[str, F32] = {}
+    with torch.no_grad():
+        for visits in night.chunks():
+            for method, (at, values) in score(visits).items():
+                answers = values.float().cpu().numpy()
+                for number, objective in enumerate(night.data.objectives):
+                    name = column(condition, method, objective.name)
+                    if name not in predictions:
+                        predictions[name] = np.full(len(night.at), np.nan, np.float32)
+                    predictions[name][place[at]] = answers[:, number]
+    return predictions
+
+
+def joined(facts: pa.Table, predictions: Mapping[str, F32]) -> pa.Table:
+    """The exam as one table."""
+    for name, values in predictions.items():
+        facts = facts.append_column(name, pa.array(values))
+    return facts

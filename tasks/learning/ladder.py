@@ -1,0 +1,270 @@
+"""The ladder at work: which rows support which segment, and the weights of every segment, coarsest level first.
+
+A segment's solve starts from the scores that its parent's weights give, so thin support leaves it near its parent.
+Solutions are cumulative: a segment's weights include its parent's.
+
+Shapes: E segments of a level, V visits, K objectives, D adapter features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tasks.data.columns import Rows
+from tasks.data.contract import SegmentsConfig
+from tasks.data.segments import Level, split_keys
+from tasks.learning.adapters import AdapterConfig, ObjectiveKind, apply, solve
+from tasks.learning.material import I64, Material, Scorer, Visits, Windows
+
+STRIDE = np.int64(1) << np.int64(32)
+"""Makes one ascending key of (segment, night): nights are ordinals below it."""
+PADDED_ROWS = 131_072
+"""Most padded support rows solved in one batch when no gradient is wanted."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The segments of one level that are to be solved.
+
+    Attributes:
+        level: the level's number in the table of precisions, 0 the finest.
+        support: positions [T] that the windows index, or None for the table's own order.
+        windows: each segment's support rows.
+        parent: number of each segment's parent in the stage before, -1 for the base [E].
+    """
+
+    level: int
+    support: I64 | None
+    windows: Windows
+    parent: I64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages from the coarsest level to the finest, and the segment that serves each visit.
+
+    Attributes:
+        stages: at least one per level that is adapted; empty when nothing is.
+        serving: number in the last stage of each visit's segment, -1 for the base [V].
+    """
+
+    stages: tuple[Stage, ...]
+    serving: I64
+
+
+def learned_levels(segments: SegmentsConfig, user: str) -> tuple[tuple[str, ...], ...]:
+    """Levels that have precisions: the config's, below the user's own, which the exam of first contact adapts."""
+    return segments.levels if segments.levels[0] == (user,) else ((user,), *segments.levels)
+
+
+class Ladder:
+    """Plans supports over a row table.
+
+    Args:
+        rows: the table; every level's rows are looked at through its own order.
+        segments: levels and their limits.
+        user: name of the user column.
+    """
+
+    def __init__(self, rows: Rows, segments: SegmentsConfig, user: str) -> None:
+        self.rows, self.segments = rows, segments
+        self.personal = segments.levels[0] == (user,)
+        self.coarse = rows.levels[1:] if self.personal else rows.levels
+        self.whole = tuple(_whole(level) for level in rows.levels)
+        self._keys = [self._searchable(level) for level in self.coarse]
+
+    def _searchable(self, level: Level) -> I64:
+        order = np.asarray(level.order)
+        keys: I64 = np.asarray(level.segment)[order] * STRIDE + np.asarray(self.rows.night)[order]
+        return keys
+
+    def _before(self, at: int, segment: I64, night: I64) -> Windows:
+        """Newest rows of coarse segments before nights; `at` counts coarse levels from the finest."""
+        stop = np.searchsorted(self._keys[at], segment * STRIDE + night, side="left")
+        start = np.maximum(np.asarray(self.coarse[at].offsets)[segment], stop - self.segments.max_support)
+        return Windows(start, stop.astype(np.int64))
+
+    def plan(self, visits: Visits, support_rows: I64, personal: bool = True) -> Plan:
+        """What serves each visit after its first `support_rows` rows: the user's weights over those of his segments.
+
+        Coarser segments are supported by rows of earlier nights only, so that no user's night reaches another's. A
+        visit's coarser segments are those of the user's newest support row, or of the visit's first row where he has
+        none.
+
+        Args:
+            visits: whose rows are to be scored [V].
+            support_rows: rows of the visit itself that are support [V].
+            personal: whether the user has a level of his own.
+        """
+        border, _ = visits.split(support_rows)
+        newest = np.where(border > visits.first, border - 1, visits.rows.start)
+        stages, serving = self._coarse_stages(newest, visits.night)
+        if not personal:
+            return Plan(tuple(stages), serving)
+        start = np.maximum(visits.first, border - self.segments.max_support)
+        thin = border - start < self.segments.min_support
+        own = Windows(np.where(thin, border, start), border)
+        stages.append(Stage(0, None, own, serving))
+        return Plan(tuple(stages), np.arange(len(visits), dtype=np.int64))
+
+    def bank_stages(self, night: int) -> tuple[list[Stage], list[I64]]:
+        """Stages of the config's levels for every segment that has support before a night (an ordinal).
+
+        Returns:
+            Stages, coarsest first, and each stage's dense segment indices.
+        """
+        levels = self.rows.levels
+        stages: list[Stage] = []
+        chosen: list[I64] = []
+        place: I64 | None = None
+        for at in reversed(range(len(levels))):
+            level = levels[at]
+            order, offsets = np.asarray(level.order), np.asarray(level.offsets)
+            everyone = np.arange(len(level.keys), dtype=np.int64)
+            keys = np.asarray(level.segment)[order] * STRIDE + np.asarray(self.rows.night)[order]
+            stop = np.searchsorted(keys, everyone * STRIDE + night, side="left").astype(np.int64)
+            usable = self.whole[at] & (stop - offsets[:-1] >= self.segments.min_support)
+            if at == 0 and np.count_nonzero(usable) > self.segments.max_leaves:
+                best = np.lexsort((np.asarray(level.keys), -(stop - offsets[:-1]) * usable))
+                usable[best[self.segments.max_leaves :]] = False
+            segment = np.flatnonzero(usable)
+            start = np.maximum(offsets[segment], stop[segment] - self.segments.max_support)
+            parent = np.full(len(segment), -1, np.int64)
+            if place is not None:
+                # The parent is that of the newest support row: a later row must not move it.
+                parent = place[np.asarray(levels[at + 1].segment)[order[stop[segment] - 1]]]
+            stages.append(Stage(at + (0 if self.personal else 1), order, Windows(start, stop[segment]), parent))
+            chosen.append(segment)
+            place = np.full(len(level.keys), -1, np.int64)
+            place[segment] = np.arange(len(segment))
+        return stages, chosen
+
+    def _coarse_stages(self, row: I64, night: I64) -> tuple[list[Stage], I64]:
+        """Stages of the coarser levels for the segments of given rows as of given nights, and who serves each."""
+        shift = 1 if not self.personal else 0
+        needed: list[tuple[int, Windows, I64, I64]] = []
+        for at in range(len(self.coarse)):
+            level, number = self.coarse[at], at + (1 if self.personal else 0)
+            segment = np.asarray(level.segment)[row]
+            pair = segment * STRIDE + night
+            unique, inverse = np.unique(pair, return_inverse=True)
+            segment, when = unique // STRIDE, unique % STRIDE
+            windows = self._before(at, segment, when)
+            usable = self.whole[number][segment] & (windows.lengths >= self.segments.min_support)
+            needed.append((number + shift, windows, usable, inverse.astype(np.int64)))
+            # The parent is that of the newest support row; without support, of the row itself.
+            order = np.asarray(level.order)
+            first = np.full(len(unique), np.iinfo(np.int64).max)
+            np.minimum.at(first, inverse, row)
+            supported = windows.lengths > 0
+            newest = order[np.where(supported, windows.stop - 1, 0)]
+            row, night = np.where(supported, newest, first), when
+        stages: list[Stage] = []
+        above: I64 = np.zeros(0, np.int64)
+        for at in reversed(range(len(self.coarse))):
+            number, windows, usable, _ = needed[at]
+            parent = np.full(len(windows), -1, np.int64) if at == len(self.coarse) - 1 else above[needed[at + 1][3]]
+            empty = Windows(np.where(usable, windows.start, windows.stop), windows.stop)
+            stages.append(Stage(number, np.asarray(self.coarse[at].order), empty, parent))
+            above = np.arange(len(windows), dtype=np.int64)
+        return stages, above[needed[0][3]] if needed else np.full(len(row), -1, np.int64)
+
+
+def _whole(level: Level) -> npt.NDArray[np.bool_]:
+    """Which segments have a known value in every column: the unknown share an id, but no taste."""
+    return np.asarray((split_keys(np.asarray(level.keys), level.radices) > 0).all(axis=1))
+
+
+def climb(
+    stages: Sequence[Stage],
+    scorer: Scorer,
+    material: Material,
+    precisions: Tensor,
+    kinds: Sequence[ObjectiveKind],
+    config: AdapterConfig,
+    keep: Sequence[npt.NDArray[np.bool_] | None] | None = None,
+) -> list[Tensor]:
+    """Cumulative weights of every stage's segments.
+
+    Args:
+        stages: coarsest level first.
+        scorer: logits and features of positions, before adaptation.
+        material: labels and weights of positions.
+        precisions: ``[L, K, D]``.
+        kinds: kind of each objective.
+        config: how to solve.
+        keep: for each stage, which segments may leave their parent; None for all.
+
+    Returns:
+        One tensor ``[E, K, D]`` per stage. A segment without support has exactly its parent's weights.
+    """
+    width = precisions.shape[-1]
+    solutions: list[Tensor] = []
+    for number, stage in enumerate(stages):
+        inherited = precisions.new_zeros(len(stage.parent), len(kinds), width)
+        if solutions:
+            parent = torch.from_numpy(stage.parent).to(precisions.device)
+            inherited = solutions[-1][parent.clamp_min(0)] * (parent >= 0)[:, None, None]
+        own = _solve_stage(stage, inherited, scorer, material, precisions[stage.level], kinds, config)
+        if keep is not None and (kept := keep[number]) is not None:
+            own = own * torch.from_numpy(kept).to(own.device)[:, None, None]
+        solutions.append(inherited + own)
+    return solutions
+
+
+def _solve_stage(
+    stage: Stage,
+    inherited: Tensor,
+    scorer: Scorer,
+    material: Material,
+    precision: Tensor,
+    kinds: Sequence[ObjectiveKind],
+    config: AdapterConfig,
+) -> Tensor:
+    lengths = stage.windows.lengths
+    supported = np.flatnonzero(lengths > 0)
+    own = torch.zeros_like(inherited)
+    if len(supported) == 0 or inherited.shape[-1] == 0:
+        return own
+    # Segments of like size share a batch, so that little of it is padding.
+    supported = supported[np.argsort(lengths[supported], kind="stable")]
+    for chosen in _batches(supported, lengths[supported]):
+        windows = stage.windows.take(chosen)
+        at, window = windows.flat()
+        rows = at if stage.support is None else stage.support[at]
+        slot = at - windows.start[window]
+        shape = (len(chosen), int(windows.lengths.max()))
+        logits, features = scorer(rows)
+        features = features[:, : precision.shape[-1]]
+        where = (torch.from_numpy(window).to(features.device), torch.from_numpy(slot).to(features.device))
+        number = torch.from_numpy(chosen).to(features.device)
+        offsets = apply(logits, features, inherited[number][where[0]])
+        labels, weights = material.labels(rows), material.weights(rows)
+        solution = solve(
+            features.new_zeros(*shape, features.shape[-1]).index_put(where, features),
+            offsets.new_zeros(*shape, offsets.shape[-1]).index_put(where, offsets),
+            labels.new_zeros(*shape, labels.shape[-1]).index_put(where, labels),
+            weights.new_zeros(shape).index_put(where, weights),
+            precision,
+            kinds,
+            config.steps,
+        )
+        own = own.index_put((number,), solution)
+    return own
+
+
+def _batches(segments: I64, lengths: I64) -> list[I64]:
+    """Cut segments, ascending by length, so that padded batches stay below `PADDED_ROWS` where a segment does."""
+    # A batch that ends with a segment of length n holds at most PADDED_ROWS // n segments; cutting by the class of the
+    # length (its power of two) keeps the loop over classes, and batches, never over segments.
+    classes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    batches: list[I64] = []
+    for size in np.unique(classes):
+        members = segments[classes == size]
+        most = max(1, PADDED_ROWS >> int(size))
+        batches += np.split(members, range(most, len(members), most))
+    return batches

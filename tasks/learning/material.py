@@ -1,0 +1,147 @@
+"""Rows as the learning code reads them: batches of tensors by position, and half-open windows of positions.
+
+Shapes: N rows, T positions, E windows, K objectives, D adapter features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tasks.data.columns import Rows
+from tasks.learning.networks import Ranker
+
+I64 = npt.NDArray[np.int64]
+Scorer = Callable[[I64], tuple[Tensor, Tensor]]
+"""Positions [T] to logits [T, K] and adapter features [T, D]: a network, or a baseline that plays its part."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Half-open ranges of positions, each [E].
+
+    >>> Windows(np.array([3, 7]), np.array([5, 7])).flat()
+    (array([3, 4]), array([0, 0]))
+    """
+
+    start: I64
+    stop: I64
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def lengths(self) -> I64:
+        """Rows of each window [E]."""
+        return self.stop - self.start
+
+    def flat(self) -> tuple[I64, I64]:
+        """Every position of every window in order, and the number of its window: [T], [T]."""
+        lengths = self.lengths
+        window = np.repeat(np.arange(len(self), dtype=np.int64), lengths)
+        before = np.cumsum(lengths) - lengths
+        return np.arange(len(window), dtype=np.int64) - before[window] + self.start[window], window
+
+    def take(self, chosen: I64) -> "Windows":
+        """Some of the windows, by number."""
+        return Windows(self.start[chosen], self.stop[chosen])
+
+
+@dataclass(frozen=True)
+class Visits:
+    """A user's rows of one night, for every user and night; rows are sorted by (user, time).
+
+    Attributes:
+        rows: positions of the visit's rows [V].
+        first: the user's first position of any night [V].
+        night: the night's ordinal [V].
+    """
+
+    rows: Windows
+    first: I64
+    night: I64
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def take(self, chosen: I64) -> "Visits":
+        """Some of the visits, by number."""
+        return Visits(self.rows.take(chosen), self.first[chosen], self.night[chosen])
+
+    def of_nights(self, first: int, last: int) -> "Visits":
+        """The visits of nights `first` to `last` (ordinals, both included)."""
+        return self.take(np.flatnonzero((self.night >= first) & (self.night <= last)))
+
+    def split(self, after: I64) -> tuple[I64, Windows]:
+        """Where support ends, and the later rows, when `after` [V] rows of the visit are support."""
+        border = np.minimum(self.rows.start + after, self.rows.stop)
+        return border, Windows(border, self.rows.stop)
+
+
+def visits_of(rows: Rows) -> Visits:
+    """All visits of a row table, in its order."""
+    user, night = np.asarray(rows.user), np.asarray(rows.night)
+    if len(user) == 0:
+        nothing = np.zeros(0, np.int64)
+        return Visits(Windows(nothing, nothing), nothing, nothing)
+    new_user = np.r_[True, user[1:] != user[:-1]]
+    start = np.flatnonzero(new_user | np.r_[True, night[1:] != night[:-1]])
+    users = np.flatnonzero(new_user)
+    first = users[np.searchsorted(users, start, side="right") - 1]
+    return Visits(Windows(start, np.r_[start[1:], len(user)]), first, night[start].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What the ids of the rows' vocabularies are in another base's: one table [V + 1] per column, 0 where unknown."""
+
+    request: tuple[I64, ...]
+    candidate: tuple[I64, ...]
+
+
+def _translated(ids: Tensor, tables: tuple[I64, ...]) -> Tensor:
+    columns = [torch.from_numpy(table).to(ids.device)[ids[..., at]] for at, table in enumerate(tables)]
+    return torch.stack(columns, dim=-1) if columns else ids
+
+
+class Material:
+    """Reads batches of rows to a device.
+
+    Args:
+        rows: the table; memory-mapped arrays are read batch by batch.
+        device: where the tensors go.
+        dialect: ids of another base's vocabularies, where that base is to read these rows.
+    """
+
+    def __init__(self, rows: Rows, device: str = "cpu", dialect: "Dialect | None" = None) -> None:
+        self.rows, self.device, self.dialect = rows, device, dialect
+
+    def _tensor(self, table: npt.NDArray[np.generic], at: I64) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(table[at])).to(self.device)
+
+    def inputs(self, at: I64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `Ranker.forward` takes, for positions [T]."""
+        rows = self.rows
+        tables = (
+            *(rows.request_ids, rows.candidate_ids),
+            *(rows.request_numbers, rows.candidate_numbers, rows.statistics),
+        )
+        first, second, third, fourth, fifth = (self._tensor(table, at) for table in tables)
+        if self.dialect is not None:
+            first, second = _translated(first, self.dialect.request), _translated(second, self.dialect.candidate)
+        return first, second, third, fourth, fifth
+
+    def labels(self, at: I64) -> Tensor:
+        """Labels [T, K], NaN where missing."""
+        return self._tensor(self.rows.labels, at)
+
+    def weights(self, at: I64) -> Tensor:
+        """Row weights [T]."""
+        return self._tensor(self.rows.weights, at)
+
+    def scorer(self, network: Ranker) -> Scorer:
+        """The network as a function of positions."""
+        return lambda at: network(*self.inputs(at))

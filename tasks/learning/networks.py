@@ -1,0 +1,212 @@
+"""The ranker: one shared network that scores rows and says which features adapters may bend.
+
+Shapes: ``...`` any leading axes, Cr/Cc ids per request/candidate, Fr/Fc numbers, S statistics, K objectives,
+D adapter features, E embedding width, H hidden width.
+"""
+
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from tasks.data.contract import Section
+
+
+class RankerConfig(Section):
+    """The shared network."""
+
+    kind: Literal["mlp"] = "mlp"
+    """`mlp`: a calibrated item rate, plus two towers whose product a joint multi-layer perceptron reads."""
+    embedding: Annotated[int, Field(ge=1, le=512)] = 16
+    """Width of an embedding."""
+    hidden: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Width of the hidden layers and of the towers' outputs."""
+    factors: Annotated[int, Field(ge=0, le=256)] = 4
+    """Adapter features that are free factors of the item, started in closed form from the history."""
+    features: Annotated[int, Field(ge=0, le=256)] = 11
+    """Adapter features that the candidate tower computes. With the factors and the constant 1 they are what an
+    adapter's weights multiply."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Dropout of hidden units in training."""
+    request_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    """Share of rows whose request tower is silenced in training: a log has far fewer users than rows, and the tower
+    would learn them by heart."""
+    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of ids replaced by `unknown` in training, so that the unknown embedding serves new items."""
+    user_statistics: bool = False
+    """Whether the network reads the user's as-of rate and count. A personal adapter reads the very rows that they sum
+    up, and both together count the same evidence twice; turn it on where the ladder has no user level."""
+
+
+class RankerShape(Section):
+    """What the network's layers are sized by; stored beside the weights."""
+
+    request_vocabularies: tuple[int, ...]
+    """Rows of each request embedding table, the unknown row 0 included."""
+    candidate_vocabularies: tuple[int, ...]
+    """Rows of each candidate embedding table (the item's first), the unknown row 0 included."""
+    request_numbers: int
+    """Numeric request columns."""
+    candidate_numbers: int
+    """Numeric candidate columns."""
+    request_statistics: tuple[int, ...]
+    """Positions in the statistics vector that describe the request (its user)."""
+    candidate_statistics: tuple[int, ...]
+    """Positions that describe the candidate (its item)."""
+    joint_statistics: tuple[int, ...]
+    """Positions that describe both (the cohort's view of the item)."""
+    offsets: tuple[int, ...]
+    """Position of the statistic that each objective's output starts from (its smoothed item rate)."""
+    kinds: tuple[Literal["binary", "rating"], ...]
+    """Kind of each objective."""
+
+    @property
+    def statistics(self) -> int:
+        """Length of the statistics vector."""
+        return len(self.request_statistics) + len(self.candidate_statistics) + len(self.joint_statistics)
+
+
+class Normaliser(nn.Module):
+    """Centres and scales numbers; a missing one becomes 0 and raises its indicator."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """Numbers ``[..., F]`` (NaN = missing) to ``[..., 2F]``: normalised values, clipped to ±5, then indicators."""
+        missing = torch.isnan(numbers)
+        values = ((torch.nan_to_num(numbers) - self.mean) / self.scale).clamp(-5.0, 5.0)
+        return torch.cat([torch.where(missing, torch.zeros_like(values), values), missing.to(values.dtype)], dim=-1)
+
+
+class Ranker(nn.Module):
+    """Scores rows before adaptation, and gives the features that an adapter's weights multiply.
+
+    An adapted row's logit is ``logits[..., k] + features[..., :] @ bank[slot, k, :]``.
+    """
+
+    def __init__(self, shape: RankerShape, config: RankerConfig) -> None:
+        super().__init__()
+        self.shape, self.config = shape, config
+        width, hidden = config.embedding, config.hidden
+        self.request_tables = nn.ModuleList(nn.Embedding(rows, width) for rows in shape.request_vocabularies)
+        self.candidate_tables = nn.ModuleList(nn.Embedding(rows, width) for rows in shape.candidate_vocabularies)
+        self.request_normaliser = Normaliser(shape.request_numbers)
+        self.candidate_normaliser = Normaliser(shape.candidate_numbers)
+        self.statistics_normaliser = Normaliser(shape.statistics)
+        requests = len(shape.request_vocabularies) * width + 2 * shape.request_numbers + len(shape.request_statistics)
+        candidates = (
+            len(shape.candidate_vocabularies) * width + 2 * shape.candidate_numbers + len(shape.candidate_statistics)
+        )
+        self.request_tower = nn.Sequential(nn.Linear(requests, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
+        self.candidate_tower = nn.Sequential(nn.Linear(candidates, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
+        self.joint = nn.Sequential(
+            nn.Linear(3 * hidden + len(shape.joint_statistics), hidden),
+            nn.ReLU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(hidden, len(shape.kinds)),
+        )
+        self.wide = nn.Linear(shape.statistics, len(shape.kinds))
+        self.head = nn.Linear(hidden, config.features) if config.features else None
+        items = shape.candidate_vocabularies[0]
+        self.factor_table = nn.Embedding(items, config.factors) if config.factors else None
+        if self.factor_table is not None:
+            nn.init.zeros_(self.factor_table.weight)
+        self.dropout = nn.Dropout(config.dropout)
+        for table in (*self.request_tables, *self.candidate_tables):
+            nn.init.normal_(table.weight, std=0.05)
+        last = self.joint[-1]
+        assert isinstance(last, nn.Linear)
+        for layer in (last, self.wide):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def width(self) -> int:
+        """D: adapter features per row; the first is the constant 1, then the factors, then the tower's."""
+        return 1 + self.config.factors + self.config.features
+
+    def _known(self, ids: Tensor, rows: int) -> Tensor:
+        """Ids that the table has; newer ones, and in training a random share, become the unknown row 0."""
+        known = torch.where(ids < rows, ids, torch.zeros_like(ids))
+        if self.training and self.config.id_dropout > 0:
+            known = known * (torch.rand(ids.shape, device=ids.device) >= self.config.id_dropout)
+        return known
+
+    def _embed(self, tables: nn.ModuleList, vocabularies: tuple[int, ...], ids: Tensor) -> list[Tensor]:
+        return [table(self._known(ids[..., at], vocabularies[at])) for at, table in enumerate(tables)]
+
+    def normal_statistics(self, statistics: Tensor) -> Tensor:
+        """Statistics ``[..., S]`` as the layers read them: normalised, and 0 where the config leaves them out."""
+        normal: Tensor = self.statistics_normaliser(statistics)[..., : self.shape.statistics]
+        if self.config.user_statistics:
+            return normal
+        read = [float(at not in self.shape.request_statistics) for at in range(self.shape.statistics)]
+        return normal * torch.tensor(read, device=normal.device)
+
+    def forward(
+        self,
+        request_ids: Tensor,
+        candidate_ids: Tensor,
+        request_numbers: Tensor,
+        candidate_numbers: Tensor,
+        statistics: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Score rows without an adapter.
+
+        Args:
+            request_ids: vocabulary ids, int64 ``[..., Cr]``; 0, and ids beyond the table, are unknown.
+            candidate_ids: vocabulary ids, int64 ``[..., Cc]``, the item's first.
+            request_numbers: raw numbers, float32 ``[..., Fr]``, NaN where missing.
+            candidate_numbers: raw numbers, float32 ``[..., Fc]``.
+            statistics: as-of statistics, float32 ``[..., S]``, in model units.
+
+        Returns:
+            Logits ``[..., K]`` (for ratings: values) and adapter features ``[..., D]``.
+        """
+        shape = self.shape
+        normal = self.normal_statistics(statistics)
+        request = torch.cat(
+            [
+                *self._embed(self.request_tables, shape.request_vocabularies, request_ids),
+                self.request_normaliser(request_numbers),
+                normal[..., list(shape.request_statistics)],
+            ],
+            dim=-1,
+        )
+        candidate = torch.cat(
+            [
+                *self._embed(self.candidate_tables, shape.candidate_vocabularies, candidate_ids),
+                self.candidate_normaliser(candidate_numbers),
+                normal[..., list(shape.candidate_statistics)],
+            ],
+            dim=-1,
+        )
+        left, right = self.request_tower(request), self.candidate_tower(self.dropout(candidate))
+        if self.training and self.config.request_dropout > 0:
+            left = left * (torch.rand(left.shape[:-1], device=left.device) >= self.config.request_dropout)[..., None]
+        joint = torch.cat([left, right, left * right, normal[..., list(shape.joint_statistics)]], dim=-1)
+        logits = statistics[..., list(shape.offsets)] + self.wide(normal) + self.joint(joint)
+        features = [torch.ones_like(logits[..., :1])]
+        if self.factor_table is not None:
+            features.append(self.factor_table(self._known(candidate_ids[..., 0], shape.candidate_vocabularies[0])))
+        if self.head is not None:
+            features.append(self.head(right))
+        return logits, torch.cat(features, dim=-1)
+
+    @classmethod
+    def restore(cls, shape: RankerShape, config: RankerConfig, state: dict[str, Tensor]) -> Self:
+        """A network with the given weights, in evaluation mode.
+
+        Raises:
+            RuntimeError: if names or shapes of the weights do not fit.
+        """
+        network = cls(shape, config)
+        network.load_state_dict(state)
+        return network.eval()

@@ -1,0 +1,394 @@
+"""Meta-training: the base is trained so that a few closed-form steps on a segment's support serve its later rows best.
+
+The query loss flows back through the solve into embeddings, towers and precisions. Training starts in closed form (or
+from the parent), reads nights before the stop nights, and keeps what did best on the stop nights.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from tasks.data.columns import Rows
+from tasks.data.contract import DataConfig, Section, SegmentsConfig
+from tasks.errors import NotEnoughHistory, TrainingDiverged
+from tasks.learning.adapters import AdapterConfig, Precisions, check_width
+from tasks.learning.base import Base, grow
+from tasks.learning.closed_form import calibrate, factorise
+from tasks.learning.episodes import QUERY_ROWS, draw, row_loss, score_visits
+from tasks.learning.ladder import Ladder, learned_levels
+from tasks.learning.material import Material, Visits, visits_of
+from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+
+STOP_SUPPORT = (0, 5, 20)
+"""Same-night support rows at which the stop nights are scored: those of the exams."""
+PRECISION_SPEED = 5.0
+"""Learning rate of the log-precisions over that of the network."""
+Report = Callable[[float, float | None, str], None]
+
+
+class TrainingConfig(Section):
+    """How the base is trained."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of initial weights, dropout and episodes; combined with the night."""
+    threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    """CPU threads of the arithmetic; None leaves it to torch. Equal digests need equal threads."""
+    meta: bool = True
+    """Whether the loss is taken after adaptation. False is joint training: the adapters are solved afterwards."""
+    epochs: Annotated[int, Field(ge=0, le=1000)] = 8
+    """Most epochs; after each the stop nights are scored. 0 keeps the closed-form start."""
+    steps_per_epoch: Annotated[int, Field(ge=1)] = 20
+    """Gradient steps of an epoch."""
+    visits_per_step: Annotated[int, Field(ge=1)] = 64
+    """Episodes of a step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    """Step size of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1.0
+    """Decoupled weight decay of the layers."""
+    embedding_decay: Annotated[float, Field(ge=0)] = 3.0
+    """Decoupled weight decay of the embeddings."""
+    base_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the loss before adaptation, so that the base stands by itself."""
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    """Decay of the moving average of the weights, which is what is scored and kept."""
+    patience: Annotated[int, Field(ge=1)] = 3
+    """Epochs without a better stop loss before training ends."""
+    stop_nights: Annotated[int, Field(ge=1)] = 7
+    """Newest nights that training is stopped on and does not train on, when there is no parent."""
+    min_stop_rows: Annotated[int, Field(ge=1)] = 200
+    """Fewest rows of new stop nights with which a parent's base is trained on; with fewer it is kept as it is."""
+    start_rows: Annotated[int, Field(ge=1)] = 2_000_000
+    """Most rows, the newest, that the closed-form start reads."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training made.
+
+    Attributes:
+        base: the best base by stop loss.
+        curve: per epoch: number, mean training loss, stop loss. Epoch 0 is the closed-form start, epoch -1 the parent.
+        epoch: the epoch that was kept.
+        why: one sentence on how it started and ended.
+    """
+
+    base: Base
+    curve: tuple[tuple[int, float | None, float], ...]
+    epoch: int
+    why: str
+
+
+@contextmanager
+def steady(seed: int, threads: int | None) -> Iterator[None]:
+    """Deterministic arithmetic inside the block; global settings are put back afterwards."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before[0])
+            torch.use_deterministic_algorithms(before[1])
+
+
+def meta_train(
+    data: DataConfig,
+    segments: SegmentsConfig,
+    ranker: RankerConfig,
+    adapter: AdapterConfig,
+    training: TrainingConfig,
+    rows: Rows,
+    shape: RankerShape,
+    night: date,
+    parent: Base | None = None,
+    device: str = "cpu",
+    report: Report = lambda done, total, unit: None,
+) -> Trained:
+    """Train a base for a night on the nights before it.
+
+    Args:
+        data: the contract.
+        segments: the ladder.
+        ranker: the network.
+        adapter: the adapters that it is trained for.
+        training: how.
+        rows: rows of nights before `night` only.
+        shape: sizes of the network.
+        night: the night that the base is for; combined with the seed.
+        parent: the base to start from.
+        device: `cpu` or `cuda`.
+        report: progress, in epochs.
+
+    Returns:
+        The best base and its learning curve.
+
+    Raises:
+        NotEnoughHistory: rows of fewer than two nights.
+        TrainingDiverged: the loss is not finite.
+        InvalidConfig: a ridge without features.
+    """
+    seed = int(np.random.SeedSequence([training.seed, night.toordinal()]).generate_state(1)[0])
+    with steady(seed, training.threads):
+        return _Run(data, segments, ranker, adapter, training, rows, shape, night, device, report).train(parent, seed)
+
+
+class _Run:
+    """One training: what every part of it reads."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        segments: SegmentsConfig,
+        ranker: RankerConfig,
+        adapter: AdapterConfig,
+        training: TrainingConfig,
+        rows: Rows,
+        shape: RankerShape,
+        night: date,
+        device: str,
+        report: Report,
+    ) -> None:
+        self.data, self.ranker, self.adapter, self.training = data, ranker, adapter, training
+        self.rows, self.shape, self.night, self.device, self.report = rows, shape, night, device, report
+        self.ladder = Ladder(rows, segments, data.user)
+        self.levels = learned_levels(segments, data.user)
+        self.material = Material(rows, device)
+        self.visits = visits_of(rows)
+        self.weights = torch.tensor([objective.weight for objective in data.objectives], device=device)
+
+    def train(self, parent: Base | None, seed: int) -> Trained:
+        nights = np.unique(self.visits.night)
+        if len(nights) < 2:
+            raise NotEnoughHistory(
+                f"night {self.night} has rows of {len(nights)} night(s) before it, and training needs 2: one to train "
+                f"on and a later one to stop on; run a later night, or widen data.window_nights"
+            )
+        start = None if parent is None else self._usable(parent)
+        if start is None:
+            last = int(nights[-1 - min(self.training.stop_nights, len(nights) - 1)])
+            how = "started in closed form" + ("" if parent is None else ": the parent's base is of another shape")
+        else:
+            last = start.trained_through.toordinal()
+            fresh = self.visits.of_nights(last + 1, int(nights[-1]))
+            if int(fresh.rows.lengths.sum()) < self.training.min_stop_rows or last < int(nights[0]):
+                seen = int(fresh.rows.lengths.sum())
+                return Trained(
+                    start,
+                    (),
+                    -1,
+                    f"kept the parent's base: {seen} rows are newer than its training, and stopping on them needs "
+                    f"training.min_stop_rows = {self.training.min_stop_rows}",
+                )
+            how = f"started from the parent's base, trained through {start.trained_through}"
+        fit, stop = self.visits.of_nights(int(nights[0]), last), self.visits.of_nights(last + 1, int(nights[-1]))
+        return self._descend(start, fit, stop, date.fromordinal(int(nights[-1])), how, seed)
+
+    def _usable(self, parent: Base) -> Base | None:
+        """The parent's base, grown to tonight's vocabularies, if it is of the kind that the config asks for."""
+        if (parent.network.config, parent.levels, parent.adapter) != (self.ranker, self.levels, self.adapter):
+            return None
+        if parent.trained_through >= self.night:
+            return None
+        grown = grow(parent, self.shape)
+        return None if grown is None else grown.to(self.device)
+
+    def _descend(self, start: Base | None, fit: Visits, stop: Visits, through: date, how: str, seed: int) -> Trained:
+        random = np.random.default_rng(seed)
+        curve: list[tuple[int, float | None, float]] = []
+        if start is None:
+            network = Ranker(self.shape, self.ranker).to(self.device)
+            check_width(self.adapter, network.width)
+            width = self.adapter.width(network.width)
+            precisions = Precisions(len(self.levels), len(self.shape.kinds), width, self.adapter).to(self.device)
+            self._normalise(network, fit)
+        else:
+            network, precisions = copy.deepcopy(start.network), copy.deepcopy(start.precisions)
+            curve.append((-1, None, self._stop_loss(network, precisions, stop)))
+        best, kept = (copy.deepcopy(network), copy.deepcopy(precisions)), -1
+        self._closed_form(network, fit, sweeps=10 if start is None else 3)
+        curve.append((0, None, self._stop_loss(network, precisions, stop)))
+        if start is None or curve[-1][2] < curve[0][2]:
+            best, kept = (copy.deepcopy(network), copy.deepcopy(precisions)), 0
+        average = copy.deepcopy(network), copy.deepcopy(precisions)
+        optimiser = self._optimiser(network, precisions)
+        steps = 0
+        lowest = min(loss for _, _, loss in curve)
+        for epoch in range(1, self.training.epochs + 1):
+            losses: list[float] = []
+            for _ in range(self.training.steps_per_epoch):
+                steps += 1
+                for group in optimiser.param_groups:
+                    group["lr"] = group["peak"] * min(1.0, steps / self.training.steps_per_epoch)
+                losses.append(self._step(network, precisions, optimiser, fit, random))
+                keep = min(self.training.average, steps / (steps + 9))
+                _blend(average[0], network, keep)
+                _blend(average[1], precisions, keep)
+            curve.append((epoch, sum(losses) / len(losses), self._stop_loss(*average, stop)))
+            self.report(epoch, self.training.epochs, "epochs")
+            if curve[-1][2] < lowest:
+                best, kept, lowest = (copy.deepcopy(average[0]), copy.deepcopy(average[1])), epoch, curve[-1][2]
+            if epoch - max(kept, 0) >= self.training.patience:
+                break
+        self.report(self.training.epochs, self.training.epochs, "epochs")
+        base = Base(best[0].eval(), best[1], self.levels, self.adapter, through)
+        end = {-1: "kept the parent's base, which did best", 0: "kept the closed-form start, which did best"}
+        return Trained(base, tuple(curve), kept, f"{how}; {end.get(kept, f'kept epoch {kept}')} on the stop nights")
+
+    def _normalise(self, network: Ranker, fit: Visits) -> None:
+        """Fit means and scales on the newest training rows."""
+        at = fit.rows.flat()[0][-self.training.start_rows :]
+        tables = (
+            (network.request_normaliser, self.rows.request_numbers),
+            (network.candidate_normaliser, self.rows.candidate_numbers),
+            (network.statistics_normaliser, self.rows.statistics),
+        )
+        for normaliser, table in tables:
+            values = np.asarray(table[at], np.float64)
+            given = ~np.isnan(values)
+            count = np.maximum(given.sum(axis=0), 1)
+            mean = np.where(given, values, 0.0).sum(axis=0) / count
+            scale = np.sqrt(np.where(given, (values - mean) ** 2, 0.0).sum(axis=0) / count)
+            normaliser.mean.copy_(torch.from_numpy(mean))
+            # A constant column has no scale of its own: it is centred and left alone.
+            normaliser.scale.copy_(torch.from_numpy(np.where(scale > 1e-6, scale, 1.0)))
+
+    def _closed_form(self, network: Ranker, fit: Visits, sweeps: int) -> None:
+        """Solve the calibration of the statistics, then the item factors, with the rest of the network as it is."""
+        at = np.sort(
+            fit.rows.flat()[0][np.argsort(self.rows.time[fit.rows.flat()[0]], kind="stable")][
+                -self.training.start_rows :
+            ]
+        )
+        network.eval()
+        with torch.no_grad():
+            labels, weights = self.material.labels(at), self.material.weights(at)
+            nothing = nn.Linear(self.shape.statistics, len(self.shape.kinds)).to(self.device)
+            nn.init.zeros_(nothing.weight)
+            nn.init.zeros_(nothing.bias)
+            wide, network.wide = network.wide, nothing
+            offsets, normal = self._offsets(network, at)
+            network.wide = wide
+            solution = calibrate(normal, offsets, labels, weights, self.shape.kinds).float()
+            wide.weight.copy_(solution[:, :-1])
+            wide.bias.copy_(solution[:, -1])
+            if network.factor_table is not None:
+                scores = offsets + wide(normal)
+                users, user = np.unique(np.asarray(self.rows.user)[at], return_inverse=True)
+                table = network.factor_table.weight
+                items = torch.from_numpy(np.asarray(self.rows.item)[at]).to(self.device)
+                begin = table if table.abs().sum() > 0 else torch.randn_like(table) * 0.1
+                factors = factorise(
+                    torch.from_numpy(user.astype(np.int64)).to(self.device),
+                    torch.where(items < len(table), items, torch.zeros_like(items)),
+                    scores[:, 0],
+                    labels[:, 0],
+                    weights,
+                    self.shape.kinds[0],
+                    len(users),
+                    begin,
+                    strength=self.adapter.precision,
+                    bias_strength=self.adapter.precision,
+                    sweeps=sweeps,
+                )
+                table.copy_(factors)
+
+    def _offsets(self, network: Ranker, at: np.ndarray[tuple[int], np.dtype[np.int64]]) -> tuple[Tensor, Tensor]:
+        """Logits [N, K] and normalised statistics [N, S] of many rows, in chunks."""
+        logits, normal = [], []
+        for part in np.array_split(at, max(1, len(at) // 65_536)):
+            inputs = self.material.inputs(part)
+            logits.append(network(*inputs)[0])
+            normal.append(network.normal_statistics(inputs[4]))
+        return torch.cat(logits), torch.cat(normal)
+
+    def _optimiser(self, network: Ranker, precisions: Precisions) -> torch.optim.Optimizer:
+        """AdamW with its own decay for embeddings; factors and precisions are held by the solve, not by decay."""
+        config = self.training
+        groups: dict[str, list[nn.Parameter]] = {"embeddings": [], "factors": [], "layers": []}
+        for name, parameter in network.named_parameters():
+            kind = "factors" if name.startswith("factor_table") else "embeddings" if "_tables." in name else "layers"
+            groups[kind].append(parameter)
+        rate = config.learning_rate
+        return torch.optim.AdamW(
+            [
+                {"params": groups["embeddings"], "weight_decay": config.embedding_decay, "peak": rate},
+                {"params": groups["layers"], "weight_decay": config.weight_decay, "peak": rate},
+                {"params": groups["factors"], "weight_decay": 0.0, "peak": rate},
+                {"params": list(precisions.parameters()), "weight_decay": 0.0, "peak": rate * PRECISION_SPEED},
+            ],
+            lr=rate,
+        )
+
+    def _step(
+        self,
+        network: Ranker,
+        precisions: Precisions,
+        optimiser: torch.optim.Optimizer,
+        fit: Visits,
+        random: np.random.Generator,
+    ) -> float:
+        network.train()
+        visits, after = draw(fit, self.training.visits_per_step, random)
+        scorer = self.material.scorer(network)
+        if self.training.meta:
+            scores = score_visits(
+                *(self.ladder, visits, after, scorer, self.material, precisions()),
+                *(self.shape.kinds, self.adapter, QUERY_ROWS),
+            )
+            labels = self.material.labels(scores.rows)
+            loss = row_loss(scores.adapted, labels, self.shape.kinds, self.weights)
+            if self.training.base_weight > 0:
+                loss = loss + self.training.base_weight * row_loss(scores.base, labels, self.shape.kinds, self.weights)
+        else:
+            at = visits.rows.flat()[0]
+            loss = row_loss(scorer(at)[0], self.material.labels(at), self.shape.kinds, self.weights)
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(
+                f"the training loss of night {self.night} is {loss.item()}; lower training.learning_rate (now "
+                f"{self.training.learning_rate}) or look for extreme numbers among the inputs"
+            )
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+        optimiser.step()
+        return float(loss.detach())
+
+    def _stop_loss(self, network: Ranker, precisions: Precisions, stop: Visits) -> float:
+        """Adapted loss on the stop nights, averaged over the supports of the exams."""
+        network.eval()
+        losses: list[float] = []
+        with torch.no_grad():
+            for support in STOP_SUPPORT:
+                longer = stop.take(np.flatnonzero(stop.rows.lengths > support))
+                if len(longer) == 0:
+                    continue
+                scores = score_visits(
+                    *(self.ladder, longer, np.full(len(longer), support), self.material.scorer(network)),
+                    *(self.material, precisions(), self.shape.kinds, self.adapter),
+                )
+                losses.append(
+                    float(row_loss(scores.adapted, self.material.labels(scores.rows), self.shape.kinds, self.weights))
+                )
+        loss = sum(losses) / len(losses)
+        if not np.isfinite(loss):
+            raise TrainingDiverged(
+                f"the stop loss of night {self.night} is {loss}; look for extreme numbers in the data"
+            )
+        return loss
+
+
+def _blend(average: nn.Module, module: nn.Module, keep: float) -> None:
+    with torch.no_grad():
+        for kept, new in zip(average.parameters(), module.parameters(), strict=True):
+            kept.lerp_(new, 1.0 - keep)

@@ -1,0 +1,175 @@
+"""What travels between steps: a place to work in, and small references to what each step left in the store.
+
+Tables and tensors never travel; a reference names the step record that holds them, by key and digest, and carries
+the few numbers that a person wants to see go by.
+"""
+
+from datetime import date, datetime
+from typing import Literal
+
+from tasks.data.contract import Section
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Place(Section):
+    """Where a pipeline lives, and where this host may put temporary files."""
+
+    store: str
+    """Directory or `s3://bucket/prefix` of the object store."""
+    pipeline: str
+    """The pipeline's name: the first part of every key."""
+    scratch: str
+    """Local directory for temporary files; it can be emptied whenever nothing runs."""
+    device: Device = "auto"
+    """Where networks run: `auto` takes CUDA where a device is."""
+
+
+class StepRef(Section):
+    """A finished step: which record it left, and what it took to make."""
+
+    step: str
+    """The step's name, the folder of its records in the store."""
+    key: str
+    """Digest of everything that the step was made from."""
+    digest: str
+    """Digest of the record's content; the keys of later steps are made from it."""
+    reused: bool
+    """Whether the record was already there."""
+    seconds: float
+    """Wall time of the run that made the record."""
+    peak_mib: float
+    """Peak resident memory of that run, in MiB."""
+
+
+class IngestRef(StepRef):
+    """A frozen night, and what it will be compared with."""
+
+    night: date
+    rows: int
+    files: int
+    bytes: int
+    frozen: str
+    """Digest over the night's files."""
+    parent: str | None
+    """Release that the night starts from."""
+    champion: str | None
+    """Release that the pointer named when the night was first taken in."""
+    champion_night: date | None
+    exams: tuple[str, ...]
+    """Digests of the earlier nightly exams that the gate pools."""
+
+
+class ValidateRef(StepRef):
+    """A validated night."""
+
+    rows: int
+    clean: int
+    bad: int
+    reasons: dict[str, int]
+    """Rows in quarantine by reason code."""
+
+
+class PrepareRef(StepRef):
+    """Columns, statistics and vocabularies of the window and the night."""
+
+    nights: tuple[date, ...]
+    """Nights of history that are read."""
+    left_out: dict[str, str]
+    """Nights of the window that are not, with the reason."""
+    rows: int
+    users: int
+    items: int
+    segments: int
+
+
+class BaseRef(StepRef):
+    """A meta-trained base."""
+
+    epochs: int
+    stop_loss: float
+    """Query loss on the nights that training was stopped on."""
+    parameters: int
+
+
+class BankRef(StepRef):
+    """Adapters of all segments."""
+
+    bank: Literal["exam", "ship"]
+    segments: int
+    """Segments looked at."""
+    adapted: int
+    """Segments that have an adapter of their own."""
+
+
+class ExamRef(StepRef):
+    """Both exams of candidate and baselines."""
+
+    rows: int
+    users: int
+
+
+class ScoreRow(Section):
+    """One line of the table that a person reads: a method in an exam, for the lead objective."""
+
+    exam: str
+    """`nightly`, or `first contact, 5 rows`."""
+    method: str
+    """`adapted`, or a baseline's name."""
+    rows: int
+    log_loss: float
+    calibration: float | None = None
+    """Expected calibration error."""
+    auc: float | None = None
+    """Mean of the per-user areas under the curve."""
+    ndcg: float | None = None
+    """Mean of the per-user NDCG@10."""
+
+
+class VerdictRef(StepRef):
+    """What the gate said."""
+
+    go: bool
+    decided_by: str
+    reasons: tuple[str, ...]
+    alarms: tuple[str, ...]
+    scores: tuple[ScoreRow, ...]
+
+
+class ExportRef(StepRef):
+    """An exported release, not yet published."""
+
+    release: str
+    """Its id: the digest of its content."""
+    bytes: int
+    parity: float
+    """Largest difference between the graph and the network over the golden requests."""
+
+
+class PublishRef(StepRef):
+    """A published release."""
+
+    release: str
+    night: date
+    promoted: bool
+    """Whether the pointer names this release now."""
+    why: str
+    """One sentence: why it was promoted, or why it was not."""
+    report: str
+    """Where the report is: a path for a directory store, a URL otherwise."""
+
+
+class ReleaseRow(Section):
+    """One release of a pipeline, as `nightrank releases` lists it."""
+
+    release: str
+    night: date
+    created: datetime
+    go: bool
+    """Whether the gate let it through."""
+    champion: bool
+    """Whether the pointer names it now."""
+    parent: str | None
+    config: str
+    """Digest of the config that made it, without the places it ran in."""
+    report: str

@@ -1,0 +1,134 @@
+"""What an operator must hear about by name: adaptation that does nothing or hurts, a lost segment, a leaking input.
+
+An alarm stops nothing by itself; it stands in the night's last lines, in `run.json` and on top of the report.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.learning.intervals import Interval
+from tasks.learning.metrics import auc
+
+FloatArray = NDArray[np.floating[Any]]
+
+INERT_BELOW = 1e-6
+"""Adapted predictions that differ from zero steps by no more than this on every row have not adapted."""
+LEAKS_ABOVE = 0.95
+"""No honest single input separates tonight's labels this well (AUC)."""
+LEAK_CLASS_ROWS = 20
+"""Rows of each class from which an AUC above `LEAKS_ABOVE` is no accident (about five standard deviations)."""
+NAMED = 5
+"""How many segments a message names."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One thing that somebody should look at."""
+
+    name: Literal["inert", "harmful", "vanished", "leaking"]
+    """What kind of thing."""
+    message: str
+    """The object, the value observed, the limit and the remedy."""
+
+
+def inert(adapted: FloatArray, zero_steps: FloatArray) -> Alarm | None:
+    """Adaptation that changes nothing.
+
+    Args:
+        adapted: [...] predictions with adapters.
+        zero_steps: [...] predictions of the same rows without.
+
+    >>> inert(np.array([0.5, 0.25]), np.array([0.5, 0.25])).name
+    'inert'
+    """
+    if not adapted.size or (change := float(np.abs(adapted - zero_steps).max())) > INERT_BELOW:
+        return None
+    return Alarm(
+        "inert",
+        f"adaptation changes no prediction: largest change {change:.1e} over {adapted.size:,} predictions, "
+        f"expected above {INERT_BELOW:.0e}; look at segments.min_support and at the support sizes in the report",
+    )
+
+
+def harmful(adapted_vs_zero_steps: Interval) -> Alarm | None:
+    """Adaptation that is shown to raise the loss.
+
+    >>> harmful(Interval(0.02, 0.01, 0.03, 50, 700)).name
+    'harmful'
+    """
+    vs = adapted_vs_zero_steps
+    if not vs.low > 0:
+        return None
+    return Alarm(
+        "harmful",
+        f"adaptation raises the loss: {vs.estimate:+.4f} [{vs.low:+.4f}, {vs.high:+.4f}] per row against zero steps "
+        f"over {vs.users:,} users, expected below zero; compare the nights in the report, and shrink the adapters "
+        "harder",
+    )
+
+
+def vanished(
+    level: str, before: NDArray[Any], rows_before: NDArray[np.int64], tonight: NDArray[Any], min_rows: int
+) -> Alarm | None:
+    """Segments that had many rows in the previous exam and none tonight.
+
+    Meant for markets, devices and cohorts; single users come and go, so their level is not asked about.
+
+    Args:
+        level: the ladder level's name.
+        before: [P] distinct keys of the previous exam's segments, readable ones.
+        rows_before: [P] their exam rows.
+        tonight: [T] keys of tonight's segments.
+        min_rows: rows from which a segment is missed.
+
+    >>> vanished("market", np.array(["de", "fr"]), np.array([900, 3]), np.array(["it"]), 100).message[:61]
+    'of 1 market segments with 100 rows or more in the previous ex'
+    """
+    large = rows_before >= min_rows
+    lost = large & ~np.isin(before, tonight)
+    if not lost.any():
+        return None
+    order = np.argsort(-rows_before[lost], kind="stable")[:NAMED]
+    named = ", ".join(
+        f"{key} ({rows:,} rows)"
+        for key, rows in zip(before[lost][order].tolist(), rows_before[lost][order].tolist(), strict=True)
+    )
+    return Alarm(
+        "vanished",
+        f"of {int(large.sum()):,} {level} segments with {min_rows:,} rows or more in the previous exam, "
+        f"{int(lost.sum()):,} have none tonight: {named}; ask upstream whether their logs are missing",
+    )
+
+
+def leaking(labels: FloatArray, inputs: Mapping[str, FloatArray]) -> Sequence[Alarm]:
+    """Inputs that by themselves tell tonight's labels.
+
+    A high or a low AUC is a leak alike; a missing value ranks lowest, for being missing may be the leak.
+
+    Args:
+        labels: [N] 0 or 1, NaN where missing.
+        inputs: by name, [N] a statistic or numeric input, NaN where missing.
+
+    >>> labels = np.repeat([0.0, 1.0], 50)
+    >>> [alarm.message[:32] for alarm in leaking(labels, {"honest": np.tile([1.0, 2.0], 50), "copy": -labels})]
+    ["input 'copy' alone tells tonight"]
+    """
+    known = ~np.isnan(labels)
+    positives = int((labels[known] > 0).sum())
+    if min(positives, int(known.sum()) - positives) < LEAK_CLASS_ROWS:
+        return ()
+    lowest = np.finfo(np.float64).min
+    told = {name: auc(labels, np.nan_to_num(values.astype(np.float64), nan=lowest)) for name, values in inputs.items()}
+    return tuple(
+        Alarm(
+            "leaking",
+            f"input {name!r} alone tells tonight's labels apart with AUC {area:.3f} over {int(known.sum()):,} rows, "
+            f"expected between {1 - LEAKS_ABOVE:.2f} and {LEAKS_ABOVE:.2f}; check that it is known before the outcome",
+        )
+        for name, area in told.items()
+        if not 1 - LEAKS_ABOVE <= area <= LEAKS_ABOVE
+    )

@@ -1,0 +1,221 @@
+"""Golden requests: what a release must answer, and the proof that its graphs say what the network says.
+
+Drawn from real rows, then made difficult: unknown keys, missing values, mixed segments, several shapes. A reader asks
+them before it serves a release.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import pyarrow as pa
+import torch
+
+from tasks.data.contract import DataConfig
+from tasks.data.vocabulary import MISSING
+from tasks.errors import ParityBroken
+from tasks.learning.networks import Ranker
+from tasks.release.graphs import Scorer
+from tasks.release.interface import InputSpec
+from tasks.release.lookups import Request, encode, input_specs, wires
+from tasks.release.strict_json import SCHEMA_VERSION, canonical
+from tasks.release.tables import ServingTables
+
+F32 = npt.NDArray[np.float32]
+TOLERANCE = 1e-5
+"""Largest difference between the network's scores and a graph's, absolute for probabilities, relative to 1 + the
+network's value for ratings."""
+SHAPES = ((1, 1), (1, 20), (2, 1), (7, 5), (16, 9))
+"""Requests x candidates of the golden requests; each comes as drawn, and once with difficulties."""
+NEVER_SEEN = {"int64": -(2**63) + 1, "string": "\x02never seen\x03"}
+"""Keys that no lake holds."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden request and the scores that the network gives to it.
+
+    Attributes:
+        inputs: raw columns.
+        scores: expected scores, float32 [R, M, K].
+    """
+
+    inputs: Request
+    scores: F32
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How closely the graphs agree with the network.
+
+    Attributes:
+        requests: golden requests asked.
+        scores: numbers compared per graph.
+        model: largest difference of `model.onnx`.
+        split: largest difference of `lookup.onnx` followed by `score.onnx`.
+        tolerance: the limit that both kept.
+    """
+
+    requests: int
+    scores: int
+    model: float
+    split: float
+    tolerance: float = TOLERANCE
+
+
+def draw_requests(data: DataConfig, rows: pa.Table, seed: int = 0) -> tuple[dict[str, npt.NDArray[np.generic]], ...]:
+    """Draw requests from real rows.
+
+    Args:
+        data: the contract.
+        rows: clean interactions with at least one row; request columns and candidate columns are drawn apart.
+        seed: seed of the draw.
+
+    Returns:
+        For each of `SHAPES` one request as drawn, and one in which about a third of the keys are unknown and about a
+        third of the other values are missing.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if rows.num_rows == 0:
+        raise ValueError("golden requests need at least one row")
+    random = np.random.default_rng(seed)
+    specs = input_specs(data)
+    drawn = []
+    for requests, candidates in SHAPES:
+        of_request = pa.array(random.integers(rows.num_rows, size=requests))
+        of_candidate = pa.array(random.integers(rows.num_rows, size=requests * candidates))
+        request = {}
+        for spec in specs:
+            values = rows[spec.name].take(of_request if spec.per == "request" else of_candidate)
+            shape = (requests,) if spec.per == "request" else (requests, candidates)
+            request[spec.name] = _raw(values, spec).reshape(shape)
+        drawn += [request, {spec.name: _difficult(request[spec.name], spec, data, random) for spec in specs}]
+    return tuple(drawn)
+
+
+def _raw(values: pa.ChunkedArray, spec: InputSpec) -> npt.NDArray[np.generic]:
+    if spec.dtype == "float32":
+        return np.asarray(values.cast(pa.float64()).to_numpy(), np.float64).astype(np.float32)
+    if spec.dtype == "int64":
+        return np.asarray(values.cast(pa.int64()).fill_null(MISSING["int64"]).to_numpy(), np.int64)
+    return np.array(values.cast(pa.string()).fill_null(MISSING["string"]).to_pylist(), object)
+
+
+def _difficult(
+    values: npt.NDArray[np.generic], spec: InputSpec, data: DataConfig, random: np.random.Generator
+) -> npt.NDArray[np.generic]:
+    hit = random.random(values.shape) < 1 / 3
+    if spec.dtype == "float32":
+        return np.where(hit, np.float32(np.nan), values)
+    is_key = spec.name in (data.user, data.item)
+    unknown = hit if is_key else random.random(values.shape) < 1 / 6
+    never, missing = np.array(NEVER_SEEN[spec.dtype], values.dtype), np.array(MISSING[spec.dtype], values.dtype)
+    return np.where(unknown, never, np.where(hit, missing, values))
+
+
+def reference_scores(network: Ranker, bank: F32, tables: ServingTables, data: DataConfig, request: Request) -> F32:
+    """Scores [R, M, K] of the network itself, with the look-up done in numpy."""
+    scorer = Scorer(network, bank, tables)
+    was_training = network.training
+    scorer.eval()
+    encoded = {role: torch.from_numpy(np.array(values)) for role, values in encode(data, tables, request).items()}
+    with torch.no_grad():
+        scores: F32 = scorer(**encoded).numpy()
+    network.train(was_training)
+    return scores
+
+
+def make_golden(
+    network: Ranker, bank: F32, tables: ServingTables, data: DataConfig, requests: Sequence[Request]
+) -> tuple[Golden, ...]:
+    """Golden requests with the network's answers.
+
+    Raises:
+        ParityBroken: the network itself gives scores that are not finite.
+    """
+    golden = tuple(Golden(one, reference_scores(network, bank, tables, data, one)) for one in requests)
+    for position, one in enumerate(golden):
+        if not np.isfinite(one.scores).all():
+            raise ParityBroken(
+                f"the network gives {int((~np.isfinite(one.scores)).sum())} scores that are not finite to golden "
+                f"request {position}; look at the training curve and at the inputs' ranges"
+            )
+    return golden
+
+
+def write_golden(data: DataConfig, golden: Sequence[Golden], folder: Path) -> None:
+    """Write `golden.json`: per request its columns and scores as lists, flat, in row-major order; NaN is null."""
+    specs = input_specs(data)
+    written = [
+        {
+            "inputs": {spec.name: _listed(one.inputs[spec.name], spec) for spec in specs},
+            "shape": list(one.scores.shape),
+            "scores": one.scores.ravel().astype(float).tolist(),
+        }
+        for one in golden
+    ]
+    (folder / "golden.json").write_bytes(canonical({"schema_version": SCHEMA_VERSION, "requests": written}))
+
+
+def _listed(values: npt.NDArray[np.generic], spec: InputSpec) -> list[object]:
+    listed = values.ravel().tolist()
+    if spec.dtype != "float32":
+        return listed
+    return [None if value != value else value for value in listed]
+
+
+def check_parity(data: DataConfig, tables: ServingTables, golden: Sequence[Golden], folder: Path) -> Parity:
+    """Ask the exported graphs the golden requests, on the CPU.
+
+    Raises:
+        ParityBroken: `model.onnx`, or `lookup.onnx` and `score.onnx`, differ from the network by more than `TOLERANCE`.
+    """
+    names = wires(data, tables)
+    model, lookup, score = (_session(folder / f"{name}.onnx") for name in ("model", "lookup", "score"))
+    between = list(names.between().values())
+    worst = {"model.onnx": 0.0, "lookup.onnx + score.onnx": 0.0}
+    for position, one in enumerate(golden):
+        found = dict(zip(between, lookup.run(between, one.inputs), strict=True))
+        answers = {
+            "model.onnx": model.run([names.scores], one.inputs)[0],
+            "lookup.onnx + score.onnx": score.run([names.scores], found)[0],
+        }
+        for graph, answer in answers.items():
+            difference = _difference(data, one.scores, np.asarray(answer, np.float32))
+            worst[graph] = max(worst[graph], difference)
+            if not difference <= TOLERANCE:
+                raise ParityBroken(
+                    f"{graph} differs from the network by {difference:.3g} on golden request {position} "
+                    f"of {len(golden)} (shape {list(one.scores.shape)}), limit {TOLERANCE:g}; nothing was published"
+                )
+    total = sum(one.scores.size for one in golden)
+    return Parity(len(golden), total, worst["model.onnx"], worst["lookup.onnx + score.onnx"])
+
+
+def _difference(data: DataConfig, expected: F32, answer: F32) -> float:
+    """Largest difference; infinite where shapes differ or a number is not finite."""
+    if expected.shape != answer.shape or not np.isfinite(answer).all():
+        return float("inf")
+    rating = np.array([objective.kind == "rating" for objective in data.objectives])
+    scale = np.where(rating, 1.0 + np.abs(expected), 1.0)
+    return float(np.max(np.abs(expected - answer) / scale, initial=0.0))
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def examples(golden: Golden) -> Mapping[str, str | int | float | None]:
+    """The first value of every column of a golden request, for the manifest."""
+    found: dict[str, str | int | float | None] = {}
+    for name, values in golden.inputs.items():
+        value = values.ravel()[0].item() if isinstance(values.ravel()[0], np.generic) else values.ravel()[0]
+        found[name] = None if value != value else value
+    return found

@@ -1,0 +1,145 @@
+"""What goes into a release and what comes out, as a manifest states it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import date
+from typing import Literal
+
+from tasks.release.strict_json import Reader, canonical
+
+Json = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One raw column that a request must hold.
+
+    Attributes:
+        name: the column's name in the lake and in `model.onnx`.
+        per: whether there is one value per request, or one per candidate.
+        dtype: element type of the tensor.
+        meaning: for people.
+        missing: what stands for a missing value; None means NaN.
+        example: a value as it may stand in a request.
+    """
+
+    name: str
+    per: Literal["request", "candidate"]
+    dtype: Literal["int64", "string", "float32"]
+    meaning: str
+    missing: str | int | None
+    example: str | int | float | None = None
+
+    @property
+    def shape(self) -> tuple[str, ...]:
+        """Symbolic shape of the tensor."""
+        return ("requests",) if self.per == "request" else ("requests", "candidates")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One position of the scores' last axis: a probability (binary) or an expected value (rating)."""
+
+    name: str
+    kind: Literal["binary", "rating"]
+
+
+@dataclass(frozen=True)
+class LevelSpec:
+    """One level of the segment ladder: its columns, and how many of its segments the release knows."""
+
+    columns: tuple[str, ...]
+    segments: int
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What goes into a release and what comes out, bound to its id through `interface.json`.
+
+    Attributes:
+        night: the newest night that the release has learned from.
+        inputs: raw columns of `model.onnx` and `lookup.onnx`.
+        output: name of the scores, float32 [requests, candidates, objectives].
+        objectives: the last axis of the scores.
+        wires: role to name of the tensors between `lookup.onnx` and `score.onnx`.
+        levels: the segment ladder, finest first; the base stands below the last.
+    """
+
+    night: date
+    inputs: tuple[InputSpec, ...]
+    output: str
+    objectives: tuple[Objective, ...]
+    wires: Mapping[str, str]
+    levels: tuple[LevelSpec, ...]
+
+    def serialise(self) -> bytes:
+        """The bytes of `interface.json`."""
+        return canonical(self.as_json())
+
+    def as_json(self) -> Json:
+        """The content of `interface.json`, which the manifest repeats."""
+        inputs = [{**asdict(spec), "shape": list(spec.shape)} for spec in self.inputs]
+        levels = [{"columns": list(level.columns), "segments": level.segments} for level in self.levels]
+        return {
+            "night": self.night.isoformat(),
+            "inputs": inputs,
+            "output": {"name": self.output, "dtype": "float32", "shape": ["requests", "candidates", "objectives"]},
+            "objectives": [asdict(objective) for objective in self.objectives],
+            "wires": dict(self.wires),
+            "levels": levels,
+        }
+
+
+def read_interface(read: Reader, value: object) -> Interface:
+    """Read an interface, and trust nothing in it.
+
+    Raises:
+        ReleaseRefused: anything is odd.
+    """
+    names = ("night", "inputs", "output", "objectives", "wires", "levels")
+    values = read.fields(value, "interface", names, versioned=False)
+    inputs = tuple(_input(read, one) for one in read.sequence(values["inputs"], "inputs"))
+    if len({spec.name for spec in inputs}) != len(inputs) or {spec.per for spec in inputs} != {"request", "candidate"}:
+        read.refuse("its inputs are doubled, or lack the user or the item")
+    output = read.fields(values["output"], "output", ("name", "dtype", "shape"), versioned=False)
+    objectives = []
+    for one in read.sequence(values["objectives"], "objectives"):
+        said = read.fields(one, "objective", ("name", "kind"), versioned=False)
+        kind: Literal["binary", "rating"] = "binary" if said["kind"] == "binary" else "rating"
+        if said["kind"] != kind:
+            read.refuse(f"objective kind {said['kind']!r} is unknown")
+        objectives.append(Objective(read.name(said["name"]), kind))
+    if not objectives:
+        read.refuse("it has no objective")
+    levels = []
+    for one in read.sequence(values["levels"], "levels"):
+        said = read.fields(one, "level", ("columns", "segments"), versioned=False)
+        columns = tuple(read.name(name) for name in read.sequence(said["columns"], "columns"))
+        levels.append(LevelSpec(columns, read.count(said["segments"], "segments")))
+    wires = {read.name(role): read.name(name) for role, name in read.mapping(values["wires"], "wires").items()}
+    night, name = read.night(values["night"]), read.name(output["name"])
+    interface = Interface(night, inputs, name, tuple(objectives), wires, tuple(levels))
+    if canonical(interface.as_json()) != canonical(value):
+        read.refuse("its interface does not follow from its parts")
+    return interface
+
+
+def _input(read: Reader, value: object) -> InputSpec:
+    names = ("name", "per", "dtype", "meaning", "missing", "example", "shape")
+    values = read.fields(value, "input", names, versioned=False)
+    name = read.name(values["name"])
+    per: Literal["request", "candidate"] = "request" if values["per"] == "request" else "candidate"
+    dtypes: dict[object, Literal["int64", "string", "float32"]] = {
+        "int64": "int64",
+        "string": "string",
+        "float32": "float32",
+    }
+    if values["per"] != per or not isinstance(values["dtype"], str) or values["dtype"] not in dtypes:
+        read.refuse(f"input {name!r} is per {values['per']!r} and of dtype {values['dtype']!r}, which is unknown")
+    missing, example = values["missing"], values["example"]
+    dtype = dtypes[values["dtype"]]
+    expected = {"int64": int, "string": str, "float32": type(None)}[dtype]
+    if type(missing) is not expected or not isinstance(example, str | int | float | None):
+        read.refuse(f"input {name!r} of dtype {dtype} marks missing values by {missing!r}")
+    assert isinstance(missing, str | int | None)
+    return InputSpec(name, per, dtype, read.text(values["meaning"], "meaning"), missing, example)

@@ -1,0 +1,276 @@
+"""The look-up graph: raw columns in, ids out; and the same look-up in numpy, which is its oracle.
+
+Everything that needs strings or keys happens here and stays on the CPU. Names inside the graph hold a slash, which no
+column name can, so that a lake may call its columns anything.
+
+Shapes: R requests, M candidates per request, Cr/Cc categorical request/candidate columns, Fr/Fc numeric ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pyarrow as pa
+from onnx import TensorProto, helper, numpy_helper
+
+from tasks.data.contract import DataConfig
+from tasks.data.segments import mixed_radix
+from tasks.data.vocabulary import MISSING
+from tasks.release.interface import InputSpec, Objective
+from tasks.release.tables import ServingTables
+
+I64 = npt.NDArray[np.int64]
+Request = Mapping[str, npt.NDArray[np.generic]]
+"""Column name to raw values: int64, float32 or strings (object); [R] per request, [R, M] per candidate."""
+
+OPSETS = {"": 20, "ai.onnx.ml": 4}
+IR_VERSION = 10
+_TYPES = {"int64": TensorProto.INT64, "string": TensorProto.STRING, "float32": TensorProto.FLOAT}
+
+
+@dataclass(frozen=True)
+class Wires:
+    """Names of the tensors between `lookup.onnx` and `score.onnx`, and of the output.
+
+    None where a release has nothing to put there. A name that a column of the lake already bears gets an underscore.
+    """
+
+    candidate_ids: str
+    slot: str
+    user_row: str
+    request_ids: str | None
+    request_numbers: str | None
+    candidate_numbers: str | None
+    cohort_item_row: str | None
+    scores: str
+
+    def between(self) -> dict[str, str]:
+        """Role to name of every tensor that `lookup.onnx` gives and `score.onnx` takes."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "scores"}
+        return {role: name for role, name in named.items() if name is not None}
+
+
+def wires(data: DataConfig, tables: ServingTables) -> Wires:
+    """The tensor names of a release."""
+    taken = {spec.name for spec in input_specs(data)}
+
+    def free(name: str) -> str:
+        while name in taken:
+            name += "_"
+        return name
+
+    return Wires(
+        candidate_ids=free("candidate_ids"),
+        slot=free("slot"),
+        user_row=free("user_row"),
+        request_ids=free("request_ids") if data.named("request", "categorical") else None,
+        request_numbers=free("request_numbers") if data.named("request", "numeric") else None,
+        candidate_numbers=free("candidate_numbers") if data.named("candidate", "numeric") else None,
+        cohort_item_row=free("cohort_item_row") if tables.statistics.cohort_columns else None,
+        scores=free("scores"),
+    )
+
+
+def input_specs(
+    data: DataConfig, examples: Mapping[str, str | int | float | None] | None = None
+) -> tuple[InputSpec, ...]:
+    """What a ranking request must hold: user, request columns, item, candidate columns.
+
+    Args:
+        data: the contract.
+        examples: a value per column, for readers of the manifest.
+    """
+    examples = examples or {}
+    specs = []
+    for name in (data.user, *data.named("request"), data.item, *data.named("candidate")):
+        column = data.column(name)
+        dtype = "float32" if column.kind == "numeric" else column.dtype
+        if column.role in ("user", "item"):
+            meaning = f"{column.role} key; an unknown one is served by what is known besides"
+        elif column.kind == "categorical":
+            meaning = f"{column.role} category; an unknown one counts as missing"
+        else:
+            meaning = f"{column.role} number, as it stands in the lake"
+        specs.append(
+            InputSpec(
+                name=name,
+                per="request" if column.role in ("user", "request") else "candidate",
+                dtype=dtype,  # type: ignore[arg-type]  # the contract allows int64 and string for what is looked up
+                meaning=meaning,
+                missing=None if dtype == "float32" else MISSING[dtype],
+                example=examples.get(name),
+            )
+        )
+    return tuple(specs)
+
+
+def objectives(data: DataConfig) -> tuple[Objective, ...]:
+    """The last axis of the scores."""
+    return tuple(Objective(objective.name, objective.kind) for objective in data.objectives)
+
+
+def encode(data: DataConfig, tables: ServingTables, request: Request) -> dict[str, npt.NDArray[np.generic]]:
+    """The look-up in numpy: role (a field of `Wires`) to array. Absent roles are absent here, too."""
+    ids = {name: _ids(tables, name, request[name]) for name in data.vocabularies}
+    user, item = ids[data.user], ids[data.item]
+    encoded: dict[str, npt.NDArray[np.generic]] = {
+        "candidate_ids": np.stack([item, *(ids[n] for n in data.named("candidate", "categorical"))], axis=-1),
+        "user_row": user,
+    }
+    if names := data.named("request", "categorical"):
+        encoded["request_ids"] = np.stack([ids[name] for name in names], axis=-1)
+    for role in ("request", "candidate"):
+        if names := data.named("request" if role == "request" else "candidate", "numeric"):
+            encoded[f"{role}_numbers"] = np.stack([request[name] for name in names], axis=-1).astype(np.float32)
+    slot = np.zeros_like(user)
+    for level in reversed(tables.levels):
+        key = mixed_radix([ids[name] for name in level.columns], level.radices, "segments")
+        own = _find(level.keys, level.slots, key, -1)
+        slot = np.where(own >= 0, own, slot)
+    encoded["slot"] = slot
+    statistics = tables.statistics
+    if statistics.cohort_columns:
+        cohort = [np.broadcast_to(ids[name][:, None], item.shape) for name in statistics.cohort_columns]
+        key = mixed_radix([*cohort, item], statistics.cohort_radices, "cohort x item")
+        rows = np.arange(1, len(statistics.cohort_item_keys) + 1)
+        encoded["cohort_item_row"] = _find(statistics.cohort_item_keys, rows, key, 0)
+    return encoded
+
+
+def _ids(tables: ServingTables, name: str, values: npt.NDArray[np.generic]) -> I64:
+    keys = tables.vocabularies[name]
+    return keys.encode(pa.array(values.ravel(), keys.keys.type)).reshape(values.shape)
+
+
+def _find(keys: I64, values: I64, wanted: I64, default: int) -> I64:
+    if len(keys) == 0:
+        return np.full_like(wanted, default)
+    order = np.argsort(keys)
+    at = np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)
+    return np.where(keys[order][at] == wanted, values[order][at], default)
+
+
+def lookup_graph(data: DataConfig, tables: ServingTables, names: Wires) -> onnx.ModelProto:
+    """Build `lookup.onnx`.
+
+    Args:
+        data: the contract: the inputs.
+        tables: vocabularies, cohort keys and slots; they become attributes of LabelEncoder nodes.
+        names: what the outputs are called.
+    """
+    graph = _Graph()
+    specs = input_specs(data)
+    ids = {name: graph.encoder(name, f"lookup/ids/{name}", *_entries(tables, name), 0) for name in data.vocabularies}
+    user, item = ids[data.user], ids[data.item]
+    graph.node("Identity", [user], names.user_row)
+    graph.stack([item, *(ids[n] for n in data.named("candidate", "categorical"))], names.candidate_ids)
+    if names.request_ids:
+        graph.stack([ids[name] for name in data.named("request", "categorical")], names.request_ids)
+    if names.request_numbers:
+        graph.stack(data.named("request", "numeric"), names.request_numbers)
+    if names.candidate_numbers:
+        graph.stack(data.named("candidate", "numeric"), names.candidate_numbers)
+    slot = graph.node("Mul", [user, graph.number(0)], "lookup/base")
+    for position, level in reversed(list(enumerate(tables.levels))):
+        key = graph.mixed_radix([ids[name] for name in level.columns], level.radices, f"lookup/level{position}")
+        own = graph.encoder(key, f"lookup/own{position}", level.keys, level.slots, -1)
+        has = graph.node("GreaterOrEqual", [own, graph.number(0)], f"lookup/has{position}")
+        slot = graph.node("Where", [has, own, slot], f"lookup/slot{position}")
+    graph.node("Identity", [slot], names.slot)
+    statistics = tables.statistics
+    if names.cohort_item_row:
+        cohort = graph.mixed_radix(
+            [ids[n] for n in statistics.cohort_columns], statistics.cohort_radices[:-1], "lookup/cohort"
+        )
+        column = graph.node("Unsqueeze", [cohort, graph.number(-1, axis=True)], "lookup/cohort/column")
+        scaled = graph.node("Mul", [column, graph.number(statistics.cohort_radices[-1])], "lookup/cohort/scaled")
+        key = graph.node("Add", [scaled, item], "lookup/cohort/key")
+        rows = np.arange(1, len(statistics.cohort_item_keys) + 1)
+        graph.encoder(key, names.cohort_item_row, statistics.cohort_item_keys, rows, 0)
+    shapes: dict[str, tuple[int, list[str | int]]] = {
+        "candidate_ids": (
+            TensorProto.INT64,
+            ["requests", "candidates", 1 + len(data.named("candidate", "categorical"))],
+        ),
+        "slot": (TensorProto.INT64, ["requests"]),
+        "user_row": (TensorProto.INT64, ["requests"]),
+        "request_ids": (TensorProto.INT64, ["requests", len(data.named("request", "categorical"))]),
+        "request_numbers": (TensorProto.FLOAT, ["requests", len(data.named("request", "numeric"))]),
+        "candidate_numbers": (TensorProto.FLOAT, ["requests", "candidates", len(data.named("candidate", "numeric"))]),
+        "cohort_item_row": (TensorProto.INT64, ["requests", "candidates"]),
+    }
+    inputs = [helper.make_tensor_value_info(spec.name, _TYPES[spec.dtype], list(spec.shape)) for spec in specs]
+    outputs = [helper.make_tensor_value_info(name, *shapes[role]) for role, name in names.between().items()]
+    return as_model(helper.make_graph(graph.nodes, "lookup", inputs, outputs, list(graph.constants.values())))
+
+
+def as_model(graph: onnx.GraphProto) -> onnx.ModelProto:
+    """Wrap a graph with the versions that every file of a release states."""
+    opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="nightrank")
+
+
+def _entries(tables: ServingTables, name: str) -> tuple[Sequence[int] | Sequence[str], I64]:
+    vocabulary = tables.vocabularies[name]
+    return vocabulary.keys.to_pylist(), np.arange(1, vocabulary.rows)
+
+
+class _Graph:
+    """Nodes and constants of a graph under construction."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+
+    def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: int | onnx.TensorProto) -> str:
+        name = f"lookup/{kind}{len(self.nodes)}"
+        node = helper.make_node(kind, list(inputs), [output], name=name)
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+        self.nodes.append(node)
+        return output
+
+    def number(self, value: int, axis: bool = False) -> str:
+        name = f"lookup/{'axis' if axis else 'number'}{value}"
+        self.constants[name] = numpy_helper.from_array(np.array([value] if axis else value, np.int64), name)
+        return name
+
+    def stack(self, columns: Sequence[str], output: str) -> str:
+        axis = self.number(-1, axis=True)
+        parts = [self.node("Unsqueeze", [one, axis], f"{output}/{position}") for position, one in enumerate(columns)]
+        return self.node("Concat", parts, output, axis=-1)
+
+    def mixed_radix(self, columns: Sequence[str], radices: Sequence[int], output: str) -> str:
+        key = columns[0]
+        for position, (column, radix) in enumerate(zip(columns[1:], radices[1:], strict=True)):
+            scaled = self.node("Mul", [key, self.number(radix)], f"{output}/scaled{position}")
+            key = self.node("Add", [scaled, column], f"{output}/key{position}")
+        return key
+
+    def encoder(
+        self, column: str, output: str, keys: Sequence[int] | Sequence[str] | I64, values: I64, default: int
+    ) -> str:
+        """A look-up node; without keys it is a constant, since the operator wants at least one."""
+        listed = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
+        kind = "strings" if listed and isinstance(listed[0], str) else "int64s"
+        if not listed:
+            return self._nothing(column, output, default)
+        name = f"lookup/LabelEncoder{len(self.nodes)}"
+        node = helper.make_node("LabelEncoder", [column], [output], name=name, domain="ai.onnx.ml")
+        attribute = node.attribute.add(name=f"keys_{kind}")
+        if kind == "strings":
+            attribute.type = onnx.AttributeProto.STRINGS
+            attribute.strings.extend(str(key).encode() for key in listed)
+        else:
+            attribute.type = onnx.AttributeProto.INTS
+            attribute.ints.extend(listed)
+        node.attribute.add(name="values_int64s", type=onnx.AttributeProto.INTS).ints.extend(values.tolist())
+        node.attribute.append(helper.make_attribute("default_int64", default))
+        self.nodes.append(node)
+        return output
+
+    def _nothing(self, column: str, output: str, default: int) -> str:
+        shape = self.node("Shape", [column], f"{output}/shape")
+        value = numpy_helper.from_array(np.array([default], np.int64))
+        return self.node("ConstantOfShape", [shape], output, value=value)

@@ -1,0 +1,229 @@
+"""The night's report: one HTML file that opens anywhere, without a network, and still opens in a year."""
+
+import re
+
+from tasks.release.charts import bars, curve, histogram
+from tasks.release.exam_section import exam_section, headline
+from tasks.release.night import Adapters, Intake, NightReport
+from tasks.release.page import Child, Markup, el, page, section, swatch, table
+
+_BESIDE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
+
+
+def render(report: NightReport) -> str:
+    """The report as a self-contained page: inline styles and SVG, light and dark, no script; every text is escaped."""
+    return page(
+        f"{report.pipeline}, night {report.night}",
+        el("div", "nightrank · nightly report", class_="eyebrow"),
+        el("h1", f"{report.pipeline} · {report.night}"),
+        _lineage(report),
+        _verdict(report),
+        _alarms(report),
+        _tiles(report),
+        *(exam_section(exams) for exams in report.objectives),
+        section(
+            "Learning curve",
+            "Loss by epoch on the training episodes, and on later nights held back to stop by.",
+            el("div", swatch("training", "--dim"), swatch("stopping; the dot was kept", "--accent"), class_="key"),
+            curve([(point.epoch, point.train_loss, point.stop_loss) for point in report.curve], report.best_epoch),
+        ),
+        _adapters(report.adapters),
+        _intake(report.intake),
+        _history(report),
+        _published(report),
+        section(
+            "Seconds and memory",
+            f"{sum(step.seconds for step in report.steps):,.1f} s in all; pale steps were remembered, not repeated.",
+            bars(
+                [
+                    (
+                        step.name,
+                        step.seconds,
+                        f"{step.seconds:,.1f} s · {step.peak_mib:,.0f} MiB{' · reused' * step.reused}",
+                        step.reused,
+                    )
+                    for step in report.steps
+                ]
+            ),
+        ),
+        el("footer", " · ".join(f"{name} {value}" for name, value in report.provenance.items())),
+    )
+
+
+def size(count: int) -> str:
+    """Bytes for people.
+
+    >>> size(999), size(48_300_000)
+    ('999 B', '48.3 MB')
+    """
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _lineage(report: NightReport) -> Markup:
+    known = (("release", report.release), ("parent", report.parent), ("champion before", report.champion))
+    parts: list[Child] = []
+    for name, release in known:
+        parts += [" · " if parts else None, f"{name} ", el("code", release[:12], title=release) if release else "none"]
+    return el("p", *parts, class_="soft")
+
+
+def _verdict(report: NightReport) -> Markup:
+    words = {
+        "proven": "shown to be no worse",
+        "proven_worse": "shown to be worse",
+        "promote_if_not_worse": "unsure, decided by point estimates",
+        "hold": "unsure, set to hold",
+        "promote": "unsure, set to promote",
+        "operator": "decided by an operator",
+    }
+    title = f"{'Go' if report.go else 'Held'}: {words.get(report.decided_by, report.decided_by)}"
+    reasons = el("ul", *(el("li", reason) for reason in report.reasons))
+    return el("section", el("h2", title), reasons, class_="verdict go" if report.go else "verdict hold")
+
+
+def _alarms(report: NightReport) -> Markup | None:
+    if not report.alarms:
+        return None
+    listed = [part for name, message in report.alarms for part in (el("dt", name), el("dd", message))]
+    return el("section", el("h2", f"Alarms: {len(report.alarms)}"), el("dl", *listed), class_="alarms", role="alert")
+
+
+def _tiles(report: NightReport) -> Markup:
+    intake = report.intake
+    new = sum(file.bytes for file in report.published if not file.reused)
+    tiles = [
+        (f"{intake.clean:,}", "clean rows", f"{intake.bad:,} to quarantine"),
+        (
+            f"{sum(level.adapted for level in report.adapters.levels):,}",
+            "adapters",
+            f"{len(report.adapters.levels)} levels",
+        ),
+        (size(sum(file.bytes for file in report.published)), "release", f"{size(new)} new"),
+        (
+            f"{sum(step.seconds for step in report.steps):,.0f} s",
+            "the whole night",
+            f"{len(report.history):,} nights of history",
+        ),
+    ]
+    for exams in report.objectives[:1]:
+        if best := headline(exams):
+            tiles.insert(0, best)
+    return el(
+        "div",
+        *(
+            el("div", el("small", name), el("b", value), el("small", note), class_="tile")
+            for value, name, note in tiles
+        ),
+        class_="tiles",
+    )
+
+
+def _adapters(adapters: Adapters) -> Markup:
+    levels = [
+        (
+            level.name,
+            f"{level.segments:,}",
+            f"{level.adapted:,}",
+            f"{level.fallen_back:,}",
+            "–" if level.rows is None else f"{level.rows:,}",
+        )
+        for level in adapters.levels
+    ]
+    parts: list[Child] = [table(("level", "segments", "adapted", "fell back", "rows served"), levels, 4)]
+    if adapters.support:
+        parts += [el("h3", "Adapters by support rows"), histogram(adapters.support)]
+    if adapters.tested:
+        rows = [
+            (
+                f"level {row['level']}",
+                str(row["tested"]),
+                el("span", "harmful", class_="pill bad") if row["harmful"] else el("span", "ships", class_="pill good"),
+                f"{row['rows']:,}",
+                f"{row['estimate']:+.4f}",
+                f"{row['p']:.3f}",
+                f"{row['segments']:,}",
+            )
+            for row in adapters.tested
+        ]
+        headers = ("level", "tested", "verdict", "exam rows", "adapted − parent", "p of harm", "segments")
+        parts.append(el("details", el("summary", "Segments and groups tested for harm"), table(headers, rows, 4)))
+    return section("Who got which adapter", "A segment without an adapter of its own is served by its parent.", *parts)
+
+
+def _intake(intake: Intake) -> Markup:
+    share = intake.bad / intake.rows if intake.rows else 0.0
+    parts: list[Child] = []
+    if intake.reasons:
+        most = sorted(intake.reasons.items(), key=lambda pair: (-pair[1], pair[0]))
+        parts += [
+            el("h3", "Rejected, by reason"),
+            bars([(code, count, f"{count:,} rows", False) for code, count in most]),
+        ]
+    if intake.examples:
+        columns = list(dict.fromkeys(name for example in intake.examples for name in example))
+        rows = [tuple(str(example.get(name, "")) for name in columns) for example in intake.examples]
+        parts.append(el("details", el("summary", f"Rejected rows, {len(rows)} examples"), table(columns, rows, 0)))
+    failed = sum(not e.success for e in intake.expectations)
+    checks = [
+        (
+            e.name,
+            el("span", "met" if e.success else "failed", class_=f"pill {'good' if e.success else 'bad'}"),
+            e.observed,
+        )
+        for e in sorted(intake.expectations, key=lambda e: e.success)
+    ]
+    summary = f"{len(checks):,} expectations, {failed:,} failed"
+    parts.append(el("details", el("summary", summary), table(("expectation", "verdict", "observed"), checks, 1)))
+    files = [
+        (el("code", f.path), el("code", f.sha256[:12], title=f.sha256), f"{f.rows:,}", size(f.bytes))
+        for f in intake.files
+    ]
+    counted = f"{len(files):,} {'file' if len(files) == 1 else 'files'}, {size(sum(f.bytes for f in intake.files))}"
+    parts.append(el("details", el("summary", counted), table(("file", "SHA-256", "rows", "size"), files, 2)))
+    if intake.data_docs is not None:
+        # A link only if it stays beside the report; anything else is shown and not followed.
+        beside = _BESIDE.fullmatch(intake.data_docs)
+        docs = el("a", intake.data_docs, href=intake.data_docs) if beside else el("code", intake.data_docs)
+        parts.append(el("p", "Data Docs: ", docs))
+    kept = f"{intake.rows:,} rows: {intake.clean:,} clean, {intake.bad:,} to quarantine"
+    lead = f"{kept} ({share:.2%}, limit {intake.limit:.2%})."
+    return section("What came in", lead, *parts)
+
+
+def _history(report: NightReport) -> Markup:
+    used = [night for night in report.history if night.left_out is None]
+    left_out = [night for night in report.history if night.left_out is not None]
+    parts: list[Child] = []
+    if left_out:
+        parts.append(table(("left out", "why"), [(night.night, night.left_out) for night in left_out], 0))
+    if used:
+        rows = [(night.night, "–" if night.rows is None else f"{night.rows:,}") for night in used]
+        parts.append(
+            el("details", el("summary", f"{len(used):,} nights used"), table(("night", "clean rows"), rows, 1))
+        )
+    rows_used = sum(night.rows or 0 for night in used)
+    return section(
+        "History", f"{len(used):,} nights with {rows_used:,} clean rows; {len(left_out):,} left out.", *parts
+    )
+
+
+def _published(report: NightReport) -> Markup:
+    if not report.published:
+        return section("What was published", "Nothing.")
+    rows = [
+        (
+            el("code", file.name),
+            el("code", file.sha256[:12], title=file.sha256),
+            el("span", "shared", class_="pill") if file.reused else el("span", "new", class_="pill good"),
+            size(file.bytes),
+        )
+        for file in report.published
+    ]
+    new = sum(file.bytes for file in report.published if not file.reused)
+    lead = f"{len(rows)} files, {size(sum(file.bytes for file in report.published))}, of which {size(new)} new."
+    return section("What was published", lead, table(("file", "SHA-256", "blob", "size"), rows, 1))

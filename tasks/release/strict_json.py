@@ -1,0 +1,102 @@
+"""JSON that is read without trust and written in one spelling."""
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import date
+from typing import NoReturn
+
+from tasks.errors import ReleaseRefused
+
+SCHEMA_VERSION = 1
+"""Of manifest, pointer and golden requests."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def canonical(value: object) -> bytes:
+    """JSON with one spelling: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+
+
+class Reader:
+    """Reads untrusted JSON field by field; whatever is odd is a `ReleaseRefused` that names the document."""
+
+    def __init__(self, what: str) -> None:
+        """Read a document that messages call ``what``."""
+        self.what = what
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raise `ReleaseRefused` with a reason."""
+        raise ReleaseRefused(f"{self.what} is refused: {why}"[:500] + "; publish the release again")
+
+    def document(self, data: bytes, limit: int) -> object:
+        """Parse JSON of at most ``limit`` bytes."""
+        if len(data) > limit:
+            self.refuse(f"it has {len(data)} bytes, more than the limit of {limit}")
+        try:
+            return json.loads(data.decode("utf-8"), object_pairs_hook=self._pairs, parse_constant=self._constant)
+        except (ValueError, RecursionError) as error:
+            self.refuse(f"it is not JSON ({error})")
+
+    def _pairs(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key is doubled")
+        return found
+
+    def _constant(self, name: str) -> NoReturn:
+        raise ValueError(f"{name} is no JSON")
+
+    def mapping(self, value: object, what: str) -> dict[str, object]:
+        """The value, if it is an object."""
+        if not isinstance(value, dict):
+            self.refuse(f"{what} is no object")
+        return value
+
+    def sequence(self, value: object, what: str) -> Sequence[object]:
+        """The value, if it is a list."""
+        if not isinstance(value, list):
+            self.refuse(f"{what} is no list")
+        return value
+
+    def fields(self, value: object, what: str, names: Sequence[str], versioned: bool = True) -> dict[str, object]:
+        """The value, if it is an object with exactly these fields (and a known schema version)."""
+        found = self.mapping(value, what)
+        if versioned and (version := found.get("schema_version")) != SCHEMA_VERSION:
+            self.refuse(f"its schema version is {version!r}, this reader knows {SCHEMA_VERSION}: update the reader")
+        expected = {*names, "schema_version"} if versioned else set(names)
+        if odd := sorted(expected ^ set(found)):
+            self.refuse(f"{what} has missing or unknown fields: {', '.join(odd)}")
+        return found
+
+    def text(self, value: object, what: str) -> str:
+        """The value, if it is text."""
+        if not isinstance(value, str):
+            self.refuse(f"{what} is no text")
+        return value
+
+    def name(self, value: object) -> str:
+        """The value, if it can name a column or a tensor."""
+        if not isinstance(value, str) or not _NAME.fullmatch(value):
+            self.refuse(f"{value!r} is no name")
+        return value
+
+    def count(self, value: object, what: str) -> int:
+        """The value, if it is a whole number that is not negative."""
+        if type(value) is not int or value < 0:
+            self.refuse(f"{what} is {value!r}, not a count")
+        return value
+
+    def digest(self, value: object, what: str) -> str:
+        """The value, if it is a SHA-256 in hexadecimal."""
+        if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+            self.refuse(f"{what} is {value!r}, not 64 hexadecimal digits")
+        return value
+
+    def night(self, value: object) -> date:
+        """The value as a date."""
+        try:
+            return date.fromisoformat(self.text(value, "night"))
+        except ValueError:
+            self.refuse(f"night is {value!r}, not a date")

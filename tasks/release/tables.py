@@ -1,0 +1,170 @@
+"""What a release knows besides weights: vocabularies, statistics, the slot of every segment; and the base itself.
+
+The graphs carry the same numbers for rankers; these files carry them for people, for the next night's warm start and
+for a replay. Equal tables give equal bytes.
+
+Shapes: G segments of a level, S statistics, K objectives.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tasks.data import vocabulary
+from tasks.data.contract import DataConfig
+from tasks.data.statistics import StatisticsTables
+from tasks.data.vocabulary import Vocabulary
+from tasks.errors import ObjectCorrupt
+from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LevelTable:
+    """Which slot of the bank serves each segment of one level.
+
+    Attributes:
+        columns: the columns that make the key.
+        radices: vocabulary rows of each column when the keys were made.
+        keys: distinct mixed-radix keys, int64 [G].
+        slots: slot of each key, int64 [G]; a segment without an adapter of its own names its parent's slot or is
+            left out, and then the request's own coarser segment serves it.
+    """
+
+    columns: tuple[str, ...]
+    radices: tuple[int, ...]
+    keys: I64
+    slots: I64
+
+
+@dataclass(frozen=True)
+class ServingTables:
+    """Everything that turns raw columns into the network's inputs.
+
+    Attributes:
+        vocabularies: column to vocabulary, the ship vocabulary.
+        statistics: the as-of statistics after the release's night.
+        levels: the ladder, finest level first; slot 0 of the bank is the base below the last.
+    """
+
+    vocabularies: Mapping[str, Vocabulary]
+    statistics: StatisticsTables
+    levels: tuple[LevelTable, ...]
+
+
+def write_tables(tables: ServingTables, folder: Path) -> None:
+    """Write the tables into a release folder; `read_tables` gives them back."""
+    statistics = tables.statistics
+    vocabulary.save(tables.vocabularies, folder / "vocabulary.parquet")
+    groups = ("item", "user", "cohort_item")
+    width = statistics.item.shape[1]
+    for position, group in enumerate(groups):
+        values: F32 = getattr(statistics, group)
+        names = statistics.names[position * width : (position + 1) * width]
+        columns = {"row": pa.array(np.arange(len(values), dtype=np.int64))}
+        if group == "cohort_item":
+            columns["key"] = pa.array(np.concatenate([np.full(min(len(values), 1), -1), statistics.cohort_item_keys]))
+        columns |= {name: pa.array(values[:, column]) for column, name in enumerate(names)}
+        _write(pa.table(columns), folder / f"statistics_{group}.parquet")
+    segments = {
+        "level": np.repeat(np.arange(len(tables.levels), dtype=np.int64), [len(level.keys) for level in tables.levels]),
+        "key": np.concatenate([np.zeros(0, np.int64), *(level.keys for level in tables.levels)]),
+        "slot": np.concatenate([np.zeros(0, np.int64), *(level.slots for level in tables.levels)]),
+    }
+    _write(pa.table({name: pa.array(values) for name, values in segments.items()}), folder / "segments.parquet")
+    described = {
+        "statistics": list(statistics.names),
+        "base": statistics.base.astype(float).tolist(),
+        "cohort_columns": list(statistics.cohort_columns),
+        "cohort_radices": list(statistics.cohort_radices),
+        "levels": [{"columns": list(level.columns), "radices": list(level.radices)} for level in tables.levels],
+    }
+    _write_json(described, folder / "tables.json")
+
+
+def read_tables(data: DataConfig, folder: Path) -> ServingTables:
+    """Read what `write_tables` wrote.
+
+    Args:
+        data: the contract; columns it has gained since have empty vocabularies.
+        folder: a release folder.
+
+    Raises:
+        ObjectCorrupt: the files do not fit together.
+    """
+    try:
+        described = json.loads((folder / "tables.json").read_bytes())
+        names = tuple(described["statistics"])
+        groups = {
+            group: pq.read_table(folder / f"statistics_{group}.parquet") for group in ("item", "user", "cohort_item")
+        }
+        statistics = StatisticsTables(
+            names=names,
+            base=np.array(described["base"], np.float32),
+            item=_features(groups["item"], names),
+            user=_features(groups["user"], names),
+            cohort_columns=tuple(described["cohort_columns"]),
+            cohort_radices=tuple(described["cohort_radices"]),
+            cohort_item_keys=groups["cohort_item"]["key"].to_numpy()[1:],
+            cohort_item=_features(groups["cohort_item"], names, len(described["base"]) + 1),
+        )
+        segments = pq.read_table(folder / "segments.parquet")
+        level, keys, slots = (segments[name].to_numpy() for name in ("level", "key", "slot"))
+        levels = tuple(
+            LevelTable(tuple(one["columns"]), tuple(one["radices"]), keys[level == position], slots[level == position])
+            for position, one in enumerate(described["levels"])
+        )
+        return ServingTables(vocabulary.load(data, folder / "vocabulary.parquet"), statistics, levels)
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise ObjectCorrupt(
+            f"the tables of the release in {folder} cannot be read: {error!r}; fetch the release again"
+        ) from error
+
+
+def _features(table: pa.Table, names: tuple[str, ...], width: int = 0) -> F32:
+    columns = [table[name].to_numpy() for name in names if name in table.column_names]
+    if not columns:
+        return np.zeros((table.num_rows, width), np.float32)
+    return np.stack(columns, axis=1)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    pq.write_table(table.combine_chunks(), path, compression="zstd")
+
+
+def _write_json(value: object, path: Path) -> None:
+    path.write_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+
+
+def write_base(network: Ranker, folder: Path) -> None:
+    """Write the shared network: `base.safetensors` (weights and buffers) and `base.json` (shape and config)."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    save_file(state, folder / "base.safetensors")
+    described = {"shape": network.shape.model_dump(mode="json"), "config": network.config.model_dump(mode="json")}
+    _write_json(described, folder / "base.json")
+
+
+def read_base(folder: Path) -> Ranker:
+    """Read what `write_base` wrote, as a network in evaluation mode on the CPU.
+
+    Raises:
+        ObjectCorrupt: the files are damaged or do not fit together.
+    """
+    try:
+        described = json.loads((folder / "base.json").read_bytes())
+        shape = RankerShape.model_validate(described["shape"])
+        config = RankerConfig.model_validate(described["config"])
+        return Ranker.restore(shape, config, load_file(folder / "base.safetensors"))
+    except (OSError, KeyError, ValueError, ValidationError, SafetensorError, RuntimeError) as error:
+        raise ObjectCorrupt(f"the base of the release in {folder} cannot be read: {error}; fetch it again") from error

@@ -1,0 +1,243 @@
+"""The reference reader: loads a pipeline's champion, scores candidates, and picks up new nights while it serves.
+
+Pointer, manifest, verify, load, golden requests, swap, drop the old one. A release that fails on the way is refused,
+the one in use keeps serving, and `refusal` says why. Needs onnxruntime and numpy, and boto3 for `s3://` stores.
+
+>>> ranker = Ranker("s3://models/nightrank", "movielens")           # doctest: +SKIP
+>>> ranker.rank({"user_id": [7], "movie_id": [[50, 181, 258]]})     # doctest: +SKIP
+"""
+
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.clients.object_store import ObjectStore, open_store
+from tasks.errors import NightrankError, NoRelease, ReleaseRefused
+from tasks.release.manifest import Manifest, Pointer, manifest_key, pointer_key
+from tasks.serving.cache import ReleaseCache
+from tasks.serving.loaded import Device, LoadedRelease, load
+from tasks.serving.requests import read_request
+
+F32 = npt.NDArray[np.float32]
+log = logging.getLogger("nightrank.ranker")
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A candidate in its place.
+
+    Attributes:
+        position: 1 for the best.
+        item: the item's raw key.
+        scores: objective to probability or expected value.
+    """
+
+    position: int
+    item: str | int
+    scores: Mapping[str, float]
+
+
+class Ranker:
+    """Scores candidates with a pipeline's champion. All methods may be called from any number of threads."""
+
+    def __init__(
+        self,
+        store: str | ObjectStore,
+        pipeline: str,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        cache: Path | None = None,
+    ) -> None:
+        """Load the champion.
+
+        Args:
+            store: a directory, `s3://bucket/prefix`, or an opened store.
+            pipeline: the pipeline's name.
+            device: `cuda` insists on a GPU, `auto` uses one where it works.
+            cache: folder for the release's files, kept between processes; by default a temporary one.
+
+        Raises:
+            NoRelease: nothing was promoted yet.
+            ReleaseRefused: the champion is damaged, or does not answer its golden requests.
+            DeviceUnavailable: `cuda` was asked for and no GPU works.
+            StoreError: the store cannot be read.
+        """
+        self.pipeline = pipeline
+        self._store = open_store(store) if isinstance(store, str) else store
+        self._device: Device = device
+        self._temporary = cache is None
+        self._folder = Path(tempfile.mkdtemp(prefix="nightrank-")) if cache is None else cache
+        self._cache = ReleaseCache(self._folder)
+        self._refreshing = threading.Lock()
+        self._refusal: str | None = None
+        self._loaded: LoadedRelease | None = None
+        try:
+            pointer = self._pointer()
+            self._loaded, self._generation = self._load(pointer), pointer.generation
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def release(self) -> str:
+        """Id of the release that serves."""
+        return self._serving().manifest.release
+
+    @property
+    def night(self) -> date:
+        """Night of the release that serves."""
+        return self._serving().manifest.night
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of the release that serves."""
+        return self._serving().manifest
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where the release that serves really runs."""
+        return self._serving().device
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the last `refresh` kept the old release; None where all was well."""
+        return self._refusal
+
+    def score(self, request: Mapping[str, object]) -> F32:
+        """Score candidates.
+
+        Args:
+            request: every column of the manifest's inputs: R values per request column, R x M per candidate column,
+                as arrays or lists. None and NaN are missing values.
+
+        Returns:
+            Probabilities (binary objectives) or expected values (ratings), float32 [R, M, K].
+
+        Raises:
+            RequestRejected: a column is missing, unknown, or of the wrong type or shape.
+            ReleaseRefused: the release answers with something that is not a finite number.
+        """
+        return self._answer(self._serving(), request)[1]
+
+    def rank(self, request: Mapping[str, object]) -> list[list[Ranked]]:
+        """Rank the candidates of each request by the first objective, best first; ties keep the request's order.
+
+        Args:
+            request: as for `score`.
+
+        Raises:
+            RequestRejected, ReleaseRefused: as for `score`.
+        """
+        serving = self._serving()
+        inputs, scores = self._answer(serving, request)
+        items = inputs[serving.item].tolist()
+        names = [objective.name for objective in serving.manifest.interface.objectives]
+        order = np.argsort(-scores[..., 0], axis=1, kind="stable").tolist()
+        values = scores.astype(float).tolist()
+        return [
+            [
+                Ranked(place, items[request][one], dict(zip(names, values[request][one], strict=True)))
+                for place, one in enumerate(ranking, start=1)
+            ]
+            for request, ranking in enumerate(order)
+        ]
+
+    def refresh(self) -> bool:
+        """Look at the pointer and swap to its release, if it is another one and a good one.
+
+        Requests in flight finish on the release they began with. Concurrent calls wait for each other. Never raises
+        for a bad release or an ailing store: the old release keeps serving, and `refusal` says why.
+
+        Returns:
+            Whether another release serves now.
+
+        Raises:
+            NoRelease: the ranker was closed.
+        """
+        with self._refreshing:
+            serving = self._serving()
+            try:
+                pointer = self._pointer()
+                if pointer.generation < self._generation:
+                    raise ReleaseRefused(
+                        f"the pointer of {self.pipeline!r} went back from generation {self._generation} to "
+                        f"{pointer.generation}: an old one was replayed, or the pipeline was made anew; "
+                        f"then restart the ranker"
+                    )
+                swapped = pointer.release != serving.manifest.release
+                if swapped:
+                    loaded = self._load(pointer)
+            except NightrankError as error:
+                self._refusal = f"{type(error).__name__}: {error}"
+                log.warning("release %s of night %s keeps serving: %s", self.release[:12], self.night, self._refusal)
+                return False
+            self._generation, self._refusal = pointer.generation, None
+            if swapped:
+                self._loaded = loaded
+                log.info("release %s of night %s serves", self.release[:12], self.night)
+            return swapped
+
+    def close(self) -> None:
+        """Stop serving and remove what only this ranker needed."""
+        self._loaded = None
+        if self._temporary:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        """The ranker itself; it is closed where the block ends."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the ranker."""
+        self.close()
+
+    def _serving(self) -> LoadedRelease:
+        loaded = self._loaded
+        if loaded is None:
+            raise NoRelease(f"the ranker of pipeline {self.pipeline!r} is closed; open another one")
+        return loaded
+
+    def _answer(
+        self, serving: LoadedRelease, request: Mapping[str, object]
+    ) -> tuple[dict[str, npt.NDArray[np.generic]], F32]:
+        inputs, shape = read_request(serving.manifest.interface.inputs, request)
+        scores = serving.run(inputs, shape)
+        if not np.isfinite(scores).all():
+            position: Sequence[int] = np.argwhere(~np.isfinite(scores))[0].tolist()
+            raise ReleaseRefused(
+                f"release {serving.manifest.release[:12]} gives {scores[tuple(position)]} for request {position[0]}, "
+                f"candidate {position[1]}, objective {position[2]}; roll back to an earlier release"
+            )
+        return inputs, scores
+
+    def _pointer(self) -> Pointer:
+        stored = self._store.find(pointer_key(self.pipeline))
+        if stored is None:
+            raise NoRelease(
+                f"{self._store.url} has no champion for pipeline {self.pipeline!r}; run a night, or promote a release"
+            )
+        return Pointer.parse(stored.data)
+
+    def _load(self, pointer: Pointer) -> LoadedRelease:
+        stored = self._store.find(manifest_key(self.pipeline, pointer.release))
+        if stored is None:
+            raise ReleaseRefused(f"release {pointer.release[:12]} has no manifest; publish it again")
+        manifest = Manifest.parse(stored.data, self.pipeline, pointer.release)
+        if manifest.night != pointer.night:
+            raise ReleaseRefused(
+                f"the pointer says that release {pointer.release[:12]} is of night {pointer.night}, its manifest says "
+                f"{manifest.night}; promote it again"
+            )
+        with self._cache.fetched(self._store, self.pipeline, manifest) as folder:
+            return load(folder, manifest, self._device)

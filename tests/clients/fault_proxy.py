@@ -1,0 +1,130 @@
+"""An HTTP proxy before a real S3 server that loses, cuts, delays or replaces answers."""
+
+import http.client
+import threading
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to one call.
+
+    Attributes:
+        method: the HTTP method it waits for.
+        served: whether the server gets the call and finishes it.
+        status: the answer that the client gets instead of the server's; None closes the connection without one.
+        cut: send the server's own headers and half of its body, then close.
+        hang: say nothing until the proxy calms down.
+    """
+
+    method: str = "PUT"
+    served: bool = True
+    status: int | None = None
+    cut: bool = False
+    hang: bool = False
+
+
+class FaultProxy:
+    """Passes calls on; each `Fault` in `plan` is spent on one call of its method, in order.
+
+    Attributes:
+        plan: faults still to come.
+        always: methods whose every answer is lost, after the server finished.
+        seen: methods of all calls so far.
+    """
+
+    def __init__(self, target: str) -> None:
+        address = urlsplit(target)
+        assert address.hostname is not None
+        assert address.port is not None
+        self.plan: list[Fault] = []
+        self.always: set[str] = set()
+        self.seen: list[str] = []
+        self._over = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, address.hostname, address.port))
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.calm()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def fault_for(self, method: str) -> Fault | None:
+        """The fault that this call gets, spent by asking."""
+        self.seen.append(method)
+        if method in self.always:
+            return Fault(method)
+        if self.plan and self.plan[0].method == method:
+            return self.plan.pop(0)
+        return None
+
+    def hang(self) -> None:
+        """Return when the proxy calms down."""
+        self._over.wait()
+
+    def calm(self) -> None:
+        """Forget all faults and calls, and let go of what hangs."""
+        self.plan, self.always, self.seen = [], set(), []
+        self._over.set()
+        self._over = threading.Event()
+
+
+def _handler(proxy: FaultProxy, host: str, port: int) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_one_request(self) -> None:
+            self.raw_requestline = self.rfile.readline(65537)
+            understood = bool(self.raw_requestline) and self.parse_request()
+            self.close_connection = True  # which parsing resets
+            if not understood:
+                return
+            fault = proxy.fault_for(self.command)
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, headers, content = 0, [], b""
+            if fault is None or fault.served:
+                status, headers, content = self._ask(body)
+            if fault is None:
+                self._answer(status, headers, content, len(content))
+            elif fault.hang:
+                proxy.hang()
+            elif fault.cut:
+                self._answer(status, headers, content, len(content) // 2)
+            elif fault.status is not None:
+                self._answer(fault.status, [("Content-Length", "0")], b"", 0)
+
+        def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+            connection = http.client.HTTPConnection(host, port, timeout=30)
+            try:
+                headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+                connection.request(self.command, self.path, body=body, headers=headers)
+                answer = connection.getresponse()
+                return answer.status, answer.getheaders(), answer.read()
+            finally:
+                connection.close()
+
+        def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, count: int) -> None:
+            self.send_response_only(status)
+            length = {name.lower(): value for name, value in headers}.get("content-length", str(len(content)))
+            for name, value in headers:
+                if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", length)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content[:count])
+
+    return Handler

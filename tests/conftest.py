@@ -1,0 +1,59 @@
+"""What every test relies on: no network beyond this host, a home of its own for Prefect, repeatable numerics."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+
+# Before anything imports Prefect, torch or boto3: they read their environment once.
+_HOME = tempfile.TemporaryDirectory(prefix="nightrank-tests-")
+os.environ.update(
+    {
+        "PREFECT_HOME": os.path.join(_HOME.name, "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "DO_NOT_TRACK": "1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        # Two workers on two cores: more threads are slower, and sums in another order are other sums.
+        "OMP_NUM_THREADS": "1",
+    }
+)
+for _name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "PREFECT_API_URL", "PREFECT_PROFILE"):
+    os.environ.pop(_name, None)
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile("nightrank", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.load_profile("nightrank")
+
+_LOOPBACK = ("localhost", "::1", "0.0.0.0", "")
+
+
+def _stays_here(address: object) -> bool:
+    if not isinstance(address, tuple):  # a path: a socket of this host
+        return True
+    host = str(address[0])
+    return host in _LOOPBACK or host.startswith("127.")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network_beyond_this_host() -> Iterator[None]:
+    """A test that reaches out fails with the address, instead of passing only where there is a network."""
+    connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if not _stays_here(address):
+            raise AssertionError(f"a test tried to reach {address!r}; tests may only talk to this host")
+        connect(self, address)  # type: ignore[arg-type]
+
+    def guarded_ex(self: socket.socket, address: object) -> int:
+        if not _stays_here(address):
+            raise AssertionError(f"a test tried to reach {address!r}; tests may only talk to this host")
+        return connect_ex(self, address)  # type: ignore[arg-type]
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(socket.socket, "connect", guarded)
+    patch.setattr(socket.socket, "connect_ex", guarded_ex)
+    yield
+    patch.undo()

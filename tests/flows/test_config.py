@@ -1,0 +1,157 @@
+"""Configs: what is accepted, and what is said about what is not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.config import RetrainConfig, load_config
+from tasks.errors import InvalidConfig
+from tests.world import write_world
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    return write_world(tmp_path, nights=1).config
+
+
+def refusal(tmp_path: Path, tree: object) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    with pytest.raises(InvalidConfig) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_config_file_says_what_the_model_says(tmp_path: Path, tree: dict[str, Any]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert load_config(path) == RetrainConfig.model_validate(tree)
+
+
+def test_a_config_survives_the_way_through_prefect(tree: dict[str, Any]) -> None:
+    config = RetrainConfig.model_validate(tree)
+    assert RetrainConfig.model_validate(json.loads(config.model_dump_json())) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "infra").glob("movielens*.yaml")), ids=lambda path: path.name)
+def test_our_own_configs_fit(path: Path) -> None:
+    assert load_config(path).pipeline
+
+
+def test_an_unknown_field_is_named_with_the_nearest_known_one(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["gate"]["margn"] = 0.01
+    message = refusal(tmp_path, tree)
+    assert "gate.margn: unknown field; allowed: objective, margin" in message
+    assert "did you mean 'margin'?" in message
+
+
+def test_an_unknown_field_inside_a_list_is_named_by_position(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["data"]["columns"][2]["dtpye"] = "timestamp"
+    assert "data.columns[2].dtpye: unknown field" in (message := refusal(tmp_path, tree))
+    assert "did you mean 'dtype'?" in message
+
+
+def test_a_wrong_choice_is_answered_with_the_choices(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["device"] = "gpu"
+    assert "device: 'gpu' is unknown; allowed: auto, cpu, cuda" in refusal(tmp_path, tree)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("window_nights", "90"), ("window_nights", 9.5), ("max_bad_rows", "none"), ("min_rows", True)]
+)
+def test_a_wrong_type_is_refused_and_not_converted(
+    tmp_path: Path, tree: dict[str, Any], field: str, value: object
+) -> None:
+    tree["data"][field] = value
+    assert f"data.{field}: {value!r} does not fit" in refusal(tmp_path, tree)
+
+
+def test_a_value_out_of_bounds_is_answered_with_the_bound(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["data"]["max_bad_rows"] = 1.5
+    assert "data.max_bad_rows: 1.5 does not fit; input should be less than 1" in refusal(tmp_path, tree)
+
+
+def test_a_missing_field_is_named(tmp_path: Path, tree: dict[str, Any]) -> None:
+    del tree["data"]["source"], tree["pipeline"]
+    message = refusal(tmp_path, tree)
+    assert "has 2 faults" in message
+    assert "data.source: is missing" in message
+    assert "pipeline: is missing" in message
+
+
+def test_another_version_is_refused(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["version"] = 2
+    assert "version: 2 is unknown; allowed: 1" in refusal(tmp_path, tree)
+
+
+@pytest.mark.parametrize("name", ["Movies", "a/b", "", "-x", "a" * 64, "ä"])
+def test_a_pipeline_name_that_cannot_be_a_key_is_refused(tmp_path: Path, tree: dict[str, Any], name: str) -> None:
+    tree["pipeline"] = name
+    assert "pipeline: " in refusal(tmp_path, tree)
+
+
+def test_segments_are_made_of_columns_that_a_request_brings(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["segments"]["levels"] = [["user_id"], ["markt"], ["genre"]]
+    message = refusal(tmp_path, tree)
+    assert "segments.levels[1]: 'markt' is not the user or a categorical request column" in message
+    assert "did you mean 'market'?" in message
+    assert "segments.levels[2]: 'genre' is not" in message
+
+
+def test_a_level_names_a_column_once(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["segments"]["levels"] = [["market", "market"]]
+    assert "segments.levels[0]: ['market', 'market'] names a column twice" in refusal(tmp_path, tree)
+
+
+def test_a_cohort_is_made_of_categorical_request_columns(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["statistics"]["cohort"] = ["market", "age"]
+    assert "statistics.cohort[1]: 'age' is not a categorical request column; allowed: market" in refusal(tmp_path, tree)
+
+
+def test_the_gate_judges_an_objective_that_exists(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["gate"]["objective"] = "stars"
+    assert "gate.objective: 'stars' is not an objective" in refusal(tmp_path, tree)
+
+
+def test_the_history_asked_for_fits_into_the_window(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["data"].update(window_nights=5, min_history_nights=6)
+    assert "data.min_history_nights: 6 nights are more than the window holds" in refusal(tmp_path, tree)
+
+
+@pytest.mark.parametrize("zone", ["Mars/Olympus", "", "../UTC", "/etc/localtime"])
+def test_a_zone_that_is_none_is_refused(tmp_path: Path, tree: dict[str, Any], zone: str) -> None:
+    tree["data"]["time_zone"] = zone
+    assert f"data.time_zone: {zone!r} is no time zone" in refusal(tmp_path, tree)
+
+
+def test_a_key_written_twice_is_refused(tmp_path: Path, tree: dict[str, Any]) -> None:
+    assert "the key 'pipeline' is written twice" in refusal(tmp_path, yaml.safe_dump(tree) + "pipeline: other\n")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "just words", "a: [", "a: !!python/object/apply:os.system [ls]", "\0"])
+def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
+    refusal(tmp_path, text)
+
+
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["gate"]["margin"] = float("nan")
+    assert "gate.margin: numbers must be finite" in refusal(tmp_path, tree)
+
+
+def test_a_file_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_digest_knows_what_is_obeyed_and_not_where(tree: dict[str, Any]) -> None:
+    config = RetrainConfig.model_validate(tree)
+    moved = config.model_copy(update={"store": "elsewhere", "scratch": "there", "device": "auto"})
+    assert moved.digest() == config.digest()
+    tree["data"]["window_nights"] = 31
+    assert RetrainConfig.model_validate(tree).digest() != config.digest()

@@ -1,0 +1,32 @@
+"""Releases that the tests of this folder share; exporting one takes seconds."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.releases import Made, make_release
+
+
+@pytest.fixture(scope="session")
+def release_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """A release of a kind, exported once."""
+    exported: dict[str, Made] = {}
+
+    def of(kind: str) -> Made:
+        if kind not in exported:
+            exported[kind] = make_release(tmp_path_factory.mktemp(kind) / "release", kind)
+        return exported[kind]
+
+    return of
+
+
+@pytest.fixture(scope="session", params=["full", "lean", "clashing"])
+def made(request: pytest.FixtureRequest, release_of: Callable[[str], Made]) -> Made:
+    """A release of each kind."""
+    return release_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def full(release_of: Callable[[str], Made]) -> Made:
+    """A release with everything that one can have."""
+    return release_of("full")

@@ -1,0 +1,100 @@
+"""Alarms: each by name, on and off, and quiet where nothing can be known."""
+
+import numpy as np
+import pytest
+
+from tasks.learning.intervals import Interval, paired_interval
+from tasks.release.alarms import harmful, inert, leaking, vanished
+
+
+def test_adaptation_that_changes_nothing_is_inert():
+    scores = np.random.default_rng(0).random((50, 2)).astype(np.float32)
+    alarm = inert(scores + 5e-7, scores)
+    assert alarm is not None
+    assert alarm.name == "inert"
+    assert "over 100 predictions" in alarm.message
+
+
+def test_one_changed_prediction_is_adaptation():
+    scores = np.full((50, 2), 0.5)
+    changed = scores.copy()
+    changed[3, 1] += 1e-5
+    assert inert(changed, scores) is None
+
+
+def test_no_predictions_are_no_alarm():
+    assert inert(np.empty((0, 1)), np.empty((0, 1))) is None
+
+
+@pytest.mark.parametrize(
+    ("interval", "alarms"),
+    [
+        (Interval(0.02, 0.001, 0.04, 50, 700), True),
+        (Interval(0.02, 0.0, 0.04, 50, 700), False),
+        (Interval(0.02, -0.001, 0.04, 50, 700), False),
+        (Interval(-0.02, -0.04, -0.001, 50, 700), False),
+        (paired_interval(np.empty(0), np.empty(0, np.int64), seed=0), False),
+    ],
+)
+def test_only_an_interval_wholly_above_zero_is_harm(interval, alarms):
+    alarm = harmful(interval)
+    assert (alarm is not None) is alarms
+    assert alarm is None or "+0.0200 [+0.0010, +0.0400]" in alarm.message
+
+
+def test_large_segments_that_are_gone_are_named_largest_first():
+    alarm = vanished("market", np.array(["de", "fr", "it", "es"]), np.array([150, 99, 900, 400]), np.array(["es"]), 100)
+    assert alarm is not None
+    assert "of 3 market segments" in alarm.message
+    assert "2 have none tonight: it (900 rows), de (150 rows);" in alarm.message
+
+
+def test_a_hundred_lost_segments_are_counted_and_five_named():
+    alarm = vanished("market", np.arange(100), np.full(100, 200), np.empty(0, np.int64), 100)
+    assert alarm is not None
+    assert "100 have none tonight: 0 (200 rows), 1 (200 rows), 2" in alarm.message
+    assert alarm.message.count("(200 rows)") == 5
+
+
+@pytest.mark.parametrize("rows", [[99, 99], []])
+def test_small_segments_may_go_without_an_alarm(rows):
+    assert vanished("market", np.arange(len(rows)), np.array(rows, np.int64), np.empty(0, np.int64), 100) is None
+
+
+def world(rows=400, seed=0):
+    random = np.random.default_rng(seed)
+    labels = (random.random(rows) < 0.3).astype(np.float32)
+    honest = labels + random.normal(0, 1.0, rows)
+    return labels, honest.astype(np.float32)
+
+
+def test_a_planted_leak_is_caught_whichever_way_it_points():
+    labels, honest = world()
+    named = [
+        alarm.message.split("'")[1] for alarm in leaking(labels, {"honest": honest, "copy": labels, "inverse": -labels})
+    ]
+    assert named == ["copy", "inverse"]
+
+
+def test_a_value_that_is_missing_where_the_label_is_one_leaks():
+    labels, honest = world()
+    (alarm,) = leaking(labels, {"seconds_watched": np.where(labels == 1, np.nan, honest)})
+    assert alarm.name == "leaking"
+    assert "'seconds_watched'" in alarm.message
+
+
+def test_infinite_values_do_not_break_the_search():
+    labels, honest = world()
+    assert leaking(labels, {"odd": np.where(np.arange(400) % 3 == 0, np.inf, honest)}) == ()
+
+
+def test_rows_without_a_label_are_left_out():
+    labels, _ = world()
+    (alarm,) = leaking(np.append(labels, np.full(50, np.nan)), {"copy": np.append(labels, np.zeros(50))})
+    assert "AUC 1.000 over 400 rows" in alarm.message
+
+
+@pytest.mark.parametrize("positives", [0, 19, 381, 400])
+def test_too_few_rows_of_a_class_prove_nothing(positives):
+    labels = (np.arange(400) < positives).astype(np.float32)
+    assert leaking(labels, {"copy": labels}) == ()

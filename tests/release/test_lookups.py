@@ -1,0 +1,146 @@
+"""The look-up graph against its oracle in numpy, and against keys written out by hand."""
+
+import numpy as np
+import onnxruntime
+import pyarrow as pa
+import pytest
+
+from tasks.data.statistics import StatisticsTables
+from tasks.data.vocabulary import Vocabulary
+from tasks.release.lookups import encode, input_specs, lookup_graph, wires
+from tasks.release.tables import LevelTable, ServingTables, read_base, read_tables
+from tests.releases import Made, contract, make_parts
+
+
+def run(model: bytes, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def tiny() -> tuple[object, ServingTables]:
+    """Users ann, bob; items 10, 20, 30; job x age in a ladder user -> zone; pair (job 1, item 2) known."""
+    data = contract("full")
+    keys = {"user": ["ann", "bob"], "item": [10, 20, 30], "job": ["cook", "smith"], "zone": [7, 9], "genre": ["new"]}
+    vocabularies = {name: Vocabulary(name, pa.array(values)) for name, values in keys.items()}
+    statistics = StatisticsTables(
+        names=(),
+        base=np.zeros(2, np.float32),
+        item=np.zeros((4, 3), np.float32),
+        user=np.zeros((3, 3), np.float32),
+        cohort_columns=("job",),
+        cohort_radices=(3, 4),
+        cohort_item_keys=np.array([1 * 4 + 2]),
+        cohort_item=np.zeros((2, 3), np.float32),
+    )
+    levels = (
+        LevelTable(("user",), (3,), np.array([1]), np.array([5])),
+        LevelTable(("job", "zone"), (3, 3), np.array([1 * 3 + 2]), np.array([6])),
+    )
+    return data, ServingTables(vocabularies, statistics, levels)
+
+
+REQUEST = {
+    "user": np.array(["ann", "bob", "eve", ""], object),
+    "job": np.array(["cook", "cook", "smith", ""], object),
+    "zone": np.array([7, 9, 9, -(2**63)]),
+    "age": np.array([30, np.nan, 50, 60], np.float32),
+    "member": np.array([0, 1, np.nan, 1], np.float32),
+    "item": np.array([[10, 20], [20, 99], [30, -(2**63)], [20, 10]]),
+    "genre": np.array([["new", "old"]] * 4, object),
+    "year": np.full((4, 2), 1999, np.float32),
+}
+
+
+def test_ids_slots_and_pairs_are_those_worked_out_by_hand():
+    data, tables = tiny()
+    found = run(lookup_graph(data, tables, wires(data, tables)).SerializeToString(), REQUEST)
+    assert found["user_row"].tolist() == [1, 2, 0, 0]
+    assert found["candidate_ids"][..., 0].tolist() == [[1, 2], [2, 0], [3, 0], [2, 1]]
+    assert found["candidate_ids"][..., 1].tolist() == [[1, 0]] * 4
+    assert found["request_ids"].tolist() == [[1, 1], [1, 2], [2, 2], [0, 0]]
+    # ann has an adapter of her own; bob's is that of cooks in zone 9; nobody knows smiths in zone 9
+    assert found["slot"].tolist() == [5, 6, 0, 0]
+    assert found["cohort_item_row"].tolist() == [[0, 1], [1, 0], [0, 0], [0, 0]]
+    np.testing.assert_array_equal(found["request_numbers"], np.stack([REQUEST["age"], REQUEST["member"]], axis=-1))
+
+
+def test_the_graph_equals_its_oracle_on_golden_requests(made: Made):
+    names = wires(made.data, made.tables)
+    model = lookup_graph(made.data, made.tables, names).SerializeToString()
+    for golden in made.golden:
+        found = run(model, dict(golden.inputs))
+        expected = encode(made.data, made.tables, golden.inputs)
+        assert {names.between()[role] for role in expected} == set(found)
+        for role, values in expected.items():
+            np.testing.assert_array_equal(found[names.between()[role]], values, err_msg=role)
+
+
+def test_golden_requests_reach_own_adapters_parents_and_the_base(full: Made):
+    slots = np.concatenate([encode(full.data, full.tables, golden.inputs)["slot"] for golden in full.golden])
+    own = set(full.tables.levels[0].slots.tolist())
+    assert own & set(slots.tolist())
+    assert set(full.tables.levels[1].slots.tolist()) & set(slots.tolist())
+    assert 0 in slots
+
+
+@pytest.mark.parametrize("empty", ["user", "item", "job", "genre", "levels", "pairs"])
+def test_nothing_known_means_unknown(empty: str):
+    data, tables = tiny()
+    statistics = tables.statistics
+    if empty == "levels":
+        none = np.zeros(0, np.int64)
+        levels = tuple(LevelTable(level.columns, level.radices, none, none) for level in tables.levels)
+        tables = ServingTables(tables.vocabularies, statistics, levels)
+    elif empty == "pairs":
+        fields = vars(statistics) | {
+            "cohort_item_keys": np.zeros(0, np.int64),
+            "cohort_item": np.zeros((1, 3), np.float32),
+        }
+        tables = ServingTables(tables.vocabularies, StatisticsTables(**fields), tables.levels)
+    else:
+        kept = dict(tables.vocabularies)
+        kept[empty] = Vocabulary(empty, kept[empty].keys[:0])
+        tables = ServingTables(kept, statistics, tables.levels)
+    found = run(lookup_graph(data, tables, wires(data, tables)).SerializeToString(), REQUEST)
+    for role, values in encode(data, tables, REQUEST).items():
+        np.testing.assert_array_equal(found[role], values)
+    blank = {"user": "user_row", "levels": "slot", "pairs": "cohort_item_row"}
+    assert not found[blank[empty]].any() if empty in blank else True
+
+
+def test_columns_may_be_called_like_tensors_of_ours():
+    data, _, _, tables, _ = make_parts("clashing")
+    names = wires(data, tables)
+    assert (names.slot, names.scores, names.candidate_ids) == ("slot_", "scores_", "candidate_ids_")
+    assert not set(names.between().values()) & {spec.name for spec in input_specs(data)}
+
+
+def test_missing_markers_and_shapes_are_stated():
+    specs = {spec.name: spec for spec in input_specs(contract("full"))}
+    assert list(specs) == ["user", "job", "zone", "age", "member", "item", "genre", "year"]
+    assert (specs["user"].missing, specs["zone"].missing, specs["age"].missing) == ("", -(2**63), None)
+    assert specs["genre"].shape == ("requests", "candidates")
+    assert specs["member"].dtype == specs["year"].dtype == "float32"
+
+
+def test_tables_and_base_read_back_as_they_were_written(made: Made):
+    read = read_tables(made.data, made.folder)
+    assert {name: one.keys for name, one in read.vocabularies.items()} == {
+        name: one.keys for name, one in made.tables.vocabularies.items()
+    }
+    for name, value in vars(made.tables.statistics).items():
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(getattr(read.statistics, name), value, err_msg=name, strict=True)
+        else:
+            assert getattr(read.statistics, name) == value
+    for ours, theirs in zip(made.tables.levels, read.levels, strict=True):
+        assert (ours.columns, ours.radices) == (theirs.columns, theirs.radices)
+        np.testing.assert_array_equal(ours.keys, theirs.keys)
+        np.testing.assert_array_equal(ours.slots, theirs.slots)
+    base = read_base(made.folder)
+    assert base.shape == made.network.shape
+    assert base.config == made.network.config
+    assert not base.training
+    for name, tensor in made.network.state_dict().items():
+        assert bool((base.state_dict()[name] == tensor).all()), name

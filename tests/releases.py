@@ -1,0 +1,225 @@
+"""Small releases with random weights, exported for real: what tests of `release/` and `serving/` are about."""
+
+import shutil
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from tasks.data.contract import DataConfig
+from tasks.data.statistics import StatisticsTables
+from tasks.data.vocabulary import Vocabulary
+from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.release.golden import Golden, Parity, check_parity, draw_requests, examples, make_golden, write_golden
+from tasks.release.graphs import export
+from tasks.release.interface import Interface, LevelSpec
+from tasks.release.lookups import input_specs, objectives, wires
+from tasks.release.manifest import Manifest, content_digest
+from tasks.release.manifest import describe as describe_files
+from tasks.release.tables import LevelTable, ServingTables, write_base, write_tables
+
+PIPELINE = "shop"
+NIGHT = date(2026, 3, 1)
+
+
+def _column(name: str, role: str, dtype: str, kind: str | None = None) -> dict[str, Any]:
+    return {"name": name, "role": role, "dtype": dtype} | ({} if kind is None else {"kind": kind, "nullable": True})
+
+
+COLUMNS = {
+    # Everything at once: string users, both kinds of inputs on both sides, two objectives, a cohort, a ladder of two.
+    "full": [
+        _column("user", "user", "string"),
+        _column("item", "item", "int64"),
+        _column("at", "time", "timestamp"),
+        _column("liked", "label", "int64"),
+        _column("stars", "label", "float64"),
+        _column("job", "request", "string", "categorical"),
+        _column("zone", "request", "int64", "categorical"),
+        _column("age", "request", "float64", "numeric"),
+        _column("member", "request", "bool", "numeric"),
+        _column("genre", "candidate", "string", "categorical"),
+        _column("year", "candidate", "int64", "numeric"),
+    ],
+    # As little as possible: keys and one label.
+    "lean": [
+        _column("user", "user", "int64"),
+        _column("item", "item", "string"),
+        _column("at", "time", "timestamp"),
+        _column("liked", "label", "int64"),
+    ],
+    # Columns that are called like tensors of ours, and one rating.
+    "clashing": [
+        _column("slot", "user", "int64"),
+        _column("candidate_ids", "item", "int64"),
+        _column("at", "time", "timestamp"),
+        _column("stars", "label", "float64"),
+        _column("scores", "request", "float64", "numeric"),
+        _column("linear", "candidate", "string", "categorical"),
+        _column("bank", "candidate", "float64", "numeric"),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A release and everything it was made from."""
+
+    data: DataConfig
+    network: Ranker
+    bank: npt.NDArray[np.float32]
+    tables: ServingTables
+    rows: pa.Table
+    golden: tuple[Golden, ...]
+    folder: Path
+    manifest: Manifest
+    parity: Parity
+
+
+def contract(kind: str) -> DataConfig:
+    """The contract of one of the kinds of release."""
+    labels = [column["name"] for column in COLUMNS[kind] if column["role"] == "label"]
+    outcomes = [{"name": n, "column": n, "kind": "binary" if n == "liked" else "rating"} for n in labels]
+    return DataConfig.model_validate({"source": "lake", "columns": COLUMNS[kind], "objectives": outcomes})
+
+
+def make_rows(data: DataConfig, count: int = 60, seed: int = 0) -> pa.Table:
+    """Random rows; about every eighth value of an input is missing."""
+    random = np.random.default_rng(seed)
+    arrays = {}
+    for column in data.columns:
+        if column.dtype == "timestamp":
+            continue
+        drawn = random.integers(12, size=count)
+        absent = (random.random(count) < 1 / 8) & column.nullable
+        if column.dtype == "string":
+            arrays[column.name] = pa.array([f"{column.name} {one} é" for one in drawn], pa.string(), mask=absent)
+        elif column.dtype == "int64":
+            arrays[column.name] = pa.array(drawn * 1_000_003, pa.int64(), mask=absent)
+        elif column.dtype == "bool":
+            arrays[column.name] = pa.array(drawn % 2 == 0, pa.bool_(), mask=absent)
+        else:
+            arrays[column.name] = pa.array(drawn / 7, pa.float64(), mask=absent)
+    return pa.table(arrays)
+
+
+def make_parts(kind: str, seed: int = 0) -> tuple[DataConfig, Ranker, npt.NDArray[np.float32], ServingTables, pa.Table]:
+    """Contract, network, bank, tables and rows of a kind of release; nothing exported yet."""
+    data, random = contract(kind), np.random.default_rng(seed)
+    rows = make_rows(data, seed=seed)
+    vocabularies = {}
+    for name in data.vocabularies:
+        keys = rows[name].combine_chunks().drop_null().unique()
+        vocabularies[name] = Vocabulary(name, keys[: len(keys) - 2])  # two keys of the rows are unknown
+    kinds = tuple(objective.kind for objective in data.objectives)
+    width = len(kinds) + 1
+    categorical = data.named("request", "categorical")
+    cohort = categorical[:1]
+    groups = ("item", "user", "cohort_item") if cohort else ("item", "user")
+
+    def table(count: int) -> npt.NDArray[np.float32]:
+        return random.normal(size=(count, width)).astype(np.float32)
+
+    users, items = vocabularies[data.user].rows, vocabularies[data.item].rows
+    radices = tuple(vocabularies[name].rows for name in (*cohort, data.item)) if cohort else ()
+    pairs = np.sort(random.choice(int(np.prod(radices)), 20, replace=False)) if cohort else np.zeros(0, np.int64)
+    statistics = StatisticsTables(
+        names=tuple(f"{group}_{one}" for group in groups for one in range(width)),
+        base=table(1)[0, :-1],
+        item=table(items),
+        user=table(users),
+        cohort_columns=cohort,
+        cohort_radices=radices,
+        cohort_item_keys=pairs.astype(np.int64),
+        cohort_item=np.concatenate([np.zeros((1, width), np.float32), table(len(pairs))]) if cohort else table(0),
+    )
+    own = np.arange(1, users, 2)  # every other user has an adapter of his own
+    levels = [LevelTable((data.user,), (users,), own, np.arange(1, len(own) + 1))]
+    slots = 1 + len(own)
+    if categorical:
+        sizes = tuple(vocabularies[name].rows for name in categorical)
+        keys = np.sort(random.choice(int(np.prod(sizes)), int(np.prod(sizes)) // 2, replace=False)).astype(np.int64)
+        levels.append(LevelTable(categorical, sizes, keys, np.arange(slots, slots + len(keys))))
+        slots += len(keys)
+    positions = np.arange(len(groups) * width)
+    shape = RankerShape(
+        request_vocabularies=tuple(vocabularies[name].rows - 1 for name in categorical),  # the exam knew one key less
+        candidate_vocabularies=tuple(
+            vocabularies[name].rows - 1 for name in (data.item, *data.named("candidate", "categorical"))
+        ),
+        request_numbers=len(data.named("request", "numeric")),
+        candidate_numbers=len(data.named("candidate", "numeric")),
+        request_statistics=tuple(positions[width : 2 * width].tolist()),
+        candidate_statistics=tuple(positions[:width].tolist()),
+        joint_statistics=tuple(positions[2 * width :].tolist()),
+        offsets=tuple(range(len(kinds))),
+        kinds=kinds,
+    )
+    torch.manual_seed(seed)
+    network = Ranker(shape, RankerConfig(embedding=4, hidden=8, factors=2, features=2)).eval()
+    with torch.no_grad():  # untrained layers that begin at zero would hide what they multiply
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.3)
+    bank = random.normal(size=(slots, len(kinds), network.width)).astype(np.float32)
+    bank[0] = 0.0
+    return data, network, bank, ServingTables(vocabularies, statistics, tuple(levels)), rows
+
+
+def describe(data: DataConfig, tables: ServingTables, golden: tuple[Golden, ...], night: date = NIGHT) -> Interface:
+    """The interface of a release."""
+    names = wires(data, tables)
+    return Interface(
+        night=night,
+        inputs=input_specs(data, examples(golden[0])),
+        output=names.scores,
+        objectives=objectives(data),
+        wires=names.between(),
+        levels=tuple(LevelSpec(level.columns, len(level.keys)) for level in tables.levels),
+    )
+
+
+def make_release(folder: Path, kind: str = "full", seed: int = 0, night: date = NIGHT) -> Made:
+    """Export a release into a new folder."""
+    folder.mkdir(parents=True)
+    data, network, bank, tables, rows = make_parts(kind, seed)
+    export(network, bank, tables, data, folder)
+    golden = make_golden(network, bank, tables, data, draw_requests(data, rows))
+    write_golden(data, golden, folder)
+    parity = check_parity(data, tables, golden, folder)
+    write_base(network, folder)
+    write_tables(tables, folder)
+    manifest = Manifest.of_folder(
+        PIPELINE,
+        folder,
+        describe(data, tables, golden, night),
+        {"largest": parity.model},
+        {"log_loss": 0.5},
+        {"seed": seed},
+    )
+    return Made(data, network, bank, tables, rows, golden, folder, manifest, parity)
+
+
+def next_night(made: Made, folder: Path, night: date, seed: int = 1) -> Made:
+    """The same release with another bank, one night later; as export would write it, without the wait."""
+    shutil.copytree(made.folder, folder)
+    bank = made.bank.copy()
+    bank[1:] = np.random.default_rng(seed).normal(size=bank[1:].shape)
+    (folder / "bank.bin").write_bytes(bank.tobytes())
+    golden = make_golden(made.network, bank, made.tables, made.data, [one.inputs for one in made.golden])
+    write_golden(made.data, golden, folder)
+    parity = check_parity(made.data, made.tables, golden, folder)
+    interface = describe(made.data, made.tables, golden, night)
+    (folder / "interface.json").unlink()
+    manifest = Manifest.of_folder(PIPELINE, folder, interface, {}, {}, {})
+    return replace(made, bank=bank, golden=golden, folder=folder, manifest=manifest, parity=parity)
+
+
+def described_anew(made: Made, folder: Path) -> Manifest:
+    """The manifest of a folder that somebody changed, with digests that fit: what an attacker would write."""
+    files = describe_files(folder)
+    return replace(made.manifest, release=content_digest(files), files=files)

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from tasks.data.contract import DataConfig, Section, SegmentsConfig, StatisticsConfig
 from tasks.errors import InvalidConfig
 from tasks.learning.adapters import AdapterConfig
+from tasks.learning.baselines import BaselinesConfig
 from tasks.learning.networks import RankerConfig
 from tasks.learning.training import TrainingConfig
 from tasks.references import Device, Place
@@ -50,6 +51,8 @@ class RetrainConfig(Section):
     """Meta-training."""
     adapter: AdapterConfig = AdapterConfig()
     """What is solved per segment."""
+    baselines: BaselinesConfig = BaselinesConfig()
+    """What every adaptation is compared with."""
     gate: GateConfig = GateConfig()
     """What a candidate must show before the pointer moves."""
 

@@ -73,22 +73,21 @@ def nightly_retrain(config: RetrainConfig | str, night: date | None = None, prom
     """
     config = resolve(config)
     night = night or night_of(runtime.flow_run.scheduled_start_time, config)
-    place, data = config.place(), config.data
+    place, data, segments, adapter, gate = config.place(), config.data, config.segments, config.adapter, config.gate
     with hold(place) as lease:
-        ingested = ingest(place, data, config.gate, night)
+        ingested = ingest(place, data, gate, night)
         validated = validate(place, data, ingested)
-        prepared = prepare(place, data, config.segments, config.statistics, ingested, validated)
-        base = meta_train(
-            place, data, config.segments, config.ranker, config.training, config.adapter, ingested, prepared
-        )
-        exam_bank = adapt(place, config.segments, config.adapter, prepared, base, bank="exam")
-        exam = evaluate(place, data, config.adapter, config.gate, ingested, prepared, base, exam_bank)
-        verdict = judge(place, data, config.gate, ingested, prepared, exam)
-        ship_bank = adapt(place, config.segments, config.adapter, prepared, base, bank="ship", exam=exam)
-        exported = export(place, data, config.segments, config.statistics, prepared, base, ship_bank)
-        steps = (ingested, validated, prepared, base, exam_bank, exam, verdict, ship_bank, exported)
+        prepared = prepare(place, data, segments, config.statistics, ingested, validated)
+        base = meta_train(place, data, segments, config.ranker, config.training, adapter, ingested, prepared)
+        bank = adapt(place, data, segments, adapter, prepared, base, bank="exam")
+        exam = evaluate(place, data, segments, config.baselines, gate, ingested, prepared, base, bank)
+        verdict = judge(place, data, segments, gate, ingested, validated, prepared, exam)
+        ship = adapt(place, data, segments, adapter, prepared, base, bank="ship", exam=exam)
+        exported = export(place, data, segments, config.statistics, ingested, validated, prepared, base, ship)
+        steps = (ingested, validated, prepared, base, bank, exam, verdict, ship, exported)
         published = publish(
-            place, config.gate, ingested, validated, verdict, exported, steps, config.digest(), promote, lease.token
+            *(place, data, gate, ingested, validated, prepared, base, exam, verdict, ship, exported),
+            *(steps, config.digest(), promote, lease.token),
         )
     shared = [{name: getattr(ref, name) for name in StepRef.model_fields} for ref in (*steps, published)]
     return NightResult(

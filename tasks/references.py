@@ -54,10 +54,14 @@ class IngestRef(StepRef):
     parent: str | None
     """Release that the night starts from."""
     champion: str | None
-    """Release that the pointer named when the night was first taken in."""
+    """Release to be examined beside the candidate: the pointer's if its night is earlier, else the parent."""
     champion_night: date | None
+    generation: int
+    """Generation of the pointer when this was resolved; 0 where there is none."""
     exams: tuple[str, ...]
-    """Digests of the earlier nightly exams that the gate pools."""
+    """Keys of the earlier exams that the gate pools, newest first."""
+    verdicts: tuple[str, ...]
+    """Keys of the verdicts on the same nights, which hold their champions' answers."""
 
 
 class ValidateRef(StepRef):
@@ -68,11 +72,15 @@ class ValidateRef(StepRef):
     bad: int
     reasons: dict[str, int]
     """Rows in quarantine by reason code."""
+    docs: str
+    """Key of the step record that holds the Data Docs."""
 
 
 class PrepareRef(StepRef):
     """Columns, statistics and vocabularies of the window and the night."""
 
+    history: str
+    """Key of the record of the history alone: what training and the exam bank are given."""
     nights: tuple[date, ...]
     """Nights of history that are read."""
     left_out: dict[str, str]
@@ -87,8 +95,8 @@ class BaseRef(StepRef):
     """A meta-trained base."""
 
     epochs: int
-    stop_loss: float
-    """Query loss on the nights that training was stopped on."""
+    stop_loss: float | None
+    """Query loss on the nights that training was stopped on; None where the parent's base was kept unseen."""
     parameters: int
 
 

@@ -28,8 +28,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from tasks.clients.lease import Lease
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.clients.workspace import StepRecord, Workspace, canonical_json
-from tasks.errors import DeviceUnavailable
-from tasks.references import Place
+from tasks.errors import DeviceUnavailable, ObjectMissing
+from tasks.references import Place, StepRef
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -84,6 +84,28 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 
 
 @contextmanager
+def quietly(step: str) -> Iterator[Progress]:
+    """Carry out many small steps as one to look at: the watcher sees only ``step`` and its progress."""
+    watcher = _watcher.get()
+    token = _watcher.set(_Silent())
+    try:
+        yield lambda done, total, unit: watcher.progressed(step, done, total, unit)
+    finally:
+        _watcher.reset(token)
+
+
+class _Silent:
+    def started(self, step: str, why: str) -> None:
+        """Say nothing."""
+
+    def progressed(self, step: str, done: float, total: float | None, unit: str) -> None:
+        """Say nothing."""
+
+    def finished(self, step: str, reused: bool, seconds: float) -> None:
+        """Say nothing."""
+
+
+@contextmanager
 def hold(place: Place) -> Iterator[Lease]:
     """Hold the pipeline's lease, so that no two runs interleave; steps check it before they write.
 
@@ -109,6 +131,29 @@ def store_of(place: Place) -> ObjectStore:
 def open_workspace(place: Place) -> Workspace:
     """The step memory of a place, opened once per process."""
     return Workspace(store_of(place), place.pipeline, Path(place.scratch))
+
+
+def record_of(place: Place, ref: StepRef) -> StepRecord:
+    """The record that a reference names.
+
+    Raises:
+        ObjectMissing: it is gone.
+    """
+    return recalled(place, ref.step, ref.key)
+
+
+def recalled(place: Place, step: str, key: str) -> StepRecord:
+    """The record of a step's key.
+
+    Raises:
+        ObjectMissing: it is gone.
+    """
+    record = open_workspace(place).recall(step, key)
+    if record is None:
+        raise ObjectMissing(
+            f"{place.store}/{place.pipeline}/work/{step}/{key} is gone, and a later step needs it; run the night again"
+        )
+    return record
 
 
 def device_of(place: Place) -> Literal["cpu", "cuda"]:

@@ -43,11 +43,15 @@ class ColumnConfig(Section):
     def _inputs_say_their_kind(self) -> Self:
         if self.role in ("request", "candidate"):
             if self.kind is None:
-                raise ValueError(f"column {self.name!r} has role {self.role!r} and must set kind: categorical or numeric")
+                raise ValueError(
+                    f"column {self.name!r} has role {self.role!r} and must set kind: categorical or numeric"
+                )
             if self.kind == "categorical" and self.dtype not in ("int64", "string"):
                 raise ValueError(f"column {self.name!r} is categorical and must be int64 or string, not {self.dtype}")
             if self.kind == "numeric" and self.dtype not in ("int64", "float64", "bool"):
-                raise ValueError(f"column {self.name!r} is numeric and must be int64, float64 or bool, not {self.dtype}")
+                raise ValueError(
+                    f"column {self.name!r} is numeric and must be int64, float64 or bool, not {self.dtype}"
+                )
         elif self.kind is not None:
             raise ValueError(f"column {self.name!r} has role {self.role!r}, which is no input: remove kind")
         if self.role in ("user", "item") and self.dtype not in ("int64", "string"):

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from tasks.data.columns import Rows
+from tasks.data.segments import mixed_radix, split_keys
 from tasks.learning.adapters import AdapterConfig, ObjectiveKind
 from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import I64, Material, Scorer
@@ -26,12 +27,14 @@ class BankLevel:
     """One level's segments that have weights of their own, ascending by key.
 
     Attributes:
+        radices: of the keys: vocabulary rows of each column when they were made.
         keys: mixed-radix keys of vocabulary ids.
         slots: rows of the bank.
         support: rows that the weights were solved from.
         parent: slot of the parent's weights.
     """
 
+    radices: I64
     keys: I64
     slots: I64
     support: I64
@@ -51,7 +54,12 @@ class Bank:
         for own, level in zip(reversed(self.levels), reversed(rows.levels), strict=True):
             if len(own.keys) == 0:
                 continue
-            keys = np.asarray(level.keys)[np.asarray(level.segment)[at]]
+            segment, ids = np.unique(np.asarray(level.segment)[at], return_inverse=True)
+            columns = split_keys(np.asarray(level.keys)[segment], level.radices)
+            # Ids are append-only: one beyond the bank's radix is newer than the bank, which does not know it.
+            known = np.asarray((columns < own.radices).all(axis=1))
+            own_keys = mixed_radix(list(np.where(known[:, None], columns, 0).T), own.radices.tolist(), "bank")
+            keys = np.where(known, own_keys, -1)[ids]
             found = np.minimum(np.searchsorted(own.keys, keys), len(own.keys) - 1)
             slots = np.where(own.keys[found] == keys, own.slots[found], slots)
         return slots
@@ -103,22 +111,29 @@ def fill_bank(
     stages, chosen = ladder.bank_stages(night)
     levels = ladder.rows.levels
     with torch.no_grad():
-        keep: list[npt.NDArray[np.bool_] | None] = []
-        for number, segment in enumerate(chosen):
+        keep: list[npt.NDArray[np.bool_]] = []
+        for number, (stage, segment) in enumerate(zip(stages, chosen, strict=True)):
             at = len(levels) - 1 - number
-            refused = None if harmful is None else harmful[at]
-            keep.append(None if refused is None else ~np.isin(np.asarray(levels[at].keys)[segment], refused))
+            own = stage.windows.lengths > 0
+            if harmful is not None:
+                own &= ~np.isin(np.asarray(levels[at].keys)[segment], harmful[at])
+            keep.append(own)
         solutions = climb(stages, scorer, material, precisions, kinds, config, keep)
     table = [precisions.new_zeros(1, len(kinds), precisions.shape[-1])]
     made: list[BankLevel] = []
     size, above = 1, np.zeros(1, np.int64)
-    for stage, segment, kept, solution, level in zip(stages, chosen, keep, solutions, reversed(levels), strict=True):
-        own = np.ones(len(segment), np.bool_) if kept is None else kept
+    for stage, segment, own, solution, level in zip(stages, chosen, keep, solutions, reversed(levels), strict=True):
         parent = above[stage.parent]  # -1 picks the last entry, which stands for the base
         slots = np.where(own, size + np.cumsum(own) - 1, parent)
         table.append(solution[torch.from_numpy(own).to(solution.device)])
         made.append(
-            BankLevel(np.asarray(level.keys)[segment][own], slots[own], stage.windows.lengths[own], parent[own])
+            BankLevel(
+                np.array(level.radices, np.int64),
+                np.asarray(level.keys)[segment][own],
+                slots[own],
+                stage.windows.lengths[own],
+                parent[own],
+            )
         )
         size, above = size + int(own.sum()), np.r_[slots, 0]
     weights: F32 = torch.cat(table).float().cpu().numpy()

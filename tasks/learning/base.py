@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -125,7 +126,7 @@ def load_base(files: Mapping[str, Path]) -> Base:
         for prefix, module in (("network.", network), ("precisions.", precisions)):
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         through = date.fromisoformat(description["trained_through"])
-    except (KeyError, TypeError, ValueError, RuntimeError, ValidationError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, ValidationError, SafetensorError) as error:
         raise ObjectCorrupt(f"{files[WEIGHTS]} and {files[DESCRIPTION]} do not make a base: {error}") from error
     return Base(network.eval(), precisions, levels, adapter, through)
 
@@ -140,12 +141,12 @@ def grow(base: Base, shape: RankerShape) -> Base | None:
     same = {"request_vocabularies": (), "candidate_vocabularies": ()}
     if old.model_copy(update=same) != shape.model_copy(update=same):
         return None
-    sizes = [
-        *zip(old.request_vocabularies, shape.request_vocabularies, strict=False),
-        *zip(old.candidate_vocabularies, shape.candidate_vocabularies, strict=False),
-    ]
-    if len(old.request_vocabularies) != len(shape.request_vocabularies) or any(new < was for was, new in sizes):
-        return None
+    for was, now in (
+        (old.request_vocabularies, shape.request_vocabularies),
+        (old.candidate_vocabularies, shape.candidate_vocabularies),
+    ):
+        if len(was) != len(now) or any(rows < known for known, rows in zip(was, now, strict=True)):
+            return None
     network = Ranker(shape, base.network.config)
     state = base.network.state_dict()
     wanted = network.state_dict()

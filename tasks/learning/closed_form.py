@@ -97,7 +97,7 @@ def factorise(
         weights: ``[N]``.
         kind: kind of the objective.
         user_count: U.
-        factors: where to start from, ``[I, F]``.
+        factors: where to start from, ``[I, F]``; row 0 is not read.
         strength: precision of every factor, in rows.
         bias_strength: precision of the users' bias, in rows.
         sweeps: passes over both sides.
@@ -106,7 +106,8 @@ def factorise(
         Item factors ``[I, F]``.
     """
     residual, curvature = _residual(offsets.double(), labels.double(), weights.double(), kind)
-    factors = factors.double()
+    factors = factors.double().clone()
+    factors[0] = 0.0
     width = factors.shape[1]
     if width == 0:
         return factors.float()

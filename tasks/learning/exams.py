@@ -164,8 +164,10 @@ def sit(night: Night, base: Base, bank: Bank, baselines: Baselines) -> dict[str,
 
         return contacts
 
-    nothing = lambda visits: baselines.score(visits, np.zeros(len(visits), np.int64))  # noqa: E731
-    predictions = gather(night, "nightly", lambda visits: nightly(visits) | nothing(visits))
+    def nightly_all(visits: Visits) -> Scores:
+        return nightly(visits) | baselines.score(visits, np.zeros(len(visits), np.int64))
+
+    predictions = gather(night, "nightly", nightly_all)
     for support in SUPPORTS:
         predictions |= gather(night, contact(support), after(support))
     return predictions

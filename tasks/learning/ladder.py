@@ -92,8 +92,8 @@ class Ladder:
         """What serves each visit after its first `support_rows` rows: the user's weights over those of his segments.
 
         Coarser segments are supported by rows of earlier nights only, so that no user's night reaches another's. A
-        visit's coarser segments are those of the user's newest support row, or of the visit's first row where he has
-        none.
+        visit's coarser segments are those of the user's newest support row, or of the visit's first row where the user
+        has no weights of his own.
 
         Args:
             visits: whose rows are to be scored [V].
@@ -101,18 +101,19 @@ class Ladder:
             personal: whether the user has a level of his own.
         """
         border, _ = visits.split(support_rows)
-        newest = np.where(border > visits.first, border - 1, visits.rows.start)
-        stages, serving = self._coarse_stages(newest, visits.night)
-        if not personal:
-            return Plan(tuple(stages), serving)
         start = np.maximum(visits.first, border - self.segments.max_support)
         thin = border - start < self.segments.min_support
-        own = Windows(np.where(thin, border, start), border)
-        stages.append(Stage(0, None, own, serving))
+        stages, serving = self._coarse_stages(np.where(thin, visits.rows.start, border - 1), visits.night)
+        if not personal:
+            return Plan(tuple(stages), serving)
+        stages.append(Stage(0, None, Windows(np.where(thin, border, start), border), serving))
         return Plan(tuple(stages), np.arange(len(visits), dtype=np.int64))
 
     def bank_stages(self, night: int) -> tuple[list[Stage], list[I64]]:
-        """Stages of the config's levels for every segment that has support before a night (an ordinal).
+        """Stages of the config's levels for every segment that has rows before a night (an ordinal).
+
+        A segment of a coarser level that may not have weights of its own is there too, without support: finer ones
+        reach its parent through it.
 
         Returns:
             Stages, coarsest first, and each stage's dense segment indices.
@@ -125,14 +126,14 @@ class Ladder:
             level = levels[at]
             order, offsets = np.asarray(level.order), np.asarray(level.offsets)
             everyone = np.arange(len(level.keys), dtype=np.int64)
-            keys = np.asarray(level.segment)[order] * STRIDE + np.asarray(self.rows.night)[order]
-            stop = np.searchsorted(keys, everyone * STRIDE + night, side="left").astype(np.int64)
-            usable = self.whole[at] & (stop - offsets[:-1] >= self.segments.min_support)
+            stop = np.searchsorted(self._searchable(level), everyone * STRIDE + night, side="left").astype(np.int64)
+            support = np.minimum(stop - offsets[:-1], self.segments.max_support)
+            usable = self.whole[at] & (support >= self.segments.min_support)
             if at == 0 and np.count_nonzero(usable) > self.segments.max_leaves:
                 best = np.lexsort((np.asarray(level.keys), -(stop - offsets[:-1]) * usable))
                 usable[best[self.segments.max_leaves :]] = False
-            segment = np.flatnonzero(usable)
-            start = np.maximum(offsets[segment], stop[segment] - self.segments.max_support)
+            segment = np.flatnonzero(usable if at == 0 else support > 0)
+            start = np.where(usable, stop - support, stop)[segment]
             parent = np.full(len(segment), -1, np.int64)
             if place is not None:
                 # The parent is that of the newest support row: a later row must not move it.
@@ -145,33 +146,30 @@ class Ladder:
 
     def _coarse_stages(self, row: I64, night: I64) -> tuple[list[Stage], I64]:
         """Stages of the coarser levels for the segments of given rows as of given nights, and who serves each."""
-        shift = 1 if not self.personal else 0
-        needed: list[tuple[int, Windows, I64, I64]] = []
-        for at in range(len(self.coarse)):
-            level, number = self.coarse[at], at + (1 if self.personal else 0)
+        passed: list[tuple[I64, Windows]] = []
+        for at, level in enumerate(self.coarse):
             segment = np.asarray(level.segment)[row]
-            pair = segment * STRIDE + night
-            unique, inverse = np.unique(pair, return_inverse=True)
-            segment, when = unique // STRIDE, unique % STRIDE
-            windows = self._before(at, segment, when)
-            usable = self.whole[number][segment] & (windows.lengths >= self.segments.min_support)
-            needed.append((number + shift, windows, usable, inverse.astype(np.int64)))
+            windows = self._before(at, segment, night)
+            passed.append((segment, windows))
             # The parent is that of the newest support row; without support, of the row itself.
-            order = np.asarray(level.order)
-            first = np.full(len(unique), np.iinfo(np.int64).max)
-            np.minimum.at(first, inverse, row)
             supported = windows.lengths > 0
-            newest = order[np.where(supported, windows.stop - 1, 0)]
-            row, night = np.where(supported, newest, first), when
+            row = np.where(supported, np.asarray(level.order)[np.where(supported, windows.stop - 1, 0)], row)
         stages: list[Stage] = []
-        above: I64 = np.zeros(0, np.int64)
+        serving = np.full(len(row), -1, np.int64)
         for at in reversed(range(len(self.coarse))):
-            number, windows, usable, _ = needed[at]
-            parent = np.full(len(windows), -1, np.int64) if at == len(self.coarse) - 1 else above[needed[at + 1][3]]
-            empty = Windows(np.where(usable, windows.start, windows.stop), windows.stop)
-            stages.append(Stage(number, np.asarray(self.coarse[at].order), empty, parent))
-            above = np.arange(len(windows), dtype=np.int64)
-        return stages, above[needed[0][3]] if needed else np.full(len(row), -1, np.int64)
+            segment, windows = passed[at]
+            _, pair = np.unique(segment * STRIDE + night, return_inverse=True)
+            # Visits share a segment where they share all that stands behind it.
+            _, one, serving_now = np.unique(
+                pair * np.int64(len(row) + 1) + serving, return_index=True, return_inverse=True
+            )
+            whole = self.whole[at + 1 if self.personal else at][segment[one]]
+            mine = windows.take(one)
+            usable = whole & (mine.lengths >= self.segments.min_support)
+            support = Windows(np.where(usable, mine.start, mine.stop), mine.stop)
+            stages.append(Stage(at + 1, np.asarray(self.coarse[at].order), support, serving[one]))
+            serving = serving_now.astype(np.int64)
+        return stages, serving
 
 
 def _whole(level: Level) -> npt.NDArray[np.bool_]:
@@ -186,7 +184,7 @@ def climb(
     precisions: Tensor,
     kinds: Sequence[ObjectiveKind],
     config: AdapterConfig,
-    keep: Sequence[npt.NDArray[np.bool_] | None] | None = None,
+    keep: Sequence[npt.NDArray[np.bool_]] | None = None,
 ) -> list[Tensor]:
     """Cumulative weights of every stage's segments.
 
@@ -210,8 +208,8 @@ def climb(
             parent = torch.from_numpy(stage.parent).to(precisions.device)
             inherited = solutions[-1][parent.clamp_min(0)] * (parent >= 0)[:, None, None]
         own = _solve_stage(stage, inherited, scorer, material, precisions[stage.level], kinds, config)
-        if keep is not None and (kept := keep[number]) is not None:
-            own = own * torch.from_numpy(kept).to(own.device)[:, None, None]
+        if keep is not None:
+            own = own * torch.from_numpy(keep[number]).to(own.device)[:, None, None]
         solutions.append(inherited + own)
     return solutions
 

@@ -5,8 +5,7 @@ from the parent), reads nights before the stop nights, and keeps what did best o
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from typing import Annotated
@@ -14,23 +13,26 @@ from typing import Annotated
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, Section, SegmentsConfig
 from tasks.errors import NotEnoughHistory, TrainingDiverged
 from tasks.learning.adapters import AdapterConfig, Precisions, check_width
 from tasks.learning.base import Base, grow
-from tasks.learning.closed_form import calibrate, factorise
+from tasks.learning.descent import blend, optimiser_of
+from tasks.learning.descent import steady as steady  # other verbs compute under it as well
 from tasks.learning.episodes import QUERY_ROWS, draw, row_loss, score_visits
 from tasks.learning.ladder import Ladder, learned_levels
 from tasks.learning.material import Material, Visits, visits_of
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.starts import newest, normalise, solve_start
 
 STOP_SUPPORT = (0, 5, 20)
 """Same-night support rows at which the stop nights are scored: those of the exams."""
-PRECISION_SPEED = 5.0
-"""Learning rate of the log-precisions over that of the network."""
+SWEEPS, MORE_SWEEPS = 10, 3
+"""Passes of the factorisation from nothing, and from the parent's factors."""
 Report = Callable[[float, float | None, str], None]
 
 
@@ -86,22 +88,6 @@ class Trained:
     why: str
 
 
-@contextmanager
-def steady(seed: int, threads: int | None) -> Iterator[None]:
-    """Deterministic arithmetic inside the block; global settings are put back afterwards."""
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before[0])
-            torch.use_deterministic_algorithms(before[1])
-
-
 def meta_train(
     data: DataConfig,
     segments: SegmentsConfig,
@@ -135,12 +121,20 @@ def meta_train(
 
     Raises:
         NotEnoughHistory: rows of fewer than two nights.
-        TrainingDiverged: the loss is not finite.
+        TrainingDiverged: the loss, or an adapter's system of equations, is not finite.
         InvalidConfig: a ridge without features.
     """
     seed = int(np.random.SeedSequence([training.seed, night.toordinal()]).generate_state(1)[0])
     with steady(seed, training.threads):
-        return _Run(data, segments, ranker, adapter, training, rows, shape, night, device, report).train(parent, seed)
+        run = _Run(data, segments, ranker, adapter, training, rows, shape, night, device, report)
+        try:
+            return run.train(parent, seed)
+        except LinAlgError as error:
+            # Numbers that are not finite reach the solver's factorisation before they reach a loss.
+            raise TrainingDiverged(
+                f"an adapter of night {night} cannot be solved: {error}; lower training.learning_rate (now "
+                f"{training.learning_rate}) or look for extreme numbers among the inputs"
+            ) from error
 
 
 class _Run:
@@ -175,14 +169,12 @@ class _Run:
                 f"on and a later one to stop on; run a later night, or widen data.window_nights"
             )
         start = None if parent is None else self._usable(parent)
-        if start is None:
-            last = int(nights[-1 - min(self.training.stop_nights, len(nights) - 1)])
-            how = "started in closed form" + ("" if parent is None else ": the parent's base is of another shape")
-        else:
-            last = start.trained_through.toordinal()
-            fresh = self.visits.of_nights(last + 1, int(nights[-1]))
-            if int(fresh.rows.lengths.sum()) < self.training.min_stop_rows or last < int(nights[0]):
-                seen = int(fresh.rows.lengths.sum())
+        how = "started in closed form" + ("" if parent is None else ": the parent's base does not fit")
+        last = int(nights[-1 - min(self.training.stop_nights, len(nights) - 1)])
+        if start is not None:
+            through = start.trained_through.toordinal()
+            seen = int(self.visits.of_nights(through + 1, int(nights[-1])).rows.lengths.sum())
+            if seen < self.training.min_stop_rows:
                 return Trained(
                     start,
                     (),
@@ -190,7 +182,10 @@ class _Run:
                     f"kept the parent's base: {seen} rows are newer than its training, and stopping on them needs "
                     f"training.min_stop_rows = {self.training.min_stop_rows}",
                 )
-            how = f"started from the parent's base, trained through {start.trained_through}"
+            if through < int(nights[0]):
+                start, how = None, f"{how}: none of the window's nights is as old as its training"
+            else:
+                last, how = through, f"started from the parent's base, trained through {start.trained_through}"
         fit, stop = self.visits.of_nights(int(nights[0]), last), self.visits.of_nights(last + 1, int(nights[-1]))
         return self._descend(start, fit, stop, date.fromordinal(int(nights[-1])), how, seed)
 
@@ -205,23 +200,25 @@ class _Run:
 
     def _descend(self, start: Base | None, fit: Visits, stop: Visits, through: date, how: str, seed: int) -> Trained:
         random = np.random.default_rng(seed)
+        at = newest(self.rows, fit, self.training.start_rows)
         curve: list[tuple[int, float | None, float]] = []
         if start is None:
             network = Ranker(self.shape, self.ranker).to(self.device)
             check_width(self.adapter, network.width)
             width = self.adapter.width(network.width)
             precisions = Precisions(len(self.levels), len(self.shape.kinds), width, self.adapter).to(self.device)
-            self._normalise(network, fit)
+            normalise(network, self.data, self.rows, at)
         else:
             network, precisions = copy.deepcopy(start.network), copy.deepcopy(start.precisions)
             curve.append((-1, None, self._stop_loss(network, precisions, stop)))
         best, kept = (copy.deepcopy(network), copy.deepcopy(precisions)), -1
-        self._closed_form(network, fit, sweeps=10 if start is None else 3)
+        solve_start(network, self.material, at, self.adapter, SWEEPS if start is None else MORE_SWEEPS)
         curve.append((0, None, self._stop_loss(network, precisions, stop)))
         if start is None or curve[-1][2] < curve[0][2]:
             best, kept = (copy.deepcopy(network), copy.deepcopy(precisions)), 0
         average = copy.deepcopy(network), copy.deepcopy(precisions)
-        optimiser = self._optimiser(network, precisions)
+        config = self.training
+        optimiser = optimiser_of(network, precisions, config.learning_rate, config.weight_decay, config.embedding_decay)
         steps = 0
         lowest = min(loss for _, _, loss in curve)
         for epoch in range(1, self.training.epochs + 1):
@@ -232,8 +229,8 @@ class _Run:
                     group["lr"] = group["peak"] * min(1.0, steps / self.training.steps_per_epoch)
                 losses.append(self._step(network, precisions, optimiser, fit, random))
                 keep = min(self.training.average, steps / (steps + 9))
-                _blend(average[0], network, keep)
-                _blend(average[1], precisions, keep)
+                blend(average[0], network, keep)
+                blend(average[1], precisions, keep)
             curve.append((epoch, sum(losses) / len(losses), self._stop_loss(*average, stop)))
             self.report(epoch, self.training.epochs, "epochs")
             if curve[-1][2] < lowest:
@@ -244,91 +241,6 @@ class _Run:
         base = Base(best[0].eval(), best[1], self.levels, self.adapter, through)
         end = {-1: "kept the parent's base, which did best", 0: "kept the closed-form start, which did best"}
         return Trained(base, tuple(curve), kept, f"{how}; {end.get(kept, f'kept epoch {kept}')} on the stop nights")
-
-    def _normalise(self, network: Ranker, fit: Visits) -> None:
-        """Fit means and scales on the newest training rows."""
-        at = fit.rows.flat()[0][-self.training.start_rows :]
-        tables = (
-            (network.request_normaliser, self.rows.request_numbers),
-            (network.candidate_normaliser, self.rows.candidate_numbers),
-            (network.statistics_normaliser, self.rows.statistics),
-        )
-        for normaliser, table in tables:
-            values = np.asarray(table[at], np.float64)
-            given = ~np.isnan(values)
-            count = np.maximum(given.sum(axis=0), 1)
-            mean = np.where(given, values, 0.0).sum(axis=0) / count
-            scale = np.sqrt(np.where(given, (values - mean) ** 2, 0.0).sum(axis=0) / count)
-            normaliser.mean.copy_(torch.from_numpy(mean))
-            # A constant column has no scale of its own: it is centred and left alone.
-            normaliser.scale.copy_(torch.from_numpy(np.where(scale > 1e-6, scale, 1.0)))
-
-    def _closed_form(self, network: Ranker, fit: Visits, sweeps: int) -> None:
-        """Solve the calibration of the statistics, then the item factors, with the rest of the network as it is."""
-        at = np.sort(
-            fit.rows.flat()[0][np.argsort(self.rows.time[fit.rows.flat()[0]], kind="stable")][
-                -self.training.start_rows :
-            ]
-        )
-        network.eval()
-        with torch.no_grad():
-            labels, weights = self.material.labels(at), self.material.weights(at)
-            nothing = nn.Linear(self.shape.statistics, len(self.shape.kinds)).to(self.device)
-            nn.init.zeros_(nothing.weight)
-            nn.init.zeros_(nothing.bias)
-            wide, network.wide = network.wide, nothing
-            offsets, normal = self._offsets(network, at)
-            network.wide = wide
-            solution = calibrate(normal, offsets, labels, weights, self.shape.kinds).float()
-            wide.weight.copy_(solution[:, :-1])
-            wide.bias.copy_(solution[:, -1])
-            if network.factor_table is not None:
-                scores = offsets + wide(normal)
-                users, user = np.unique(np.asarray(self.rows.user)[at], return_inverse=True)
-                table = network.factor_table.weight
-                items = torch.from_numpy(np.asarray(self.rows.item)[at]).to(self.device)
-                begin = table if table.abs().sum() > 0 else torch.randn_like(table) * 0.1
-                factors = factorise(
-                    torch.from_numpy(user.astype(np.int64)).to(self.device),
-                    torch.where(items < len(table), items, torch.zeros_like(items)),
-                    scores[:, 0],
-                    labels[:, 0],
-                    weights,
-                    self.shape.kinds[0],
-                    len(users),
-                    begin,
-                    strength=self.adapter.precision,
-                    bias_strength=self.adapter.precision,
-                    sweeps=sweeps,
-                )
-                table.copy_(factors)
-
-    def _offsets(self, network: Ranker, at: np.ndarray[tuple[int], np.dtype[np.int64]]) -> tuple[Tensor, Tensor]:
-        """Logits [N, K] and normalised statistics [N, S] of many rows, in chunks."""
-        logits, normal = [], []
-        for part in np.array_split(at, max(1, len(at) // 65_536)):
-            inputs = self.material.inputs(part)
-            logits.append(network(*inputs)[0])
-            normal.append(network.normal_statistics(inputs[4]))
-        return torch.cat(logits), torch.cat(normal)
-
-    def _optimiser(self, network: Ranker, precisions: Precisions) -> torch.optim.Optimizer:
-        """AdamW with its own decay for embeddings; factors and precisions are held by the solve, not by decay."""
-        config = self.training
-        groups: dict[str, list[nn.Parameter]] = {"embeddings": [], "factors": [], "layers": []}
-        for name, parameter in network.named_parameters():
-            kind = "factors" if name.startswith("factor_table") else "embeddings" if "_tables." in name else "layers"
-            groups[kind].append(parameter)
-        rate = config.learning_rate
-        return torch.optim.AdamW(
-            [
-                {"params": groups["embeddings"], "weight_decay": config.embedding_decay, "peak": rate},
-                {"params": groups["layers"], "weight_decay": config.weight_decay, "peak": rate},
-                {"params": groups["factors"], "weight_decay": 0.0, "peak": rate},
-                {"params": list(precisions.parameters()), "weight_decay": 0.0, "peak": rate * PRECISION_SPEED},
-            ],
-            lr=rate,
-        )
 
     def _step(
         self,
@@ -386,9 +298,3 @@ class _Run:
                 f"the stop loss of night {self.night} is {loss}; look for extreme numbers in the data"
             )
         return loss
-
-
-def _blend(average: nn.Module, module: nn.Module, keep: float) -> None:
-    with torch.no_grad():
-        for kept, new in zip(average.parameters(), module.parameters(), strict=True):
-            kept.lerp_(new, 1.0 - keep)

@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 
 from tasks.errors import ReleaseRefused
+from tasks.release.interface import InputSpec as InputSpec  # serving imports from here alone
 from tasks.release.interface import Interface, Json, read_interface
 from tasks.release.strict_json import SCHEMA_VERSION, Reader, canonical
 

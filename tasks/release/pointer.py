@@ -123,6 +123,7 @@ def promote(
     token: int,
     force: bool = False,
     reason: str = "promoted",
+    expected: int | None = None,
 ) -> Pointer:
     """Make a published release the champion, by one compare-and-swap.
 
@@ -134,6 +135,8 @@ def promote(
         token: fencing token of the lease that the caller holds.
         force: allow an earlier night than the champion's (a rollback).
         reason: why; kept in the pointer and in the ledger.
+        expected: generation that the pointer must still have (0: there must be none), so that nothing is replaced that
+            the caller did not compare with; None for any.
 
     Returns:
         The pointer as it now stands. Where it names the release already, nothing is written to it.
@@ -164,6 +167,13 @@ def promote(
                 f"{store.url}/{key} names release {current.release[:12]} of night {current.night}, later than {night}; "
                 f"the pointer moves to an earlier night only with force"
             )
+    generation = 0 if current is None else current.generation
+    if expected is not None and generation != expected:
+        named = "is gone" if current is None else f"names release {current.release[:12]} of night {current.night}"
+        raise PointerMoved(
+            f"{store.url}/{key} {named} (generation {generation}), it had generation {expected} when this run began: "
+            f"somebody moved it meanwhile; run the night again to be compared with what it names now"
+        )
     pointer = Pointer(
         release=release,
         night=night,

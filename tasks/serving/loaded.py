@@ -11,8 +11,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from tasks.errors import DeviceUnavailable, ReleaseRefused, RequestRejected
-from tasks.release.interface import InputSpec
-from tasks.release.manifest import Manifest
+from tasks.release.manifest import InputSpec, Manifest
 from tasks.serving.requests import read_request
 
 F32 = npt.NDArray[np.float32]

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.errors import RequestRejected
-from tasks.release.interface import InputSpec
+from tasks.release.manifest import InputSpec
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 
@@ -27,7 +27,7 @@ def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> t
     Raises:
         RequestRejected: names the column, what came, and what was expected.
 
-    >>> from tasks.release.interface import InputSpec
+    >>> from tasks.release.manifest import InputSpec
     >>> specs = (InputSpec("user", "request", "string", "", ""), InputSpec("item", "candidate", "int64", "", -1))
     >>> read_request(specs, {"user": ["ann"], "item": [[3, None]]})
     ({'user': array(['ann'], dtype=object), 'item': array([[ 3, -1]])}, (1, 2))

@@ -1,0 +1,104 @@
+"""Adapt: the weights of every segment, all of them in batched passes; once for the exam, once to ship."""
+
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from tasks.clients.workspace import digest_of
+from tasks.data import vocabulary
+from tasks.data.columns import Rows
+from tasks.data.contract import DataConfig, SegmentsConfig
+from tasks.data.vocabulary import Vocabularies
+from tasks.learning.adapters import AdapterConfig
+from tasks.learning.bank import Bank, fill_bank
+from tasks.learning.exams import segment_names
+from tasks.learning.ladder import Ladder
+from tasks.learning.material import I64, Material
+from tasks.learning.training import steady
+from tasks.meta_train import rows_of, trained_base
+from tasks.references import BankRef, BaseRef, ExamRef, Place, PrepareRef
+from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
+
+VERSION = 1
+
+
+@verb
+def adapt(
+    place: Place,
+    data: DataConfig,
+    segments: SegmentsConfig,
+    adapter: AdapterConfig,
+    prepared: PrepareRef,
+    base: BaseRef,
+    bank: Literal["exam", "ship"],
+    exam: ExamRef | None = None,
+) -> BankRef:
+    """Solve the bank.
+
+    Args:
+        place: where.
+        data: the contract.
+        segments: the ladder.
+        adapter: how to solve.
+        prepared: the columns.
+        base: the base.
+        bank: `exam` reads the history alone, `ship` the night as well.
+        exam: for `ship`: whose own weights are proven to do harm. They get their parent's.
+    """
+    layout = recalled(place, "history", prepared.history) if bank == "exam" else record_of(place, prepared)
+    harmful: list[list[str]] = [] if exam is None else record_of(place, exam).content["harmful"]
+    night = record_of(place, prepared).content["nights"][-1]
+    device = device_of(place)
+    section = {
+        "segments": segments.model_dump(mode="json"),
+        "adapter": adapter.model_dump(mode="json"),
+        "device": device,
+    }
+
+    def work(folder: Path, progress: Progress) -> Product:
+        rows = rows_of(place, layout)
+        vocabularies = vocabulary.load(data, open_workspace(place).file(layout, "vocabulary.parquet"))
+        ladder, material = Ladder(rows, segments, data.user), Material(rows, device)
+        trained = trained_base(place, base).to(device)
+        before = int(np.asarray(rows.night).max()) + 1
+        with steady(0, None):
+            filled = fill_bank(
+                *(ladder, material, material.scorer(trained.network), trained.table(), trained.kinds, adapter, before),
+                harmful=_keys(rows, vocabularies, harmful) if harmful else None,
+            )
+        filled.save(folder / "bank.safetensors")
+        solved = sum(len(level.keys) for level in filled.levels)
+        progress(solved, solved, "segments")
+        content = {
+            "names": [" x ".join(level.columns) for level in rows.levels],
+            "seen": [level.size for level in rows.levels],
+            "levels": [len(level.keys) for level in filled.levels],
+            "support": support_histogram(filled),
+            "segments": sum(level.size for level in rows.levels),
+            "adapted": solved,
+        }
+        return Product(content, {}, {"bank.safetensors": folder / "bank.safetensors"})
+
+    inputs = {"layout": layout.digest, "base": base.digest, "harmful": digest_of(harmful)}
+    record, shared = carry_out(place, f"adapt-{bank}", VERSION, date.fromisoformat(night), inputs, section, work)
+    return BankRef(**shared, bank=bank, segments=record.content["segments"], adapted=record.content["adapted"])
+
+
+def support_histogram(bank: Bank) -> list[tuple[str, int]]:
+    """Segments with weights of their own, by support rows."""
+    support = np.concatenate([level.support for level in bank.levels])
+    edges = [1, 6, 21, 51, 101, 10**18]
+    labels = ["1 to 5", "6 to 20", "21 to 50", "51 to 100", "101 and more"]
+    return list(zip(labels, np.histogram(support, edges)[0].tolist(), strict=True))
+
+
+def _keys(rows: Rows, vocabularies: Vocabularies, harmful: list[list[str]]) -> tuple[I64, ...]:
+    """Mixed-radix keys of segments given by their raw names, one array per level."""
+    found = []
+    for level, names in zip(rows.levels, harmful, strict=True):
+        keys = np.asarray(level.keys)
+        raw = segment_names(keys, level.columns, level.radices, vocabularies).to_numpy(zero_copy_only=False)
+        found.append(keys[np.isin(raw.astype(str), np.array(names, dtype=str))])
+    return tuple(found)

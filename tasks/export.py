@@ -1,0 +1,115 @@
+"""Export: base and ship bank as graphs that a ranker loads, proved equal to the network."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from tasks.data import vocabulary
+from tasks.data.contract import DataConfig, SegmentsConfig, StatisticsConfig
+from tasks.data.statistics import serving_tables
+from tasks.learning.bank import Bank
+from tasks.learning.base import save_base
+from tasks.learning.training import steady
+from tasks.meta_train import rows_of, trained_base
+from tasks.prepare import night_of_record
+from tasks.references import BankRef, BaseRef, ExportRef, IngestRef, Place, PrepareRef, ValidateRef
+from tasks.release.golden import check_parity, draw_requests, examples, make_golden, write_golden
+from tasks.release.graphs import export as write_graphs
+from tasks.release.interface import Interface, LevelSpec
+from tasks.release.lookups import input_specs, objectives, wires
+from tasks.release.manifest import content_digest, describe
+from tasks.release.tables import LevelTable, ServingTables, write_tables
+from tasks.steps import Product, Progress, carry_out, open_workspace, recalled, record_of, verb
+from tasks.validate import clean_file
+
+VERSION = 1
+
+
+@verb
+def export(
+    place: Place,
+    data: DataConfig,
+    segments: SegmentsConfig,
+    statistics: StatisticsConfig,
+    ingested: IngestRef,
+    validated: ValidateRef,
+    prepared: PrepareRef,
+    base: BaseRef,
+    bank: BankRef,
+) -> ExportRef:
+    """Write the release's files.
+
+    Raises:
+        ParityBroken: the graphs do not say what the network says.
+    """
+    layout, workspace = record_of(place, prepared), open_workspace(place)
+    section = {
+        "columns": [column.model_dump(mode="json") for column in data.columns],
+        "objectives": [objective.model_dump(mode="json") for objective in data.objectives],
+        "window": data.window_nights,
+        "levels": [list(level) for level in segments.levels],
+        "statistics": statistics.model_dump(mode="json"),
+    }
+
+    def work(folder: Path, progress: Progress) -> Product:
+        release = folder / "release"
+        release.mkdir()
+        vocabularies = vocabulary.load(data, workspace.file(layout, "vocabulary.parquet"))
+        rows = rows_of(place, layout)
+        trained = trained_base(place, base)
+        ship = Bank.load(workspace.file(record_of(place, bank), "bank.safetensors"))
+        # What a ranker sees tomorrow is as of tomorrow: the window ends with tonight, and its oldest night drops out.
+        recent = [recalled(place, "statistics", key) for key in layout.content["states"]][-data.window_nights :]
+        begin = ingested.night.toordinal() + 1 - data.window_nights
+        kept = [record for record in recent if night_of_record(record).toordinal() >= begin]
+        states = [(night_of_record(record), workspace.file(record, "state.parquet")) for record in kept]
+        levels = tuple(
+            LevelTable(level.columns, tuple(own.radices.tolist()), own.keys, own.slots)
+            for level, own in zip(rows.levels, ship.levels, strict=True)
+        )
+        tables = ServingTables(vocabularies, serving_tables(data, statistics, vocabularies, states), levels)
+        weights = np.zeros((*ship.weights.shape[:2], trained.network.width), np.float32)
+        weights[:, :, : ship.weights.shape[2]] = ship.weights
+        with steady(0, None):
+            write_graphs(trained.network, weights, tables, data, release)
+            progress(1, 3, "parts")
+            requests = draw_requests(data, pq.read_table(clean_file(place, record_of(place, validated))))
+            golden = make_golden(trained.network, weights, tables, data, requests)
+        write_golden(data, golden, release)
+        parity = check_parity(data, tables, golden, release)
+        progress(2, 3, "parts")
+        save_base(trained, release)
+        write_tables(tables, release)
+        interface = Interface(
+            night=ingested.night,
+            inputs=input_specs(data, examples(golden[0])),
+            output=wires(data, tables).scores,
+            objectives=objectives(data),
+            wires=wires(data, tables).between(),
+            levels=tuple(LevelSpec(level.columns, len(level.keys)) for level in levels),
+        )
+        (release / "interface.json").write_bytes(interface.serialise())
+        progress(3, 3, "parts")
+        files = describe(release)
+        content = {"release": content_digest(files), "bytes": sum(file.bytes for file in files)}
+        notes = {
+            "parity": {
+                "requests": parity.requests,
+                "scores": parity.scores,
+                "model": parity.model,
+                "split": parity.split,
+                "tolerance": parity.tolerance,
+            }
+        }
+        return Product(content, notes, {f"release/{path.name}": path for path in sorted(release.iterdir())})
+
+    inputs = {"layout": layout.digest, "base": base.digest, "bank": bank.digest}
+    record, shared = carry_out(place, "export", VERSION, ingested.night, inputs, section, work)
+    parity = record.notes["parity"]
+    return ExportRef(
+        **shared,
+        release=record.content["release"],
+        bytes=record.content["bytes"],
+        parity=max(parity["model"], parity["split"]),
+    )

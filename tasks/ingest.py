@@ -1,0 +1,181 @@
+"""Ingest: freeze a night, and settle once what it starts from and what it will be compared with."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from tasks.clients.object_store import ObjectStore, open_store
+from tasks.clients.workspace import StepRecord, canonical_json
+from tasks.data.contract import DataConfig
+from tasks.data.interactions import FrozenFile, FrozenNight, Source, freeze, partition
+from tasks.errors import Conflict
+from tasks.references import IngestRef, Place
+from tasks.release.gate import GateConfig
+from tasks.release.manifest import Pointer
+from tasks.release.pointer import read_pointer
+from tasks.steps import Product, Progress, carry_out, open_workspace, store_of, verb
+
+VERSION = 1
+
+
+@verb
+def ingest(place: Place, data: DataConfig, gate: GateConfig, night: date) -> IngestRef:
+    """Freeze a night's files, and resolve parent, champion and the earlier exams that are pooled.
+
+    Raises:
+        DataRejected: the night is missing, changes while it is copied, is corrupt, or breaks the contract's schema.
+    """
+    record, shared = freeze_night(place, data, night)
+    frozen = thawed(record.content)
+    settled = _settle(place, gate, night, frozen.digest)
+    return IngestRef(
+        **shared,
+        night=night,
+        rows=frozen.rows,
+        files=len(frozen.files),
+        bytes=sum(file.bytes for file in frozen.files),
+        frozen=frozen.digest,
+        parent=settled["parent"],
+        champion=settled["champion"],
+        champion_night=None if settled["champion_night"] is None else date.fromisoformat(settled["champion_night"]),
+        generation=settled["generation"],
+        exams=tuple(settled["exams"]),
+        verdicts=tuple(settled["verdicts"]),
+    )
+
+
+def lake(data: DataConfig) -> Source:
+    """The lake, opened for reading."""
+    return open_store(data.source)
+
+
+def freeze_night(place: Place, data: DataConfig, night: date) -> tuple[StepRecord, dict[str, object]]:
+    """Freeze a night by its bytes; the record of equal bytes under an equal contract is reused."""
+    source = lake(data)
+    listing = _listing(data, night, source)
+    frozen = freeze(data, night, Path(place.scratch), source)
+
+    def work(folder: Path, progress: Progress) -> Product:
+        progress(frozen.rows, frozen.rows, "rows")
+        return Product({"frozen": _as_json(frozen)})
+
+    record, shared = carry_out(place, "ingest", VERSION, night, {"files": frozen.digest}, schema_section(data), work)
+    _note(place, night, {"listing": listing, "schema": schema_section(data), "key": record.key})
+    return record, shared
+
+
+def frozen_before(place: Place, data: DataConfig, night: date) -> StepRecord:
+    """The freeze of a night of history: the last one, while its listing is the same; else a new one.
+
+    Files of history are not read again each night: a lake's files are taken to be written once, and a file that
+    changes without changing its size is noticed when its own night is run.
+    """
+    found = store_of(place).find(_state_key(place, night))
+    if found is not None:
+        state = json.loads(found.data)
+        now = {"listing": _listing(data, night, lake(data)), "schema": json.loads(canonical_json(schema_section(data)))}
+        if all(state.get(name) == value for name, value in now.items()):
+            record = open_workspace(place).recall("ingest", str(state["key"]))
+            if record is not None:
+                return record
+    return freeze_night(place, data, night)[0]
+
+
+def thawed(content: Mapping[str, object]) -> FrozenNight:
+    """A frozen night from its record's content."""
+    found = content["frozen"]
+    assert isinstance(found, dict)
+    files = tuple(FrozenFile(**file) for file in found["files"])
+    return FrozenNight(date.fromisoformat(found["night"]), files, int(found["rows"]), str(found["digest"]))
+
+
+def schema_section(data: DataConfig) -> dict[str, object]:
+    """What of the contract a freeze depends on."""
+    return {"columns": [column.model_dump(mode="json") for column in data.columns]}
+
+
+def _as_json(frozen: FrozenNight) -> dict[str, object]:
+    return {**asdict(frozen), "night": frozen.night.isoformat()}
+
+
+def _listing(data: DataConfig, night: date, source: Source) -> list[list[object]]:
+    return [[key, source.size(key)] for key in source.list(partition(data, night))]
+
+
+def _state_key(place: Place, night: date) -> str:
+    return f"{place.pipeline}/state/night={night.isoformat()}.json"
+
+
+def _note(place: Place, night: date, state: Mapping[str, object]) -> None:
+    """Remember which freeze of a night was the last."""
+    store, key = store_of(place), _state_key(place, night)
+    before, after = store.find(key), canonical_json(state)
+    if before is None or before.data != after:
+        store.swap(key, after, None if before is None else before.etag)
+
+
+def _settle(place: Place, gate: GateConfig, night: date, frozen: str) -> dict[str, Any]:
+    """Resolve once: a run that resumes a dead one finds what that one had resolved, unless the pointer has moved."""
+    store = store_of(place)
+    key = intent_key(place, night, frozen)
+    pointer = read_pointer(store, place.pipeline)
+    found = store.find(key)
+    if found is not None:
+        settled: dict[str, Any] = json.loads(found.data)
+        ours = pointer is not None and pointer.release == settled["release"]
+        if ours or settled["generation"] == (0 if pointer is None else pointer.generation):
+            return settled
+    fresh = {**_resolved(store, place, gate, night, pointer), "release": None}
+    try:
+        store.swap(key, canonical_json(fresh), None if found is None else found.etag)
+    except Conflict:
+        return _settle(place, gate, night, frozen)
+    return fresh
+
+
+def intent_key(place: Place, night: date, frozen: str) -> str:
+    """Where a night keeps what it has resolved."""
+    return f"{place.pipeline}/work/intent/{night.isoformat()}/{frozen}.json"
+
+
+def released_prefix(place: Place) -> str:
+    """Where each night keeps the newest release that was made of it."""
+    return f"{place.pipeline}/state/released/"
+
+
+def _resolved(
+    store: ObjectStore, place: Place, gate: GateConfig, night: date, pointer: Pointer | None
+) -> dict[str, object]:
+    parent: str | None = None
+    parent_night: str | None = None
+    exams: list[str] = []
+    verdicts: list[str] = []
+    # Newest first; the loop ends as soon as the parent and the exams of the pool are found.
+    for key in sorted(store.list(released_prefix(place)), reverse=True):
+        then = key.rsplit("night=", 1)[-1].removesuffix(".json")
+        if then >= night.isoformat():
+            continue
+        made = json.loads(store.get(key).data)
+        if len(exams) < gate.pool_nights - 1:
+            exams.append(made["exam"])
+            verdicts.append(made["verdict"])
+        if parent is None and made["go"]:
+            parent, parent_night = made["release"], then
+        if parent is not None and len(exams) >= gate.pool_nights - 1:
+            break
+    champion, champion_night = parent, parent_night
+    if pointer is None:
+        champion, champion_night = None, None
+    elif pointer.night < night:
+        champion, champion_night = pointer.release, pointer.night.isoformat()
+    return {
+        "parent": parent,
+        "champion": champion,
+        "champion_night": champion_night,
+        "generation": 0 if pointer is None else pointer.generation,
+        "exams": exams,
+        "verdicts": verdicts,
+    }

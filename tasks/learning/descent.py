@@ -1,0 +1,63 @@
+"""The mechanics of gradient descent: steady arithmetic, the optimiser and the moving average of the weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from tasks.learning.adapters import Precisions
+from tasks.learning.networks import Ranker
+
+PRECISION_SPEED = 5.0
+"""Learning rate of the log-precisions over that of the network."""
+
+
+@contextmanager
+def steady(seed: int, threads: int | None) -> Iterator[None]:
+    """Deterministic arithmetic inside the block; global settings are put back afterwards.
+
+    Args:
+        seed: of torch's global generators.
+        threads: of the arithmetic on the CPU; None leaves them.
+    """
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before[0])
+            torch.use_deterministic_algorithms(before[1])
+
+
+def optimiser_of(
+    network: Ranker, precisions: Precisions, rate: float, weight_decay: float, embedding_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW with its own decay for embeddings; factors and precisions are held by the solve, not by decay.
+
+    Every group names the highest learning rate that it may have as `peak`.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"embeddings": [], "factors": [], "layers": []}
+    for name, parameter in network.named_parameters():
+        kind = "factors" if name.startswith("factor_table") else "embeddings" if "_tables." in name else "layers"
+        groups[kind].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": groups["embeddings"], "weight_decay": embedding_decay, "peak": rate},
+            {"params": groups["layers"], "weight_decay": weight_decay, "peak": rate},
+            {"params": groups["factors"], "weight_decay": 0.0, "peak": rate},
+            {"params": list(precisions.parameters()), "weight_decay": 0.0, "peak": rate * PRECISION_SPEED},
+        ],
+        lr=rate,
+    )
+
+
+def blend(average: nn.Module, module: nn.Module, keep: float) -> None:
+    """Move the average towards a module of the same shape; `keep` is the share of the average that stays."""
+    with torch.no_grad():
+        for kept, new in zip(average.parameters(), module.parameters(), strict=True):
+            kept.lerp_(new, 1.0 - keep)

@@ -1,0 +1,116 @@
+"""Where training begins: normalisation, and what of the network can be solved in closed form from the history.
+
+Shapes: N rows, S statistics, K objectives.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.data.columns import Rows
+from tasks.data.contract import DataConfig
+from tasks.errors import TrainingDiverged
+from tasks.learning.adapters import AdapterConfig
+from tasks.learning.closed_form import calibrate, factorise
+from tasks.learning.material import I64, Material, Visits
+from tasks.learning.networks import Ranker
+
+PART = 65_536
+"""About how many rows the network scores at a time."""
+SMALLEST_SCALE = 1e-6
+"""A column that spreads less has no scale of its own: it is centred and left alone."""
+
+
+def newest(rows: Rows, visits: Visits, most: int) -> I64:
+    """Positions of the newest rows of some visits, ascending [N].
+
+    Args:
+        rows: the table.
+        visits: whose rows.
+        most: how many at most.
+    """
+    at = visits.rows.flat()[0]
+    if len(at) <= most:
+        return at
+    return np.sort(at[np.argsort(np.asarray(rows.time)[at], kind="stable")[-most:]])
+
+
+def normalise(network: Ranker, data: DataConfig, rows: Rows, at: I64) -> None:
+    """Fit a network's means and scales on the rows at positions [N].
+
+    Raises:
+        TrainingDiverged: a column holds a number that is not finite as float32.
+    """
+    tables = (
+        (network.request_normaliser, rows.request_numbers, data.named("request", "numeric")),
+        (network.candidate_normaliser, rows.candidate_numbers, data.named("candidate", "numeric")),
+        (network.statistics_normaliser, rows.statistics, rows.statistics_names),
+    )
+    for normaliser, table, names in tables:
+        values = np.asarray(table[at], np.float64)
+        if (infinite := np.isinf(values)).any():
+            worst = int(infinite.sum(axis=0).argmax())
+            raise TrainingDiverged(
+                f"{names[worst]} is infinite as float32 in {int(infinite[:, worst].sum())} of {len(at)} training rows, "
+                f"and has no mean to normalise by; give its column a minimum and a maximum in data.columns"
+            )
+        given = ~np.isnan(values)
+        count = np.maximum(given.sum(axis=0), 1)
+        mean = np.where(given, values, 0.0).sum(axis=0) / count
+        scale = np.sqrt(np.where(given, (values - mean) ** 2, 0.0).sum(axis=0) / count)
+        normaliser.mean.copy_(torch.from_numpy(mean))
+        normaliser.scale.copy_(torch.from_numpy(np.where(scale > SMALLEST_SCALE, scale, 1.0)))
+
+
+def solve_start(network: Ranker, material: Material, at: I64, adapter: AdapterConfig, sweeps: int) -> None:
+    """Solve the calibration of the statistics, then the item factors, with the rest of the network as it is.
+
+    Args:
+        network: is changed.
+        material: the rows.
+        at: positions of the rows that are read [N].
+        adapter: how strongly the factors are held.
+        sweeps: passes of the factorisation.
+    """
+    network.eval()
+    kinds, wide = network.shape.kinds, network.wide
+    with torch.no_grad():
+        labels, weights = material.labels(at), material.weights(at)
+        # The linear layer is solved anew, on top of everything else.
+        wide.weight.zero_()
+        wide.bias.zero_()
+        scores, normal = _scores(network, material, at)
+        solution = calibrate(normal, scores, labels, weights, kinds).float()
+        wide.weight.copy_(solution[:, :-1])
+        wide.bias.copy_(solution[:, -1])
+        if network.factor_table is None:
+            return
+        scores = scores + wide(normal)
+        users, user = np.unique(np.asarray(material.rows.user)[at], return_inverse=True)
+        table = network.factor_table.weight
+        items = torch.from_numpy(np.asarray(material.rows.item)[at]).to(table.device)
+        begin = table if table.abs().sum() > 0 else torch.randn_like(table) * 0.1
+        factors = factorise(
+            torch.from_numpy(user.astype(np.int64)).to(table.device),
+            torch.where(items < len(table), items, torch.zeros_like(items)),
+            scores[:, 0],
+            labels[:, 0],
+            weights,
+            kinds[0],
+            len(users),
+            begin,
+            strength=adapter.precision,
+            bias_strength=adapter.precision,
+            sweeps=sweeps,
+        )
+        table.copy_(factors)
+
+
+def _scores(network: Ranker, material: Material, at: I64) -> tuple[Tensor, Tensor]:
+    """Logits [N, K] and normalised statistics [N, S] of many rows, part by part."""
+    logits, normal = [], []
+    for part in np.array_split(at, max(1, len(at) // PART)):
+        inputs = material.inputs(part)
+        logits.append(network(*inputs)[0])
+        normal.append(network.normal_statistics(inputs[4]))
+    return torch.cat(logits), torch.cat(normal)

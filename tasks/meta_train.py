@@ -1,0 +1,87 @@
+"""Meta-train: one base for all segments, from the nights before this one."""
+
+from pathlib import Path
+
+from tasks.clients.workspace import StepRecord
+from tasks.data import vocabulary
+from tasks.data.columns import Rows, open_rows
+from tasks.data.contract import DataConfig, SegmentsConfig
+from tasks.learning import training as learning
+from tasks.learning.adapters import AdapterConfig
+from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base, save_base, shape_of
+from tasks.learning.networks import RankerConfig
+from tasks.learning.training import TrainingConfig
+from tasks.parents import base_of
+from tasks.references import BaseRef, IngestRef, Place, PrepareRef
+from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
+
+VERSION = 1
+
+
+@verb
+def meta_train(
+    place: Place,
+    data: DataConfig,
+    segments: SegmentsConfig,
+    ranker: RankerConfig,
+    training: TrainingConfig,
+    adapter: AdapterConfig,
+    ingested: IngestRef,
+    prepared: PrepareRef,
+) -> BaseRef:
+    """Train the base, from the parent's where there is one.
+
+    Raises:
+        TrainingDiverged: the loss left the finite numbers.
+        DeviceUnavailable: the config demands a device that is not there.
+    """
+    history = recalled(place, "history", prepared.history)
+    device = device_of(place)
+    section = {
+        "objectives": [objective.model_dump(mode="json") for objective in data.objectives],
+        "segments": segments.model_dump(mode="json"),
+        "ranker": ranker.model_dump(mode="json"),
+        "training": training.model_dump(mode="json"),
+        "adapter": adapter.model_dump(mode="json"),
+        "device": device,
+    }
+
+    def work(folder: Path, progress: Progress) -> Product:
+        rows = rows_of(place, history)
+        vocabularies = vocabulary.load(data, open_workspace(place).file(history, "vocabulary.parquet"))
+        parent = None if ingested.parent is None else base_of(place, ingested.parent)
+        trained = learning.meta_train(
+            *(data, segments, ranker, adapter, training, rows, shape_of(data, rows, vocabularies), ingested.night),
+            parent=parent,
+            device=device,
+            report=progress,
+        )
+        files = save_base(trained.base.to("cpu"), folder)
+        content = {
+            "epoch": trained.epoch,
+            "parameters": trained.base.parameters(),
+            "trained_through": trained.base.trained_through.isoformat(),
+        }
+        return Product(content, {"curve": [list(point) for point in trained.curve], "why": trained.why}, files)
+
+    inputs = {"history": history.digest, "parent": ingested.parent or "none"}
+    record, shared = carry_out(place, "meta-train", VERSION, ingested.night, inputs, section, work)
+    curve = record.notes["curve"]
+    kept = [point[2] for point in curve if point[0] == record.content["epoch"]]
+    return BaseRef(
+        **shared,
+        epochs=sum(point[0] > 0 for point in curve),
+        stop_loss=kept[0] if kept else None,
+        parameters=record.content["parameters"],
+    )
+
+
+def rows_of(place: Place, layout: StepRecord) -> Rows:
+    """The columns of a layout, memory-mapped."""
+    return open_rows(open_workspace(place).folder(layout, "rows"))
+
+
+def trained_base(place: Place, ref: BaseRef) -> Base:
+    """The base that a reference names."""
+    record = record_of(place, ref)
+    return load_base({name: open_workspace(place).file(record, name) for name in (WEIGHTS, DESCRIPTION)})

@@ -1,0 +1,47 @@
+"""Earlier releases as a night reads them: single files, the base, the tables."""
+
+import shutil
+from pathlib import Path
+
+from tasks.data.contract import DataConfig
+from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base
+from tasks.references import Place
+from tasks.release.manifest import blob_key
+from tasks.release.pointer import read_manifest
+from tasks.release.tables import ServingTables, read_tables
+from tasks.steps import store_of
+
+TABLES = (
+    *("vocabulary.parquet", "statistics_item.parquet", "statistics_user.parquet", "statistics_cohort_item.parquet"),
+    *("segments.parquet", "tables.json"),
+)
+
+
+def release_file(place: Place, release: str, name: str) -> Path:
+    """A verified local copy of one file of a release.
+
+    Raises:
+        ObjectMissing: there is no such release.
+        ReleaseRefused: its manifest is damaged.
+        ObjectCorrupt: the file is.
+    """
+    store = store_of(place)
+    file = next(file for file in read_manifest(store, place.pipeline, release).files if file.name == name)
+    folder = Path(place.scratch) / "blobs"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file.sha256
+    if not path.exists():
+        store.download(blob_key(place.pipeline, file.sha256), path, file.sha256)
+    return path
+
+
+def base_of(place: Place, release: str) -> Base:
+    """The base of a release."""
+    return load_base({name: release_file(place, release, name) for name in (WEIGHTS, DESCRIPTION)})
+
+
+def tables_of(place: Place, data: DataConfig, release: str, folder: Path) -> ServingTables:
+    """The tables of a release; `folder` is an empty one to lay their files out in."""
+    for name in TABLES:
+        shutil.copyfile(release_file(place, release, name), folder / name)
+    return read_tables(data, folder)

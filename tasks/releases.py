@@ -1,0 +1,43 @@
+"""What a pipeline has published: read only, for lists and for a backfill's plan."""
+
+import json
+from collections.abc import Iterator
+from datetime import date, datetime
+
+from tasks.references import Place, ReleaseRow
+from tasks.release.pointer import read_pointer
+from tasks.steps import store_of
+
+
+def releases(place: Place) -> tuple[ReleaseRow, ...]:
+    """All releases of a pipeline, by night, then by when they were made."""
+    pointer = read_pointer(store_of(place), place.pipeline)
+    champion = None if pointer is None else pointer.release
+    return tuple(sorted(_rows(place, champion), key=lambda row: (row.night, row.created)))
+
+
+def _rows(place: Place, champion: str | None) -> Iterator[ReleaseRow]:
+    store = store_of(place)
+    for key in store.list(f"{place.pipeline}/releases/"):
+        if not key.endswith("/manifest.json"):
+            continue
+        folder = key.removesuffix("/manifest.json")
+        run = json.loads(store.get(f"{folder}/run.json").data)
+        release = folder.rsplit("/", 1)[-1]
+        yield ReleaseRow(
+            release=release,
+            night=date.fromisoformat(run["night"]),
+            created=datetime.fromisoformat(run["created"]),
+            go=run["go"],
+            champion=release == champion,
+            parent=run["parent"],
+            config=run["config"],
+            report=location(place, f"{folder}/report.html"),
+        )
+
+
+def location(place: Place, key: str) -> str:
+    """Where a person finds an object: a path of a directory store, a URL otherwise."""
+    store = store_of(place)
+    path = store.local_path(key)
+    return f"{store.url.rstrip('/')}/{key}" if path is None else str(path)

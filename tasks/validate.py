@@ -1,0 +1,97 @@
+"""Validate: clean rows and quarantined rows of a frozen night, and whether it may be learned from."""
+
+from pathlib import Path
+
+from tasks import errors
+from tasks.clients.workspace import StepRecord
+from tasks.data import expectations
+from tasks.data.contract import DataConfig
+from tasks.data.interactions import FrozenNight, thaw
+from tasks.errors import DataRejected
+from tasks.ingest import lake, thawed
+from tasks.references import IngestRef, Place, ValidateRef
+from tasks.steps import Product, Progress, carry_out, open_workspace, record_of, verb
+
+VERSION = 1
+
+
+@verb
+def validate(place: Place, data: DataConfig, ingested: IngestRef) -> ValidateRef:
+    """Hold a frozen night against its expectations; bad rows go to quarantine.
+
+    Raises:
+        ExpectationsFailed: the night breaks an expectation, or too many of its rows are bad.
+        ValidatorBroken: there is no verdict.
+    """
+    frozen = thawed(record_of(place, ingested).content)
+    record, shared = validate_night(place, data, frozen)
+    docs, _ = _build_docs(place, data, frozen)
+    content = record.content
+    return ValidateRef(
+        **shared,
+        rows=content["rows"],
+        clean=content["clean"],
+        bad=content["bad"],
+        reasons=content["reasons"],
+        docs=docs.key,
+    )
+
+
+def validate_night(place: Place, data: DataConfig, frozen: FrozenNight) -> tuple[StepRecord, dict[str, object]]:
+    """The validation of a frozen night, made now or before.
+
+    Raises:
+        ExpectationsFailed: as `validate`; the rejection itself is remembered.
+    """
+
+    def work(folder: Path, progress: Progress) -> Product:
+        files = thaw(frozen, data, Path(place.scratch), lake(data))
+        try:
+            found = expectations.validate(data, frozen.night, files, folder)
+        except DataRejected as error:
+            return Product({"rejected": {"error": type(error).__name__, "message": str(error)}})
+        progress(found.rows, found.rows, "rows")
+        parquet = {"clean.parquet": found.clean_file}
+        if found.quarantine_file is not None:
+            parquet["quarantine.parquet"] = found.quarantine_file
+        return Product(
+            {"rows": found.rows, "clean": found.clean, "bad": found.bad, "reasons": found.reasons},
+            {"expectations": found.expectations, "examples": list(found.examples)},
+            parquet,
+        )
+
+    record, shared = carry_out(
+        place, "validate", VERSION, frozen.night, {"files": frozen.digest}, expected_section(data), work
+    )
+    if "rejected" in record.content:
+        rejected = record.content["rejected"]
+        raise getattr(errors, rejected["error"])(rejected["message"])
+    return record, shared
+
+
+def expected_section(data: DataConfig) -> dict[str, object]:
+    """What of the contract a validation depends on."""
+    kept = data.model_dump(mode="json", exclude={"source", "partition", "window_nights", "min_history_nights"})
+    return dict(kept)
+
+
+def clean_file(place: Place, record: StepRecord) -> Path:
+    """The clean rows of a validated night."""
+    return open_workspace(place).file(record, "clean.parquet")
+
+
+def _build_docs(place: Place, data: DataConfig, frozen: FrozenNight) -> tuple[StepRecord, dict[str, object]]:
+    """Data Docs are a step of their own: their bytes tell the time of the run, and no digest may depend on them."""
+
+    def work(folder: Path, progress: Progress) -> Product:
+        files = thaw(frozen, data, Path(place.scratch), lake(data))
+        found = expectations.validate(data, frozen.night, files, folder, docs=True)
+        assert found.docs is not None
+        pages = {
+            f"data_docs/{path.relative_to(found.docs).as_posix()}": path
+            for path in sorted(found.docs.rglob("*"))
+            if path.is_file()
+        }
+        return Product({"pages": len(pages)}, {}, pages)
+
+    return carry_out(place, "docs", VERSION, frozen.night, {"files": frozen.digest}, expected_section(data), work)

@@ -1,0 +1,285 @@
+"""Plans and weights of the ladder against one visit at a time in plain Python, finite differences and gradients."""
+
+import numpy as np
+import pytest
+import torch
+from tests.learning.slow_ladder import SlowLadder
+from tests.learning.small_rows import FIRST, Told, ladder_of, table, told
+
+from tasks.learning import ladder as module
+from tasks.learning.adapters import AdapterConfig
+from tasks.learning.episodes import score_visits
+from tasks.learning.ladder import Ladder, climb, learned_levels
+from tasks.learning.material import Material, visits_of
+
+SEEDS = range(6)
+KINDS = ("binary", "rating")
+THREE = (("shopper",), ("market", "region"), ("market",))
+CROSSED = (("shopper",), ("region",), ("market",))
+"""A region lies in several markets, so that its parent is a question."""
+RIDGE = AdapterConfig()
+
+
+def world(seed, levels=THREE, count=90):
+    """Random rows: users change market, some ids are unknown, some labels are missing, weights differ."""
+    random = np.random.default_rng(seed)
+    labels = np.stack([random.random(count) < 0.5, random.normal(size=count)], axis=1).astype(np.float32)
+    labels[random.random((count, 2)) < 0.1] = np.nan
+    return table(
+        random.integers(1, 8, count), random.integers(0, 5, count), labels=labels, levels=levels,
+        market=random.integers(0, 3, count), region=random.integers(0, 4, count),
+        weights=random.uniform(0.5, 2.0, count),
+    )  # fmt: skip
+
+
+def precisions_of(levels, kinds=2, width=3, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).uniform(0.5, 4.0, (levels, kinds, width)))
+
+
+def slow(rows, segments, scorer, precisions, **more):
+    return SlowLadder(rows, segments, scorer.logits, scorer.features, precisions, KINDS, **more)
+
+
+class Differentiable(Material):
+    """Labels as one double-precision tensor that gradients reach."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.table = torch.from_numpy(rows.labels.astype(np.float64)).requires_grad_()
+
+    def labels(self, at):
+        return self.table[torch.from_numpy(at)]
+
+
+# Weights and support
+
+
+@pytest.mark.parametrize("levels", [THREE, CROSSED])
+@pytest.mark.parametrize("limits", [{}, {"min_support": 3}, {"max_support": 4}, {"min_support": 2, "max_support": 6}])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_visit_is_served_by_the_weights_of_the_slow_ladder(seed, levels, limits):
+    rows, segments = world(seed, levels), ladder_of(levels, **limits)
+    scorer, precisions = told(rows, seed=seed), precisions_of(3, seed=seed)
+    visits = visits_of(rows)
+    after = np.random.default_rng(seed).integers(0, 4, len(visits))
+    scores = score_visits(Ladder(rows, segments, "shopper"), visits, after, scorer, Material(rows), precisions, KINDS,
+                          RIDGE)  # fmt: skip
+    oracle = slow(rows, segments, scorer, precisions)
+    border, query = visits.split(after)
+    expected = {}
+    for number in range(len(visits)):
+        weights, _ = oracle.visit(
+            visits.first[number], visits.rows.start[number], border[number], visits.night[number]
+        )
+        for row in range(query.start[number], query.stop[number]):
+            expected[row] = oracle.logits[row] + weights @ oracle.features[row]
+    assert scores.rows.tolist() == list(expected)
+    np.testing.assert_allclose(scores.adapted.numpy(), np.array(list(expected.values())), atol=2e-6)
+    np.testing.assert_array_equal(scores.base.numpy(), scorer.logits[scores.rows].numpy())
+
+
+@pytest.mark.parametrize("levels", [THREE, CROSSED])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_labels_that_reach_a_query_are_those_of_its_support_and_no_others(seed, levels):
+    """By gradient: none of the same night behind the first k, of later nights, or of others' same night."""
+    rows, segments = world(seed, levels), ladder_of(levels, max_support=7)
+    scorer, precisions, material = told(rows), precisions_of(3), Differentiable(rows)
+    ladder, visits = Ladder(rows, segments, "shopper"), visits_of(rows)
+    oracle = slow(rows, segments, scorer, precisions)
+    after = np.minimum(np.random.default_rng(seed).integers(0, 4, len(visits)), visits.rows.lengths - 1)
+    scores = score_visits(ladder, visits, after, scorer, material, precisions, KINDS, RIDGE)
+    border, _ = visits.split(after)
+    reached = 0
+    for number in range(0, len(visits), 3):
+        mine = np.flatnonzero(scores.rows == border[number])
+        (slope,) = torch.autograd.grad(scores.adapted[mine].sum(), material.table, retain_graph=True)
+        _, used = oracle.visit(visits.first[number], visits.rows.start[number], border[number], visits.night[number])
+        given = ~np.isnan(rows.labels)
+        expected = np.zeros_like(given)
+        expected[sorted(used)] = given[sorted(used)]
+        np.testing.assert_array_equal(slope.numpy() != 0, expected)
+        reached += len(used)
+    assert reached > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_visit_is_served_alike_alone_and_among_others(seed):
+    rows, segments = world(seed, CROSSED), ladder_of(CROSSED, min_support=2)
+    ladder, visits, scorer, precisions = Ladder(rows, segments, "shopper"), visits_of(rows), told(rows), precisions_of(3)
+    after = np.ones(len(visits), np.int64)
+
+    def adapted(chosen):
+        return score_visits(
+            ladder, visits.take(chosen), after[chosen], scorer, Material(rows), precisions, KINDS, RIDGE
+        ).adapted
+
+    together = adapted(np.arange(len(visits)))
+    alone = torch.cat([adapted(np.array([number])) for number in range(len(visits))])
+    torch.testing.assert_close(alone, together, rtol=1e-9, atol=1e-10)
+
+
+def test_batches_of_segments_are_cut_without_a_trace(monkeypatch):
+    rows, segments = world(0), ladder_of(THREE)
+    ladder, visits, scorer, precisions = Ladder(rows, segments, "shopper"), visits_of(rows), told(rows), precisions_of(3)
+    after = np.ones(len(visits), np.int64)
+    whole = score_visits(ladder, visits, after, scorer, Material(rows), precisions, KINDS, RIDGE)
+    monkeypatch.setattr(module, "PADDED_ROWS", 16)
+    cut = score_visits(ladder, visits, after, scorer, Material(rows), precisions, KINDS, RIDGE)
+    torch.testing.assert_close(cut.adapted, whole.adapted, rtol=1e-10, atol=1e-12)
+
+
+def test_batches_hold_every_segment_once_and_little_padding(monkeypatch):
+    monkeypatch.setattr(module, "PADDED_ROWS", 64)
+    lengths = np.sort(np.random.default_rng(0).integers(1, 200, 300))
+    segments = np.arange(300) + 1000
+    batches = module._batches(segments, lengths)
+    assert np.concatenate(batches).tolist() == segments.tolist()
+    for batch in batches:
+        longest = lengths[batch - 1000].max()
+        assert len(batch) == 1 or len(batch) * longest <= 64
+        assert longest < 2 * lengths[batch - 1000].min() or longest == 1
+
+
+# Windows, by hand
+
+
+def test_own_support_ends_exactly_before_the_query_and_keeps_the_newest_rows():
+    rows = table([1] * 8, [0, 0, 0, 1, 1, 1, 1, 2])
+    visits = visits_of(rows).of_nights(FIRST + 1, FIRST + 1)
+    ladder = Ladder(rows, ladder_of(max_support=4), "shopper")
+    for k, window in [(0, (0, 3)), (1, (0, 4)), (2, (1, 5)), (3, (2, 6))]:
+        own = ladder.plan(visits, np.array([k])).stages[-1]
+        assert (own.level, own.support) == (0, None)
+        assert (own.windows.start.tolist(), own.windows.stop.tolist()) == ([window[0]], [window[1]])
+
+
+def test_coarse_support_is_of_earlier_nights_only_and_keeps_the_newest_rows():
+    rows = table([1, 2, 3, 1, 2, 3, 4], [0, 0, 1, 2, 2, 2, 3])
+    ladder = Ladder(rows, ladder_of(max_support=2), "shopper")
+    visits = visits_of(rows)
+    plan = ladder.plan(visits, np.full(len(visits), 1))
+    market, own = plan.stages
+    assert (market.level, own.level) == (1, 0)
+    for number in range(len(visits)):
+        at = own.parent[number]
+        rows_of = market.support[market.windows.start[at] : market.windows.stop[at]]
+        earlier = np.flatnonzero(rows.night < visits.night[number])
+        newest = earlier[np.argsort(rows.time[earlier])][-2:]
+        assert rows_of.tolist() == newest.tolist()
+
+
+def test_fewer_rows_than_min_support_are_no_support():
+    rows = table([1, 1, 1, 2], [0, 1, 1, 1])
+    visits = visits_of(rows).of_nights(FIRST + 1, FIRST + 1)
+    ladder = Ladder(rows, ladder_of(min_support=2), "shopper")
+    lengths = [ladder.plan(visits, np.full(2, k)).stages[-1].windows.lengths.tolist() for k in (0, 1, 2)]
+    assert lengths == [[0, 0], [2, 0], [3, 0]]
+
+
+@pytest.mark.parametrize("key", [(0, 1), (1, 0), (0, 0)])
+def test_a_segment_with_an_unknown_value_gets_nothing(key):
+    levels = (("shopper",), ("market", "region"))
+    rows = table([1, 2, 3, 4], [0, 0, 0, 1], market=[key[0]] * 4, region=[key[1]] * 4, levels=levels)
+    plan = Ladder(rows, ladder_of(levels), "shopper").plan(visits_of(rows), np.zeros(4, np.int64))
+    assert plan.stages[0].windows.lengths.max() == 0
+
+
+def test_the_parent_is_that_of_the_newest_support_row_even_if_the_user_moves_on_the_exam_night():
+    rows = table([1, 1, 1, 2, 3], [0, 1, 1, 0, 0], market=[1, 2, 2, 1, 2])
+    visits = visits_of(rows).of_nights(FIRST + 1, FIRST + 1)
+    ladder = Ladder(rows, ladder_of(), "shopper")
+
+    def market_of(k):
+        market, own = ladder.plan(visits, np.array([k])).stages
+        at = own.parent[0]
+        newest = market.support[market.windows.stop[at] - 1]
+        return rows.request_ids[newest, 0]
+
+    assert market_of(0) == 1  # his support is of the night before, when he was there
+    assert market_of(1) == 2
+
+
+def test_a_user_without_support_is_served_by_the_segment_of_his_first_row():
+    rows = table([1, 2, 3, 3], [0, 0, 1, 1], market=[1, 2, 2, 1])
+    visits = visits_of(rows).of_nights(FIRST + 1, FIRST + 1)
+    market, own = Ladder(rows, ladder_of(), "shopper").plan(visits, np.array([0])).stages
+    assert own.windows.lengths.tolist() == [0]
+    assert rows.user[market.support[market.windows.start[own.parent[0]]]] == 2
+
+
+def test_visits_of_one_segment_and_night_share_its_solve():
+    rows = table([1, 2, 3, 1, 2, 3], [0, 0, 0, 1, 1, 1])
+    market, own = Ladder(rows, ladder_of(), "shopper").plan(visits_of(rows), np.zeros(6, np.int64)).stages
+    assert len(market.windows) == 2  # one market, two nights
+    assert len(own.windows) == 6
+
+
+def test_without_a_level_of_his_own_the_user_is_served_by_his_segment():
+    rows = world(0)
+    ladder, visits = Ladder(rows, ladder_of(THREE), "shopper"), visits_of(rows)
+    after = np.ones(len(visits), np.int64)
+    plan = ladder.plan(visits, after, personal=False)
+    assert [stage.level for stage in plan.stages] == [2, 1]
+    scorer, precisions = told(rows), precisions_of(3)
+    scores = score_visits(ladder, visits, after, scorer, Material(rows), precisions, KINDS, RIDGE, personal=False)
+    oracle = slow(rows, ladder_of(THREE), scorer, precisions)
+    border, query = visits.split(after)
+    expected = [
+        oracle.logits[row] + oracle.coarse(1, border[number] - 1, visits.night[number], set()) @ oracle.features[row]
+        for number in range(len(visits))
+        for row in range(query.start[number], query.stop[number])
+    ]
+    np.testing.assert_allclose(scores.adapted.numpy(), np.array(expected), atol=2e-6)
+
+
+def test_only_the_base_serves_a_ladder_of_users_without_users():
+    rows = table([1, 1, 2], [0, 1, 1], levels=(("shopper",),))
+    plan = Ladder(rows, ladder_of((("shopper",),)), "shopper").plan(visits_of(rows), np.zeros(3, np.int64), False)
+    assert plan.stages == ()
+    assert plan.serving.tolist() == [-1] * 3
+
+
+def test_a_ladder_without_the_user_is_learned_with_him_below():
+    assert learned_levels(ladder_of(THREE), "shopper") == THREE
+    assert learned_levels(ladder_of(THREE[1:]), "shopper") == THREE
+    rows = world(1, THREE[1:])
+    segments = ladder_of(THREE[1:])
+    ladder, visits = Ladder(rows, segments, "shopper"), visits_of(rows)
+    plan = ladder.plan(visits, np.ones(len(visits), np.int64))
+    assert [stage.level for stage in plan.stages] == [2, 1, 0]
+
+
+def test_a_segment_without_support_has_exactly_its_parents_weights():
+    rows = world(2)
+    ladder, visits = Ladder(rows, ladder_of(THREE), "shopper"), visits_of(rows)
+    plan = ladder.plan(visits, np.zeros(len(visits), np.int64))
+    *_, region, own = climb(plan.stages, told(rows), Material(rows), precisions_of(3), KINDS, RIDGE)
+    empty = np.flatnonzero(plan.stages[-1].windows.lengths == 0)
+    assert len(empty) > 0
+    assert torch.equal(own[empty], region[plan.stages[-1].parent[empty]])
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_query_loss_flows_back_through_two_levels(steps):
+    """With respect to features, offsets and precisions of support and query, by finite differences."""
+    rows = table(
+        [1, 1, 1, 2, 2, 3, 3], [0, 1, 1, 0, 1, 0, 1], market=[1, 1, 1, 1, 1, 2, 2],
+        labels=np.array([[1, 0.3], [0, 0.1], [1, -1], [1, np.nan], [0, 2], [np.nan, 0.5], [1, 1]]),
+    )  # fmt: skip
+    ladder, visits = Ladder(rows, ladder_of(), "shopper"), visits_of(rows).of_nights(FIRST + 1, FIRST + 1)
+    start, config = told(rows), AdapterConfig(steps=steps)
+    truth = torch.nan_to_num(torch.from_numpy(rows.labels.astype(np.float64)))
+
+    def loss(logits, features, precisions):
+        scores = score_visits(ladder, visits, np.array([1, 0, 0]), Told(logits, features), Material(rows), precisions,
+                              KINDS, config)  # fmt: skip
+        return (torch.nn.functional.softplus(scores.adapted) - truth[scores.rows] * scores.adapted).mean()
+
+    inputs = tuple(part.clone().requires_grad_() for part in (start.logits, start.features, precisions_of(2)))
+    assert torch.autograd.gradcheck(loss, inputs)
+    slopes = torch.autograd.grad(loss(*inputs), inputs)
+    assert all((slope != 0).any() for slope in slopes)
+    assert (slopes[2] != 0).all()  # every precision of both levels is learned

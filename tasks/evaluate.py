@@ -18,6 +18,7 @@ from tasks.learning.exams import (
     CANDIDATE,
     CHAMPION,
     PARENT,
+    SUPPORTS,
     ZERO_STEPS,
     Night,
     column,

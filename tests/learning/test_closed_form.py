@@ -1,0 +1,198 @@
+"""The closed-form starts against scikit-learn, scipy and planted worlds."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize
+from sklearn.linear_model import LogisticRegression, Ridge
+
+from tasks.learning import closed_form
+from tasks.learning.closed_form import calibrate, factorise
+
+SEEDS = range(3)
+
+
+def sigmoid(score):
+    return 1 / (1 + np.exp(-score))
+
+
+def rows_of(seed, count=400, width=3):
+    random = np.random.default_rng(seed)
+    inputs = random.normal(size=(count, width))
+    offset = random.normal(size=count)
+    truth = offset + inputs @ np.array([1.0, -0.5, 0.0])[:width] + 0.3
+    clicks = (random.random(count) < sigmoid(truth)).astype(float)
+    return inputs, offset, clicks, truth + random.normal(size=count), random.uniform(0.5, 2.0, count)
+
+
+def tensors(*arrays):
+    return [torch.from_numpy(np.asarray(array)) for array in arrays]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_calibration_of_a_binary_objective_is_the_penalised_logistic_regression_with_an_offset(seed):
+    inputs, offset, clicks, _, weights = rows_of(seed)
+    solved = calibrate(*tensors(inputs, offset[:, None], clicks[:, None], weights), ["binary"], strength=20.0, steps=12)
+    wide = np.c_[inputs, np.ones(len(inputs))]
+
+    def loss(w):
+        score = offset + wide @ w
+        return (weights * (np.logaddexp(0, score) - clicks * score)).sum() + 10.0 * w @ w
+
+    best = optimize.minimize(loss, np.zeros(4), method="BFGS", options={"gtol": 1e-7})
+    np.testing.assert_allclose(solved[0].numpy(), best.x, atol=1e-5)
+
+
+def test_calibration_without_an_offset_is_scikit_learn_s_logistic_regression():
+    inputs, offset, clicks, _, weights = rows_of(0)
+    solved = calibrate(*tensors(inputs, 0 * offset[:, None], clicks[:, None], weights), ["binary"], 20.0, 12)
+    wide = np.c_[inputs, np.ones(len(inputs))]
+    model = LogisticRegression(C=1 / 20.0, fit_intercept=False, tol=1e-10).fit(wide, clicks, sample_weight=weights)
+    np.testing.assert_allclose(solved.numpy(), model.coef_, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_calibration_of_a_rating_is_the_ridge_on_what_the_offset_leaves(seed):
+    inputs, offset, _, stars, weights = rows_of(seed)
+    solved = calibrate(*tensors(inputs, offset[:, None], stars[:, None], weights), ["rating"], strength=5.0, steps=1)
+    wide = np.c_[inputs, np.ones(len(inputs))]
+    model = Ridge(alpha=5.0, fit_intercept=False).fit(wide, stars - offset, sample_weight=weights)
+    np.testing.assert_allclose(solved[0].numpy(), model.coef_, rtol=1e-8)
+
+
+def test_objectives_are_calibrated_apart_and_missing_labels_are_left_out():
+    inputs, offset, clicks, stars, weights = rows_of(1)
+    holed = clicks.copy()
+    holed[::3] = np.nan
+    offsets = np.c_[offset, offset]
+    both = calibrate(*tensors(inputs, offsets, np.c_[holed, stars], weights), ["binary", "rating"])
+    known = ~np.isnan(holed)
+    first = calibrate(*tensors(*(part[known] for part in (inputs, offsets[:, :1], holed[:, None], weights))), ["binary"])
+    second = calibrate(*tensors(inputs, offsets[:, 1:], stars[:, None], weights), ["rating"])
+    torch.testing.assert_close(both, torch.cat([first, second]), rtol=1e-9, atol=1e-10)
+
+
+def test_chunks_leave_no_trace(monkeypatch):
+    inputs, offset, clicks, _, weights = rows_of(2)
+    users, items, labels, start = planted(0)
+    calibrated = calibrate(*tensors(inputs, offset[:, None], clicks[:, None], weights), ["binary"])
+    factors = run(users, items, labels, start, "rating")
+    monkeypatch.setattr(closed_form, "CHUNK", 37)
+    again = calibrate(*tensors(inputs, offset[:, None], clicks[:, None], weights), ["binary"])
+    torch.testing.assert_close(again, calibrated, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(run(users, items, labels, start, "rating"), factors, rtol=1e-5, atol=1e-6)
+
+
+# Factors
+
+
+def planted(seed, users=60, items=25, factors=2, each=15, noise=0.1):
+    """Ratings of a low-rank world: what a user gives is his taste times the item's nature."""
+    random = np.random.default_rng(seed)
+    taste, nature = random.normal(size=(users, factors)), random.normal(size=(items + 1, factors))
+    user = np.repeat(np.arange(users), each)
+    item = np.concatenate([random.permutation(items)[:each] + 1 for _ in range(users)])
+    labels = (taste[user] * nature[item]).sum(axis=1) + random.normal(0, noise, len(user))
+    return user, item, labels, random.normal(0, 0.1, (items + 1, factors))
+
+
+def run(user, item, labels, start, kind, sweeps=10, strength=1.0, bias=2.0, weights=None, offsets=None):
+    weights = np.ones(len(user)) if weights is None else weights
+    offsets = np.zeros(len(user)) if offsets is None else offsets
+    return factorise(
+        *tensors(user, item, offsets, labels, weights), kind, int(user.max()) + 1, torch.from_numpy(start),
+        strength, bias, sweeps,
+    )  # fmt: skip
+
+
+def best_tastes(user, item, residual, curve, factors, strength, bias):
+    """Each user's ridge on the factors of his items, the bias first [U, 1 + F]: one user at a time."""
+    tastes = np.zeros((user.max() + 1, factors.shape[1] + 1))
+    held = np.diag([bias, *[strength] * factors.shape[1]])
+    for who in np.unique(user):
+        mine = user == who
+        phi = np.c_[np.ones(mine.sum()), factors[item[mine]]]
+        tastes[who] = np.linalg.solve(phi.T @ (phi * curve[mine, None]) + held, phi.T @ residual[mine])
+    return tastes
+
+
+def objective(user, item, residual, curve, factors, strength, bias):
+    """Regularised squares of the residuals, at the best tastes for these factors."""
+    tastes = best_tastes(user, item, residual, curve, factors, strength, bias)
+    said = tastes[user, 0] + (tastes[user, 1:] * factors[item]).sum(axis=1)
+    squares = (0.5 * curve * said**2 - residual * said).sum()
+    return squares + 0.5 * (bias * (tastes[:, 0] ** 2).sum() + strength * ((tastes[:, 1:] ** 2).sum()
+                                                                         + (factors**2).sum()))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["binary", "rating"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_sweep_lowers_the_regularised_objective(seed, kind):
+    random = np.random.default_rng(seed)
+    user, item, labels, start = planted(seed)
+    item = np.where(random.random(len(item)) < 0.05, 0, item)
+    offsets, weights = random.normal(0, 0.5, len(user)), random.uniform(0.5, 2.0, len(user))
+    labels = (labels > 0).astype(float) if kind == "binary" else labels
+    chance = sigmoid(offsets)
+    residual = weights * (labels - (chance if kind == "binary" else offsets))
+    curve = weights * (chance * (1 - chance) if kind == "binary" else 1.0)
+    start[0] = 0.0
+    values = [objective(user, item, residual, curve, start, 1.0, 2.0)]
+    for sweeps in range(1, 8):
+        factors = run(user, item, labels, start, kind, sweeps, weights=weights, offsets=offsets).numpy()
+        values.append(objective(user, item, residual, curve, factors.astype(np.float64), 1.0, 2.0))
+    assert (np.diff(values) < 1e-6 * abs(values[0])).all()
+    assert values[-1] < values[0]
+    assert not factors[0].any()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_planted_low_rank_world_is_recovered(seed):
+    """Half of every user's rows teach; the other half is told far better than by the items' means."""
+    user, item, labels, start = planted(seed, users=300, each=20)
+    taught = np.arange(len(user)) % 2 == 0
+    factors = run(user[taught], item[taught], labels[taught], start, "rating", sweeps=30).numpy()
+    ones = np.ones(taught.sum())
+    tastes = best_tastes(user[taught], item[taught], labels[taught], ones, factors, 1.0, 2.0)
+    rest = ~taught
+    said = tastes[user[rest], 0] + (tastes[user[rest], 1:] * factors[item[rest]]).sum(axis=1)
+    count = np.maximum(np.bincount(item[taught], minlength=len(start)), 1)
+    popularity = (np.bincount(item[taught], labels[taught], len(start)) / count)[item[rest]]
+    assert ((labels[rest] - said) ** 2).mean() < 0.2 * ((labels[rest] - popularity) ** 2).mean()
+
+
+def test_rows_without_label_or_weight_are_as_absent():
+    user, item, labels, start = planted(0)
+    random = np.random.default_rng(0)
+    gone = random.random(len(user)) < 0.3
+    holed, weights = np.where(gone, np.nan, labels), np.where(random.random(len(user)) < 0.1, 0.0, 1.0)
+    kept = ~gone & (weights > 0)
+    for kind, values in (("rating", holed), ("binary", np.where(np.isnan(holed), np.nan, holed > 0))):
+        torch.testing.assert_close(
+            run(user, item, values, start, kind, weights=weights),
+            run(user[kept], item[kept], values[kept], start, kind),
+            rtol=1e-5, atol=1e-6,
+        )  # fmt: skip
+
+
+def test_the_unknown_item_and_items_without_rows_have_no_factors():
+    user, item, labels, start = planted(0)
+    factors = run(user, np.where(item < 4, 0, item), labels, start + 1.0, "rating")
+    assert not factors[:4].any()
+    assert factors[4:].any(dim=1).all()
+
+
+def test_what_row_0_starts_from_is_not_read():
+    user, item, labels, start = planted(0)
+    item = np.where(item < 4, 0, item)
+    loud = start.copy()
+    loud[0] = 50.0
+    assert torch.equal(run(user, item, labels, start, "rating", 2), run(user, item, labels, loud, "rating", 2))
+
+
+def test_the_starting_factors_are_left_alone_and_no_factors_stay_none():
+    user, item, labels, start = planted(0)
+    before = start.copy()
+    run(user, item, labels, start, "rating")
+    assert np.array_equal(start, before)
+    assert run(user, item, labels, start[:, :0], "rating").shape == (26, 0)

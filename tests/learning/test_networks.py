@@ -1,0 +1,141 @@
+"""The ranker's arithmetic by hand, what it may and may not read, and its doings with missing and unknown values."""
+
+import pytest
+import torch
+from torch import nn
+
+from tasks.learning.networks import Normaliser, Ranker, RankerConfig, RankerShape
+
+SHAPE = RankerShape(
+    request_vocabularies=(4, 3), candidate_vocabularies=(6, 5), request_numbers=2, candidate_numbers=1,
+    request_statistics=(2, 3), candidate_statistics=(0, 1), joint_statistics=(4,), offsets=(0,), kinds=("binary",),
+)  # fmt: skip
+SMALL = RankerConfig(embedding=3, hidden=4, factors=2, features=3)
+
+
+def inputs(*lead, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=random)  # noqa: E731
+    ids = lambda *rows: torch.stack([torch.randint(0, n, lead, generator=random) for n in rows], dim=-1)  # noqa: E731
+    return ids(4, 3), ids(6, 5), draw(*lead, 2), draw(*lead, 1), draw(*lead, 5)
+
+
+def ranker(config=SMALL, seed=0):
+    """A network with no zero left in it."""
+    torch.manual_seed(seed)
+    network = Ranker(SHAPE, config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    return network.eval()
+
+
+def test_normal_numbers_are_centred_scaled_clipped_and_missing_ones_are_told():
+    normaliser = Normaliser(2)
+    normaliser.mean.copy_(torch.tensor([10.0, 0.0]))
+    normaliser.scale.copy_(torch.tensor([2.0, 1.0]))
+    said = normaliser(torch.tensor([[14.0, torch.nan], [1e9, -7.0]]))
+    assert said.tolist() == [[2.0, 0.0, 0.0, 1.0], [5.0, -5.0, 0.0, 0.0]]
+
+
+def test_logits_and_features_by_hand():
+    """One row through every layer, written out."""
+    network, (request, candidate, first, second, statistics) = ranker(), inputs()
+    first[1] = torch.nan
+    state = {name: value.detach() for name, value in network.state_dict().items()}
+
+    def layer(name, value):
+        return state[f"{name}.weight"] @ value + state[f"{name}.bias"]
+
+    def tower(name, value):
+        return layer(f"{name}.2", layer(f"{name}.0", value).relu())
+
+    about_request = torch.cat([
+        state["request_tables.0.weight"][request[0]], state["request_tables.1.weight"][request[1]],
+        torch.stack([first[0].clamp(-5, 5), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(1.0)]),
+        torch.zeros(2),
+    ])  # fmt: skip
+    about_candidate = torch.cat([
+        state["candidate_tables.0.weight"][candidate[0]], state["candidate_tables.1.weight"][candidate[1]],
+        second, torch.zeros(1), statistics[:2],
+    ])  # fmt: skip
+    left, right = tower("request_tower", about_request), tower("candidate_tower", about_candidate)
+    joint = layer("joint.3", layer("joint.0", torch.cat([left, right, left * right, statistics[4:]])).relu())
+    heard = statistics * torch.tensor([1.0, 1, 0, 0, 1])  # the user's own statistics are off by default
+    expected = statistics[:1] + layer("wide", heard) + joint
+    logits, features = network(request, candidate, first, second, statistics)
+    torch.testing.assert_close(logits, expected)
+    wanted = torch.cat([torch.ones(1), state["factor_table.weight"][candidate[0]], layer("head", right)])
+    torch.testing.assert_close(features, wanted)
+
+
+def test_a_fresh_network_says_the_item_rate_and_gives_features_of_its_width():
+    network, batch = Ranker(SHAPE, SMALL).eval(), inputs(7)
+    logits, features = network(*batch)
+    assert torch.equal(logits, batch[4][..., :1])
+    assert features.shape == (7, network.width) == (7, 6)
+    assert torch.equal(features[:, :3], torch.tensor([1.0, 0.0, 0.0]).expand(7, 3))
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
+def test_any_leading_axes_give_what_single_rows_give(lead):
+    network, batch = ranker(), inputs(*lead)
+    logits, features = network(*batch)
+    assert logits.shape == (*lead, 1)
+    flat = [part.reshape(-1, part.shape[-1]) for part in batch]
+    singly = [network(*(part[row] for part in flat)) for row in range(len(flat[0]))]
+    torch.testing.assert_close(logits.reshape(-1, 1), torch.stack([logit for logit, _ in singly]))
+    torch.testing.assert_close(features.reshape(-1, 6), torch.stack([feature for _, feature in singly]))
+
+
+def test_ids_beyond_the_table_are_the_unknown_row():
+    network, (request, candidate, *rest) = ranker(), inputs(4)
+    beyond = network(request + 100, candidate + 100, *rest)
+    unknown = network(torch.zeros_like(request), torch.zeros_like(candidate), *rest)
+    assert all(torch.equal(one, other) for one, other in zip(beyond, unknown, strict=True))
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_the_user_s_statistics_are_read_only_when_asked_for(reads):
+    network, batch = ranker(SMALL.model_copy(update={"user_statistics": reads})), inputs(4)
+    batch[4].requires_grad_()
+    (slope,) = torch.autograd.grad(network(*batch)[0].sum(), batch[4])
+    assert bool((slope[:, 2:4] != 0).all()) == reads
+    assert (slope[:, [0, 1, 4]] != 0).all()
+
+
+def test_adapter_features_know_the_candidate_and_nothing_of_the_request():
+    """An adapter's weights stand for the user; his own columns must not come in a second time."""
+    network, batch = ranker(), inputs(4)
+    other = [*(part.clone() for part in inputs(4, seed=1))]
+    mixed = (other[0], batch[1], other[2], batch[3], torch.cat([batch[4][:, :2], other[4][:, 2:]], dim=1))
+    assert torch.equal(network(*batch)[1], network(*mixed)[1])
+    assert not torch.equal(network(*batch)[0], network(*mixed)[0])
+
+
+@pytest.mark.parametrize(("factors", "features", "width"), [(0, 0, 1), (2, 0, 3), (0, 3, 4), (2, 3, 6)])
+def test_the_width_counts_constant_factors_and_tower_features(factors, features, width):
+    network = Ranker(SHAPE, SMALL.model_copy(update={"factors": factors, "features": features})).eval()
+    assert network.width == width
+    assert network(*inputs(2))[1].shape == (2, width)
+
+
+def test_dropout_of_ids_requests_and_units_is_for_training_only():
+    network, batch = ranker(SMALL.model_copy(update={"id_dropout": 0.5})), inputs(50)
+    assert torch.equal(network(*batch)[0], network(*batch)[0])
+    network.train()
+    assert not torch.equal(network(*batch)[0], network(*batch)[0])
+    factors = network(*batch)[1][:, 1:3]
+    known, unknown = network.factor_table.weight[batch[1][:, 0]], network.factor_table.weight[0]
+    dropped = (factors == unknown).all(dim=1)
+    assert ((factors == known).all(dim=1) | dropped).all()
+    assert 5 < int(dropped.sum()) < 45
+
+
+def test_restore_gives_the_same_scores_and_refuses_other_shapes():
+    network, batch = ranker(), inputs(4)
+    again = Ranker.restore(SHAPE, SMALL, network.state_dict())
+    assert not again.training
+    assert torch.equal(again(*batch)[0], network(*batch)[0])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Ranker.restore(SHAPE.model_copy(update={"request_vocabularies": (4, 9)}), SMALL, network.state_dict())

@@ -102,7 +102,7 @@ def prefect_command(deployment: str, parameters: dict[str, object]) -> str:
 
 def _demo_data(options: argparse.Namespace, console: "Console") -> None:
     from flows.display import Screen
-    from tasks.data.movielens import build_lake
+    from tasks.data.movielens import build_lake, write_request
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nightrank"
     with Screen(console) as screen:
@@ -110,10 +110,12 @@ def _demo_data(options: argparse.Namespace, console: "Console") -> None:
         summary = build_lake(
             options.target, cache, lambda done, total: screen.progressed("demo-data", done, total, "nights")
         )
+    request = options.target / "request.json"
+    write_request(summary, request)
     state = "already there" if summary.reused else "built"
     console.print(
         f"{state}: {len(summary.nights)} nights, {summary.nights[0]} to {summary.nights[-1]}, "
-        f"{summary.rows:,} interactions in {summary.source}"
+        f"{summary.rows:,} interactions in {summary.source}; a ranking request to try is {request}"
     )
 
 

@@ -149,6 +149,9 @@ def released_prefix(place: Place) -> str:
 def _resolved(
     store: ObjectStore, place: Place, gate: GateConfig, night: date, pointer: Pointer | None
 ) -> dict[str, object]:
+    if pointer is None:
+        # Before a pipeline's first publish: a store that ignores conditions would let two runs both win.
+        store.check()
     parent: str | None = None
     parent_night: str | None = None
     exams: list[str] = []

@@ -4,6 +4,8 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports Prefect, torch or boto3: they read their environment once.
 _HOME = tempfile.TemporaryDirectory(prefix="nightrank-tests-")
@@ -23,6 +25,9 @@ for _name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "PREFECT
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from tests.finished import Finished
 
 hypothesis.settings.register_profile("nightrank", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.load_profile("nightrank")
@@ -57,3 +62,17 @@ def no_network_beyond_this_host() -> Iterator[None]:
     patch.setattr(socket.socket, "connect_ex", guarded_ex)
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> "Finished":
+    """Two nights of the tiny world that have been run; read only."""
+    from tests.finished import finished_nights
+
+    return finished_nights(tmp_path_factory)
+
+
+@pytest.fixture
+def damageable(finished: "Finished", tmp_path: Path) -> "Finished":
+    """A copy of the finished nights that a test may do anything to."""
+    return finished.copy(tmp_path / "world")

@@ -148,6 +148,32 @@ def fetch_wheel(cache: Path) -> Path:
     return wheel
 
 
+def write_request(summary: LakeSummary, path: Path, candidates: int = 8) -> None:
+    """Write a ranking request, as `nightrank rank` takes it, from a night of the lake's first weeks.
+
+    It asks for the night's first user and for somebody never seen, who is alike but for his id, each with the same
+    candidates: the night's first movies.
+
+    Args:
+        summary: the lake.
+        path: where the JSON goes.
+        candidates: movies to rank.
+    """
+    night = summary.nights[min(30, len(summary.nights) - 1)]
+    rows = pq.read_table(summary.source / f"night={night}" / "part-0.parquet")
+    labels = ("timestamp", "rating", "liked", "title")
+    per_user = ("user_id", "age", "gender", "occupation", "age_band")
+    movies = rows.take(pa.array(np.sort(np.unique(rows["movie_id"].to_numpy(), return_index=True)[1])[:candidates]))
+    request: dict[str, list[object]] = {}
+    for name in rows.column_names:
+        if name in per_user:
+            value = rows[name][0].as_py()
+            request[name] = [value, 10**9 if name == "user_id" else value]
+        elif name not in labels:
+            request[name] = [movies[name].to_pylist()] * 2
+    path.write_text(json.dumps(request, indent=1) + "\n")
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

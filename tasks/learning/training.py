@@ -109,7 +109,7 @@ def meta_train(
         ranker: the network.
         adapter: the adapters that it is trained for.
         training: how.
-        rows: rows of nights before `night` only.
+        rows: history; rows of `night` and later are not read.
         shape: sizes of the network.
         night: the night that the base is for; combined with the seed.
         parent: the base to start from.
@@ -158,7 +158,7 @@ class _Run:
         self.ladder = Ladder(rows, segments, data.user)
         self.levels = learned_levels(segments, data.user)
         self.material = Material(rows, device)
-        self.visits = visits_of(rows)
+        self.visits = visits_of(rows).of_nights(0, night.toordinal() - 1)
         self.weights = torch.tensor([objective.weight for objective in data.objectives], device=device)
 
     def train(self, parent: Base | None, seed: int) -> Trained:
@@ -259,12 +259,12 @@ class _Run:
                 *(self.shape.kinds, self.adapter, QUERY_ROWS),
             )
             labels = self.material.labels(scores.rows)
-            loss = row_loss(scores.adapted, labels, self.shape.kinds, self.weights)
+            adapted = loss = row_loss(scores.adapted, labels, self.shape.kinds, self.weights)
             if self.training.base_weight > 0:
                 loss = loss + self.training.base_weight * row_loss(scores.base, labels, self.shape.kinds, self.weights)
         else:
             at = visits.rows.flat()[0]
-            loss = row_loss(scorer(at)[0], self.material.labels(at), self.shape.kinds, self.weights)
+            adapted = loss = row_loss(scorer(at)[0], self.material.labels(at), self.shape.kinds, self.weights)
         if not torch.isfinite(loss):
             raise TrainingDiverged(
                 f"the training loss of night {self.night} is {loss.item()}; lower training.learning_rate (now "
@@ -274,7 +274,7 @@ class _Run:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
         optimiser.step()
-        return float(loss.detach())
+        return float(adapted.detach())
 
     def _stop_loss(self, network: Ranker, precisions: Precisions, stop: Visits) -> float:
         """Adapted loss on the stop nights, averaged over the supports of the exams."""

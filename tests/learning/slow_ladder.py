@@ -1,9 +1,32 @@
 """The ladder, one visit at a time in plain Python: which rows support what, and the weights that follow."""
 
 import numpy as np
+import torch
 
 from tasks.data.columns import Rows
 from tasks.data.contract import SegmentsConfig
+from tests.learning.small_rows import table
+
+KINDS = ("binary", "rating")
+THREE = (("shopper",), ("market", "region"), ("market",))
+CROSSED = (("shopper",), ("region",), ("market",))
+"""A region lies in several markets, so that its parent is a question."""
+
+
+def world(seed, levels=THREE, count=90):
+    """Random rows: users change market, some ids are unknown, some labels are missing, weights differ."""
+    random = np.random.default_rng(seed)
+    labels = np.stack([random.random(count) < 0.5, random.normal(size=count)], axis=1).astype(np.float32)
+    labels[random.random((count, 2)) < 0.1] = np.nan
+    return table(
+        random.integers(1, 8, count), random.integers(0, 5, count), labels=labels, levels=levels,
+        market=random.integers(0, 3, count), region=random.integers(0, 4, count),
+        weights=random.uniform(0.5, 2.0, count),
+    )  # fmt: skip
+
+
+def precisions_of(levels, kinds=2, width=3, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).uniform(0.5, 4.0, (levels, kinds, width)))
 
 
 class SlowLadder:

@@ -115,7 +115,9 @@ def test_a_row_of_weight_two_counts_as_two_rows():
     once, twice = torch.ones(4, 4, dtype=torch.float64), torch.cat([torch.arange(4), torch.tensor([3])])
     double = once.clone()
     double[:, 3] = 2.0
-    repeated = solve(features[:, twice], offsets[:, twice], labels[:, twice], torch.ones(4, 5).double(), precision, KINDS)
+    repeated = solve(
+        features[:, twice], offsets[:, twice], labels[:, twice], torch.ones(4, 5).double(), precision, KINDS
+    )
     torch.testing.assert_close(solve(features, offsets, labels, double, precision, KINDS), repeated)
 
 

@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from tests.learning.slow_ladder import SlowLadder
-from tests.learning.small_rows import FIRST, ladder_of, part, table, told, with_labels
-from tests.learning.test_ladder import CROSSED, KINDS, THREE, precisions_of, world
 
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.bank import Bank, fill_bank
 from tasks.learning.episodes import score_visits
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
+from tests.learning.slow_ladder import CROSSED, KINDS, THREE, SlowLadder, precisions_of, world
+from tests.learning.small_rows import FIRST, ladder_of, part, table, told, with_labels
 
 SEEDS = range(6)
 RIDGE = AdapterConfig()

@@ -5,16 +5,17 @@ from datetime import date
 
 import pytest
 import torch
-from tests.learning.small_rows import contract, opposed, shape, vocabularies_of
 
 from tasks.errors import ObjectCorrupt
 from tasks.learning.adapters import AdapterConfig, Precisions
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, grow, load_base, save_base, shape_of
 from tasks.learning.material import Material
 from tasks.learning.networks import Ranker, RankerConfig
+from tests.learning.small_rows import contract, opposed, shape, vocabularies_of
 
 KINDS = ("binary", "rating")
 LEVELS = (("shopper",), ("market",))
+RIDGE = AdapterConfig()
 SMALL = RankerConfig(embedding=3, hidden=4, factors=2, features=3)
 
 
@@ -23,7 +24,7 @@ def rows():
     return opposed(nights=2, users=9)
 
 
-def base_of(rows, seed=0, more=0, adapter=AdapterConfig(kind="ridge"), ranker=SMALL):
+def base_of(rows, seed=0, more=0, adapter=RIDGE, ranker=SMALL):
     """A base with random weights everywhere."""
     torch.manual_seed(seed)
     network = Ranker(shape(rows, *KINDS, more=more), ranker)

@@ -67,7 +67,9 @@ def test_objectives_are_calibrated_apart_and_missing_labels_are_left_out():
     offsets = np.c_[offset, offset]
     both = calibrate(*tensors(inputs, offsets, np.c_[holed, stars], weights), ["binary", "rating"])
     known = ~np.isnan(holed)
-    first = calibrate(*tensors(*(part[known] for part in (inputs, offsets[:, :1], holed[:, None], weights))), ["binary"])
+    first = calibrate(
+        *tensors(*(part[known] for part in (inputs, offsets[:, :1], holed[:, None], weights))), ["binary"]
+    )
     second = calibrate(*tensors(inputs, offsets[:, 1:], stars[:, None], weights), ["rating"])
     torch.testing.assert_close(both, torch.cat([first, second]), rtol=1e-9, atol=1e-10)
 
@@ -144,6 +146,19 @@ def test_every_sweep_lowers_the_regularised_objective(seed, kind):
     assert (np.diff(values) < 1e-6 * abs(values[0])).all()
     assert values[-1] < values[0]
     assert not factors[0].any()
+
+
+@pytest.mark.parametrize("bias", [0.5, 50.0])
+def test_a_sweep_is_one_ridge_per_user_and_then_one_per_item(bias):
+    user, item, labels, start = planted(0)
+    start[0] = 0.0
+    tastes = best_tastes(user, item, labels, np.ones(len(user)), start, 1.0, bias)
+    expected = np.zeros_like(start)
+    for one in np.unique(item):
+        mine = item == one
+        phi, rest = tastes[user[mine], 1:], labels[mine] - tastes[user[mine], 0]
+        expected[one] = np.linalg.solve(phi.T @ phi + np.eye(2), phi.T @ rest)
+    np.testing.assert_allclose(run(user, item, labels, start, "rating", 1, bias=bias).numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

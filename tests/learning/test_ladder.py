@@ -3,37 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from tests.learning.slow_ladder import SlowLadder
-from tests.learning.small_rows import FIRST, Told, ladder_of, table, told
 
 from tasks.learning import ladder as module
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.episodes import score_visits
 from tasks.learning.ladder import Ladder, climb, learned_levels
 from tasks.learning.material import Material, visits_of
+from tests.learning.slow_ladder import CROSSED, KINDS, THREE, SlowLadder, precisions_of, world
+from tests.learning.small_rows import FIRST, Told, ladder_of, table, told
 
 SEEDS = range(6)
-KINDS = ("binary", "rating")
-THREE = (("shopper",), ("market", "region"), ("market",))
-CROSSED = (("shopper",), ("region",), ("market",))
-"""A region lies in several markets, so that its parent is a question."""
 RIDGE = AdapterConfig()
-
-
-def world(seed, levels=THREE, count=90):
-    """Random rows: users change market, some ids are unknown, some labels are missing, weights differ."""
-    random = np.random.default_rng(seed)
-    labels = np.stack([random.random(count) < 0.5, random.normal(size=count)], axis=1).astype(np.float32)
-    labels[random.random((count, 2)) < 0.1] = np.nan
-    return table(
-        random.integers(1, 8, count), random.integers(0, 5, count), labels=labels, levels=levels,
-        market=random.integers(0, 3, count), region=random.integers(0, 4, count),
-        weights=random.uniform(0.5, 2.0, count),
-    )  # fmt: skip
-
-
-def precisions_of(levels, kinds=2, width=3, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).uniform(0.5, 4.0, (levels, kinds, width)))
 
 
 def slow(rows, segments, scorer, precisions, **more):
@@ -68,9 +48,7 @@ def test_every_visit_is_served_by_the_weights_of_the_slow_ladder(seed, levels, l
     border, query = visits.split(after)
     expected = {}
     for number in range(len(visits)):
-        weights, _ = oracle.visit(
-            visits.first[number], visits.rows.start[number], border[number], visits.night[number]
-        )
+        weights, _ = oracle.visit(visits.first[number], visits.rows.start[number], border[number], visits.night[number])
         for row in range(query.start[number], query.stop[number]):
             expected[row] = oracle.logits[row] + weights @ oracle.features[row]
     assert scores.rows.tolist() == list(expected)
@@ -105,7 +83,12 @@ def test_the_labels_that_reach_a_query_are_those_of_its_support_and_no_others(se
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_visit_is_served_alike_alone_and_among_others(seed):
     rows, segments = world(seed, CROSSED), ladder_of(CROSSED, min_support=2)
-    ladder, visits, scorer, precisions = Ladder(rows, segments, "shopper"), visits_of(rows), told(rows), precisions_of(3)
+    ladder, visits, scorer, precisions = (
+        Ladder(rows, segments, "shopper"),
+        visits_of(rows),
+        told(rows),
+        precisions_of(3),
+    )
     after = np.ones(len(visits), np.int64)
 
     def adapted(chosen):
@@ -118,9 +101,29 @@ def test_a_visit_is_served_alike_alone_and_among_others(seed):
     torch.testing.assert_close(alone, together, rtol=1e-9, atol=1e-10)
 
 
+def test_visits_of_one_new_segment_keep_their_own_parents():
+    """Nobody was in region 1 before, so it hands on the weights of each visit's own market."""
+    rows = table(
+        [1, 2, 3, 4], [0, 0, 1, 1], market=[1, 2, 1, 2], region=[2, 2, 1, 1], levels=CROSSED,
+        labels=np.array([[1, 1.0], [0, -1.0], [0, 0], [0, 0]]),
+    )  # fmt: skip
+    visits = visits_of(rows).of_nights(FIRST + 1, FIRST + 1)
+    plan = Ladder(rows, ladder_of(CROSSED), "shopper").plan(visits, np.zeros(2, np.int64))
+    weights = climb(plan.stages, told(rows), Material(rows), precisions_of(3), KINDS, RIDGE)[-1][plan.serving]
+    oracle = slow(rows, ladder_of(CROSSED), told(rows), precisions_of(3))
+    assert not torch.equal(weights[0], weights[1])
+    for number, row in enumerate((2, 3)):
+        np.testing.assert_allclose(weights[number].numpy(), oracle.coarse(1, row, FIRST + 1, set()), atol=2e-6)
+
+
 def test_batches_of_segments_are_cut_without_a_trace(monkeypatch):
     rows, segments = world(0), ladder_of(THREE)
-    ladder, visits, scorer, precisions = Ladder(rows, segments, "shopper"), visits_of(rows), told(rows), precisions_of(3)
+    ladder, visits, scorer, precisions = (
+        Ladder(rows, segments, "shopper"),
+        visits_of(rows),
+        told(rows),
+        precisions_of(3),
+    )
     after = np.ones(len(visits), np.int64)
     whole = score_visits(ladder, visits, after, scorer, Material(rows), precisions, KINDS, RIDGE)
     monkeypatch.setattr(module, "PADDED_ROWS", 16)

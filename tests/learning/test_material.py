@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tests.learning.small_rows import FIRST, opposed, shape, table
 
 from tasks.learning.material import Dialect, Material, Windows, visits_of
 from tasks.learning.networks import Ranker, RankerConfig
+from tests.learning.small_rows import FIRST, opposed, shape, table
 
 SEEDS = range(5)
 

@@ -1,0 +1,290 @@
+"""A night that is killed, anywhere, is finished by running it again: once, whole, and to the same bytes."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.clients.object_store import ObjectStore, open_store
+from tasks.release.manifest import Pointer
+from tasks.release.pointer import promote, read_manifest, read_pointer
+from tests.faults.victims import Nursery, Outcome, Trap, moved, nursery, pipes
+from tests.world import write_world
+
+PIPELINE = "tiny"
+STEPS = (
+    *("ingest", "validate", "docs", "statistics", "history", "prepare", "meta-train", "adapt-exam", "evaluate"),
+    *("judge", "adapt-ship", "export", "publish"),
+)
+LEASE = "^tiny/lease$"
+
+
+def record(step: str) -> str:
+    """The write that makes a step done."""
+    return f"^tiny/work/{step}/[0-9a-f]{{64}}/record.json$"
+
+
+PUBLISH = (
+    Trap("before", "^tiny/blobs/"),
+    Trap("after", "^tiny/blobs/", 2),
+    Trap("before", "^tiny/releases/.*/data_docs/"),
+    Trap("after", "^tiny/releases/.*/run.json$"),
+    Trap("before", "^tiny/releases/.*/manifest.json$"),
+    Trap("after", "^tiny/releases/.*/manifest.json$"),
+    Trap("after", "^tiny/work/intent/", 2),
+    Trap("before", "^tiny/current.json$"),
+    Trap("after", "^tiny/current.json$"),
+    Trap("after", "^tiny/ledger/"),
+    Trap("before", "^tiny/state/released/"),
+    Trap("after", "^tiny/state/released/"),
+    Trap("before", record("publish")),
+    Trap("after", record("publish")),
+)
+"""Everything that publish writes, in its order."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Two nights of one pipeline, and copies of it on the way."""
+
+    nursery: Nursery
+    night: date
+    """The second one, which is killed in the tests; the first was released without moving the pointer."""
+    config: dict[str, Any]
+    first: str
+    """The first night's release."""
+    begun: Path
+    """Store and scratch before the second night."""
+    exported: Path
+    """Store and scratch before the second night's first blob."""
+    undisturbed: Outcome
+    """The second night, which nobody killed."""
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ready]:
+    folder = tmp_path_factory.mktemp("kill")
+    world = write_world(folder / "world", nights=5, users=24)
+    config = world.config
+    config["training"] |= {"epochs": 1, "steps_per_epoch": 5, "min_stop_rows": 20}
+    config["baselines"] = {"sweeps": 2}
+    # The worst case for the pointer: the gate says go on every night.
+    config["gate"] |= {"when_unsure": "promote", "margin": 10.0}
+    with nursery(folder) as born:
+        first = born.run(config, world.nights[3], promote=False).result["release"]
+        begun, exported = folder / "begun", folder / "exported"
+        moved(config, folder / "world", begun)
+        trap = Trap("before", "^tiny/blobs/", wait=pipes(folder / "pipes"))
+        running = born.start(config, world.nights[4], trap)
+        go = running.reached()
+        moved(config, folder / "world", exported)
+        go()
+        undisturbed = running.end()
+        yield Ready(born, world.nights[4], config, first, begun, exported, undisturbed)
+
+
+def store_of(config: dict[str, Any]) -> ObjectStore:
+    return open_store(config["store"])
+
+
+def assert_no_reader_sees_a_part(store: ObjectStore, first: str) -> None:
+    """Whatever has a manifest is whole, and whatever the pointer names has a manifest."""
+    pointer = read_pointer(store, PIPELINE)
+    manifests = [key for key in store.list(f"{PIPELINE}/releases/") if key.endswith("/manifest.json")]
+    releases = [key.split("/")[2] for key in manifests]
+    assert first in releases
+    assert pointer is None or pointer.release in releases
+    for release in releases:
+        for file in read_manifest(store, PIPELINE, release).files:
+            data = store.get(f"{PIPELINE}/blobs/{file.sha256}").data
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (file.bytes, file.sha256)
+        for name in ("run.json", "report.html"):
+            assert store.exists(f"{PIPELINE}/releases/{release}/{name}")
+
+
+def assert_done_once(ready: Ready, store: ObjectStore, last: Outcome) -> Pointer:
+    """The night's release is the undisturbed one, it is the only one, and the pointer went to it in one move."""
+    assert last.status == 0
+    assert last.result["promoted"]
+    release = last.result["release"]
+    assert release == ready.undisturbed.result["release"]
+    assert last.result["digests"] == ready.undisturbed.result["digests"]
+    assert_no_reader_sees_a_part(store, ready.first)
+    releases = {key.split("/")[2] for key in store.list(f"{PIPELINE}/releases/")}
+    assert releases == {ready.first, release}
+    blobs = {file.sha256 for one in releases for file in read_manifest(store, PIPELINE, one).files}
+    assert {key.rsplit("/", 1)[-1] for key in store.list(f"{PIPELINE}/blobs/")} == blobs
+    pointer = read_pointer(store, PIPELINE)
+    assert pointer is not None
+    assert (pointer.release, pointer.generation, pointer.previous) == (release, 1, None)
+    assert pointer.night == ready.night
+    assert len(list(store.list(f"{PIPELINE}/ledger/"))) == 1
+    assert json.loads(store.get(f"{PIPELINE}/lease").data)["free"]
+    return pointer
+
+
+def assert_not_kept_waiting(outcome: Outcome) -> None:
+    """The dead process's lease was taken over at once, not watched for its term."""
+    leases = [line["message"] for line in outcome.of("log") if line["by"] == "tasks.clients.lease"]
+    assert not any("watching" in message for message in leases)
+    assert any("took lease" in message for message in leases)
+
+
+def killed_then_finished(ready: Ready, source: Path, folder: Path, trap: Trap) -> None:
+    config = moved(ready.config, source, folder)
+    store = store_of(config)
+    dead = ready.nursery.run(config, ready.night, trap)
+    assert dead.killed, f"{trap}: nothing was caught; {dead.told[-2:]}"
+    assert_no_reader_sees_a_part(store, ready.first)
+    stored = {key for key in store.list(f"{PIPELINE}/work/") if key.endswith("/record.json")}
+    last = ready.nursery.run(config, ready.night)
+    assert_not_kept_waiting(last)
+    for step, key in last.worked:
+        assert f"{PIPELINE}/work/{step}/{key}/record.json" not in stored, f"{step} was finished, and done again"
+    assert_done_once(ready, store, last)
+    again = ready.nursery.run(config, ready.night)
+    assert again.worked == []
+    assert_done_once(ready, store, again)
+
+
+def test_the_undisturbed_night_is_promoted_by_its_own_run(ready: Ready) -> None:
+    assert_done_once(ready, store_of(ready.config), ready.undisturbed)
+
+
+def test_a_night_that_is_killed_at_every_boundary_in_turn_does_every_step_once(ready: Ready, tmp_path: Path) -> None:
+    """Two deaths per step: its work is done, and its record is not written; its record has just been written."""
+    config = moved(ready.config, ready.begun, tmp_path)
+    store = store_of(config)
+    worked: list[tuple[str, str]] = []
+    lost: list[tuple[str, str]] = []
+    for step in STEPS:
+        for when in ("before", "after"):
+            trap = Trap(when, record(step))
+            dead = ready.nursery.run(config, ready.night, trap)
+            assert dead.killed, f"{trap}: nothing was caught; {dead.told[-2:]}"
+            assert dead.worked[-1][0] == step
+            worked += dead.worked
+            lost += dead.worked[-1:] if when == "before" else []
+            assert_no_reader_sees_a_part(store, ready.first)
+    last = ready.nursery.run(config, ready.night)
+    assert_not_kept_waiting(last)
+    assert last.worked == []
+    assert set(last.result["reused"].values()) == {True}
+    assert Counter(worked) == Counter(set(worked)) + Counter(lost)
+    assert assert_done_once(ready, store, last).fencing_token > 2 * len(STEPS) - 4
+
+
+SHORT = (PUBLISH[1], PUBLISH[4], PUBLISH[5], PUBLISH[7], PUBLISH[8], PUBLISH[10])
+
+
+@pytest.mark.parametrize("trap", SHORT, ids=str)
+def test_a_publish_that_is_killed_is_finished_by_the_next_run(ready: Ready, tmp_path: Path, trap: Trap) -> None:
+    killed_then_finished(ready, ready.exported, tmp_path, trap)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("trap", [trap for trap in PUBLISH if trap not in SHORT], ids=str)
+def test_every_other_write_of_a_publish_may_be_the_last(ready: Ready, tmp_path: Path, trap: Trap) -> None:
+    killed_then_finished(ready, ready.exported, tmp_path, trap)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_night_that_is_killed_once_repeats_no_finished_step(
+    ready: Ready, tmp_path: Path, step: str, when: str
+) -> None:
+    killed_then_finished(ready, ready.begun, tmp_path, Trap(when, record(step)))
+
+
+@pytest.mark.soak
+def test_a_night_that_is_killed_after_each_single_write_ends_well(ready: Ready, tmp_path: Path) -> None:
+    """Every write of the night is once the last of a run; each run gets one write further than the one before."""
+    config = moved(ready.config, ready.begun, tmp_path)
+    store = store_of(config)
+    # What a run rewrites each time although nothing is new, it would die of for ever.
+    trap = Trap("after", "^tiny/(?!lease$|work/last/)")
+    deaths = 0
+    while (outcome := ready.nursery.run(config, ready.night, fresh(trap, store))).killed:
+        deaths += 1
+        assert_no_reader_sees_a_part(store, ready.first)
+        assert deaths < 1000
+    assert deaths > 60
+    assert_done_once(ready, store, outcome)
+
+
+def fresh(trap: Trap, store: ObjectStore) -> Trap:
+    """The trap, on keys only that the store does not have yet."""
+    there = "|".join(re.escape(key) for key in store.list(f"{PIPELINE}/"))
+    return Trap(trap.when, f"^(?!(?:{there})$){trap.key.removeprefix('^')}", trap.nth)
+
+
+class TestTwoAtOnce:
+    """Two runs of one pipeline, and hands that reach into it."""
+
+    def test_the_second_is_refused_while_the_first_is_alive(self, ready: Ready, tmp_path: Path) -> None:
+        config = moved(ready.config, ready.exported, tmp_path)
+        trap = Trap("before", record("publish"), wait=pipes(tmp_path / "pipes"))
+        first = ready.nursery.start(config, ready.night, trap, term=3.0)
+        go = first.reached()
+        second = ready.nursery.run(config, ready.night, term=3.0)
+        refused = second.of("refused")
+        assert [line["error"] for line in refused] == ["LeaseHeld"]
+        assert f"pid {first.pid}" in refused[0]["message"]
+        assert second.worked == []
+        go()
+        assert_done_once(ready, store_of(config), first.end())
+
+    def test_a_run_that_slept_through_its_lease_changes_nothing_when_it_wakes(
+        self, ready: Ready, tmp_path: Path
+    ) -> None:
+        import os
+        import signal
+
+        config = moved(ready.config, ready.exported, tmp_path)
+        store = store_of(config)
+        trap = Trap("before", "^tiny/releases/.*/manifest.json$", wait=pipes(tmp_path / "pipes"))
+        sleeper = ready.nursery.start(config, ready.night, trap, term=2.0)
+        go = sleeper.reached()
+        os.kill(sleeper.pid, signal.SIGSTOP)
+        other = ready.nursery.run(config, ready.night, term=2.0)
+        pointer = assert_done_once(ready, store, other)
+        objects = {key: store.get(key).etag for key in store.list("")}
+        os.kill(sleeper.pid, signal.SIGCONT)
+        go()
+        woken = sleeper.end()
+        assert [line["error"] for line in woken.of("refused")] == ["LeaseLost"]
+        assert {key: store.get(key).etag for key in store.list("")} == objects
+        assert assert_done_once(ready, store, other) == pointer
+
+    def test_a_pointer_that_an_operator_moved_meanwhile_is_not_overwritten_until_it_was_compared_with(
+        self, ready: Ready, tmp_path: Path
+    ) -> None:
+        config = moved(ready.config, ready.exported, tmp_path)
+        store = store_of(config)
+        trap = Trap("before", "^tiny/releases/.*/manifest.json$", wait=pipes(tmp_path / "pipes"))
+        running = ready.nursery.start(config, ready.night, trap)
+        go = running.reached()
+        earlier = read_manifest(store, PIPELINE, ready.first)
+        promote(store, PIPELINE, ready.first, earlier.night, token=0, reason="by hand")
+        go()
+        beaten = running.end()
+        assert [line["error"] for line in beaten.of("refused")] == ["PointerMoved"]
+        pointer = read_pointer(store, PIPELINE)
+        assert pointer is not None
+        assert (pointer.release, pointer.generation) == (ready.first, 1)
+        again = ready.nursery.run(config, ready.night)
+        assert again.status == 0
+        assert [step for step, _ in again.worked] == ["judge", "publish"]
+        pointer = read_pointer(store, PIPELINE)
+        assert pointer is not None
+        assert (pointer.release, pointer.generation) == (ready.undisturbed.result["release"], 2)
+        assert pointer.previous == ready.first
+        assert len(list(store.list(f"{PIPELINE}/ledger/"))) == 2

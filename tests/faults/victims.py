@@ -1,0 +1,314 @@
+"""Runs that die, or wait, exactly where they are told to: real processes, killed by SIGKILL.
+
+A nursery is one child process that has imported everything. For each run it forks a victim, which carries a night out
+by the plain step functions (`tests.steps.plain`). A trap is set on the writes to the store, by a pattern of keys: what
+is in the store at that moment is what a power cut would have left there. Nothing sleeps: a victim that has to wait
+says so by opening a named pipe, and goes on when the other end is closed.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+ROOT = Path(__file__).resolve().parents[2]
+WRITES = ("put_if_absent", "put_file_if_absent", "swap")
+
+
+@dataclass(frozen=True)
+class Trap:
+    """Where a run dies or waits: at the nth write of a key that the pattern fits, before it or after."""
+
+    when: str
+    key: str
+    nth: int = 1
+    wait: str | None = None
+    """Folder for the two pipes of a run that waits there instead of dying."""
+
+    def __str__(self) -> str:
+        return f"{self.when} {self.key}" + (f" number {self.nth}" if self.nth > 1 else "")
+
+
+@dataclass
+class Outcome:
+    """How a run ended, and what it told on the way."""
+
+    status: int
+    """Exit status, or minus the signal that killed it."""
+    told: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def killed(self) -> bool:
+        return self.status == -signal.SIGKILL
+
+    @property
+    def worked(self) -> list[tuple[str, str]]:
+        """Step and key of every record that it had worked for, whether or not the record was written."""
+        return [(line["step"], line["key"]) for line in self.told if line["what"] == "worked"]
+
+    def of(self, what: str) -> list[dict[str, Any]]:
+        return [line for line in self.told if line["what"] == what]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        found = self.of("result")
+        assert found, f"the run ended with {self.status}: {self.told[-3:]}"
+        return found[0]
+
+
+class Nursery:
+    """Starts victims."""
+
+    def __init__(self, log: Path) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._log = log.open("w")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.victims"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self._count = 0
+        self._folder = log.parent
+
+    def _ask(self, question: dict[str, Any]) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the nursery died: {Path(self._log.name).read_text()[-2000:]}"
+        return int(answer)
+
+    def start(
+        self,
+        config: dict[str, Any],
+        night: date,
+        trap: Trap | None = None,
+        promote: bool = True,
+        term: float | None = None,
+    ) -> "Running":
+        """Begin a run; `term` is the seconds of its lease, where they are not the usual ones."""
+        self._count += 1
+        diary = self._folder / f"run-{self._count}.jsonl"
+        pid = self._ask(
+            {
+                **{"config": config, "night": night.isoformat(), "promote": promote, "diary": str(diary)},
+                **{"trap": None if trap is None else vars(trap), "term": term},
+            }
+        )
+        return Running(self, pid, diary, trap)
+
+    def run(self, *args: Any, **kwargs: Any) -> Outcome:
+        """A whole run, to its end."""
+        return self.start(*args, **kwargs).end()
+
+    def end_of(self, pid: int) -> int:
+        return self._ask({"wait": pid})
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._process.stdout.close()
+        self._log.close()
+
+
+@dataclass
+class Running:
+    """A run that was started."""
+
+    nursery: Nursery
+    pid: int
+    diary: Path
+    trap: Trap | None
+
+    def reached(self) -> Callable[[], None]:
+        """Return when the run waits at its trap, with a function that lets it go on."""
+        assert self.trap is not None
+        assert self.trap.wait is not None
+        folder = Path(self.trap.wait)
+        with (folder / "reached").open() as pipe:  # opens when the victim opens it, ends when he closes it
+            said = pipe.read()
+        assert said == "here"
+
+        def go() -> None:
+            with (folder / "go").open("w"):
+                pass
+
+        return go
+
+    def end(self) -> Outcome:
+        status = self.nursery.end_of(self.pid)
+        return Outcome(status, [json.loads(line) for line in self.diary.read_text().splitlines()])
+
+
+@contextmanager
+def nursery(folder: Path) -> Iterator[Nursery]:
+    """A nursery for the length of the block."""
+    made = Nursery(folder / "nursery.log")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def pipes(folder: Path) -> str:
+    """Make the two pipes of a run that is to wait."""
+    folder.mkdir(parents=True)
+    for name in ("reached", "go"):
+        os.mkfifo(folder / name)
+    return str(folder)
+
+
+def moved(config: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
+    """Copy a pipeline's store and scratch, and return its config for the copy."""
+    for name in ("store", "scratch"):
+        shutil.copytree(source / name, target / name)
+    return {**config, "store": str(target / "store"), "scratch": str(target / "scratch")}
+
+
+def spring(trap: Trap) -> None:
+    """Set a trap on every write to a directory store in this process."""
+    from tasks.clients.directory_store import DirectoryStore
+
+    count = 0
+
+    def watch(write: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(self: DirectoryStore, key: str, *args: Any) -> Any:
+            nonlocal count
+            hit = False
+            if re.search(trap.key, key):
+                count += 1
+                hit = count == trap.nth
+            if hit and trap.when == "before":
+                _act(trap)
+            done = write(self, key, *args)
+            if hit and trap.when == "after":
+                _act(trap)
+            return done
+
+        return watched
+
+    for name in WRITES:
+        setattr(DirectoryStore, name, watch(getattr(DirectoryStore, name)))
+
+
+def _act(trap: Trap) -> None:
+    if trap.wait is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("still alive")
+    with (Path(trap.wait) / "reached").open("w") as pipe:
+        pipe.write("here")
+    with (Path(trap.wait) / "go").open() as pipe:
+        pipe.read()
+
+
+class _Diary(logging.Handler):
+    """Writes what happens, a line at a time, so that nothing is lost with the process."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.INFO)
+        self._file: TextIO = path.open("a", buffering=1)
+
+    def tell(self, what: str, **more: object) -> None:
+        self._file.write(json.dumps({"what": what, **more}) + "\n")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.tell("log", by=record.name, level=record.levelname, message=record.getMessage())
+
+
+def _live(asked: dict[str, Any]) -> None:
+    """The life of a victim."""
+    from flows.config import RetrainConfig
+    from tasks import steps
+    from tasks.clients.lease import Lease
+    from tasks.clients.workspace import Workspace
+    from tasks.errors import NightrankError
+    from tests.steps.plain import plain_night
+
+    diary = _Diary(Path(asked["diary"]))
+    logging.getLogger("tasks").addHandler(diary)
+    logging.getLogger("tasks").setLevel(logging.INFO)
+    remember = Workspace.remember
+
+    def remembered(self: Workspace, step: str, key: str, *args: Any) -> Any:
+        diary.tell("worked", step=step, key=key)
+        return remember(self, step, key, *args)
+
+    Workspace.remember = remembered  # type: ignore[method-assign]
+    if asked["term"] is not None:
+        steps.Lease = partial(Lease, term_seconds=asked["term"])  # type: ignore[misc]
+    if asked["trap"] is not None:
+        spring(Trap(**asked["trap"]))
+    config = RetrainConfig.model_validate(asked["config"])
+    try:
+        made = plain_night(config, date.fromisoformat(asked["night"]), asked["promote"])
+    except NightrankError as error:
+        diary.tell("refused", error=type(error).__name__, message=str(error))
+        return
+    diary.tell(
+        "result",
+        release=made.published.release,
+        promoted=made.published.promoted,
+        why=made.published.why,
+        reused={step.step: step.reused for step in made.steps},
+        digests={step.step: step.digest for step in made.steps},
+    )
+
+
+def main() -> None:
+    """The nursery: a line in is a run to start, or one to wait for."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    # Loaded once here, so that a victim costs milliseconds. No thread may be alive when one is forked.
+    import great_expectations  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
+
+    import flows.nightly
+    import tests.steps.plain  # noqa: F401
+
+    import threading
+
+    assert threading.active_count() == 1, threading.enumerate()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "wait" in asked:
+            print(os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1]), flush=True)
+            continue
+        if (pid := os.fork()) == 0:
+            status = 1
+            try:
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                os.dup2(2, 1)
+                _live(asked)
+                status = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Baselines by arithmetic, by hand formula, by a numpy loop, and by what they may not read."""
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.learning.baselines import Baselines, BaselinesConfig
+from tasks.learning.ladder import Ladder
+from tasks.learning.material import Material, visits_of
+from tests.learning.slow_ladder import SlowLadder
+from tests.learning.small_rows import FIRST, ladder_of, one_aim, opposed, part, with_labels
+
+NIGHT = 3
+KINDS = ("binary", "rating")
+CONFIG = BaselinesConfig(offset_strength=3.0, factors=2, factor_strength=2.0)
+NAMES = ["global rate", "popularity", "bias + offset", "matrix factorisation"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Two objectives with some labels missing and unequal weights."""
+    world = opposed(nights=5, users=30)
+    random = np.random.default_rng(0)
+    world = with_labels(world, np.where(random.random(world.labels.shape) < 0.1, np.nan, world.labels))
+    object.__setattr__(world, "weights", random.uniform(0.5, 2.0, len(world)).astype(np.float32))
+    return world
+
+
+def baselines(rows, config=CONFIG, kinds=KINDS, levels=None):
+    segments = ladder_of() if levels is None else ladder_of(levels)
+    return Baselines(config, Ladder(rows, segments, "shopper"), Material(rows), kinds, FIRST + NIGHT)
+
+
+def visits(rows):
+    return visits_of(rows).of_nights(FIRST + NIGHT, FIRST + NIGHT)
+
+
+def scores(rows, k=0, **more):
+    tonight = visits(rows)
+    return baselines(rows, **more).score(tonight, np.full(len(tonight), k))
+
+
+def sigmoid(score):
+    return 1 / (1 + np.exp(-score))
+
+
+def own_support(rows, row):
+    """Rows of the same user on earlier nights, at most the newest 128."""
+    return np.flatnonzero((rows.user == rows.user[row]) & (rows.night < rows.night[row]))
+
+
+def test_the_same_rows_are_scored_by_every_baseline(rows):
+    said = scores(rows, 4)
+    assert list(said) == NAMES
+    _, query = visits(rows).split(np.full(len(visits(rows)), 4))
+    for at, values in said.values():
+        assert at.tolist() == query.flat()[0].tolist()
+        assert values.shape == (len(at), 2)
+        assert torch.isfinite(values).all()
+        assert ((values[:, 0] > 0) & (values[:, 0] < 1)).all()
+
+
+def test_the_global_rate_is_the_mean_of_earlier_labels(rows):
+    _, said = scores(rows)["global rate"]
+    earlier = rows.labels[rows.night < FIRST + NIGHT].astype(float)
+    np.testing.assert_allclose(said.numpy(), np.broadcast_to(np.nanmean(earlier, axis=0), said.shape), rtol=1e-6)
+
+
+def test_popularity_is_the_item_s_smoothed_rate_of_earlier_nights():
+    """Recomputed from the labels; without holes, since the world's statistics were taken from them."""
+    rows = opposed(nights=5, users=30)
+    at, said = scores(rows)["popularity"]
+    for row, (click, stars) in zip(at, said.numpy(), strict=True):
+        mine = (rows.item == rows.item[row]) & (rows.night < FIRST + NIGHT)
+        assert click == pytest.approx((rows.labels[mine, 0].sum() + 10 * 0.5) / (mine.sum() + 10), rel=1e-5)
+        assert stars == pytest.approx((rows.labels[mine, 1].sum() + 10 * 3.0) / (mine.sum() + 10), rel=1e-5)
+
+
+@pytest.mark.parametrize("levels", [None, (("market",),)])
+@pytest.mark.parametrize("k", [0, 5])
+def test_the_offset_is_the_user_s_shrunk_mean_residual(rows, k, levels):
+    """Also where the ladder has no level of the user's own."""
+    if levels is not None:
+        rows = type(rows)(**{**vars(rows), "levels": rows.levels[1:]})
+    at, said = scores(rows, k, levels=levels)["bias + offset"]
+    tonight = visits(rows)
+    start = dict(zip(rows.user[tonight.rows.start].tolist(), tonight.rows.start.tolist(), strict=True))
+    for row, values in zip(at[::7], said.numpy()[::7], strict=True):
+        first = start[int(rows.user[row])]
+        support = np.r_[own_support(rows, row), np.arange(first, first + k)]
+        for aim, kind in enumerate(KINDS):
+            known = support[~np.isnan(rows.labels[support, aim])]
+            rate, label, weight = rows.statistics[known, aim], rows.labels[known, aim], rows.weights[known]
+            chance = sigmoid(rate)
+            residual = label - (chance if kind == "binary" else rate)
+            curve = chance * (1 - chance) if kind == "binary" else np.ones(len(known))
+            offset = (weight * residual).sum() / ((weight * curve).sum() + 3.0)
+            score = rows.statistics[row, aim] + offset
+            assert values[aim] == pytest.approx(sigmoid(score) if kind == "binary" else score, abs=2e-5)
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_the_factorisation_folds_a_user_in_by_his_ridge_on_the_item_factors(rows, k):
+    fitted = baselines(rows)
+    at, said = scores(rows, k)["matrix factorisation"]
+    tonight = visits(rows)
+    for aim, kind in enumerate(KINDS):
+        factors = fitted._factors[aim].numpy()
+        features = np.c_[np.ones(len(rows)), factors[rows.item]]
+        slow = SlowLadder(rows, ladder_of(), rows.statistics[:, :2], features, np.full((2, 2, 3), 2.0), KINDS)
+        for number in range(0, len(tonight), 4):
+            border = tonight.rows.start[number] + k
+            own = list(range(tonight.first[number], border))
+            taste = slow.ridge(own, np.zeros((2, 3)), 0)[aim] if own else np.zeros(3)
+            for row in range(border, tonight.rows.stop[number]):
+                score = rows.statistics[row, aim] + taste @ features[row]
+                expected = sigmoid(score) if kind == "binary" else score
+                assert said[at == row, aim].item() == pytest.approx(expected, abs=2e-5)
+
+
+def test_a_user_without_support_is_told_the_popularity():
+    world = opposed(nights=5, users=30)
+    rows = part(world, (world.user > 10) | (world.night >= FIRST + NIGHT))
+    tonight = visits(rows)
+    new = tonight.take(np.flatnonzero(tonight.first == tonight.rows.start))
+    assert len(new) > 3
+    said = baselines(rows).score(new, np.zeros(len(new), np.int64))
+    for name in ("bias + offset", "matrix factorisation"):
+        torch.testing.assert_close(said[name][1], said["popularity"][1], rtol=0, atol=1e-6)
+
+
+def test_support_of_the_night_serves_users_and_never_others(rows):
+    """Labels of the night behind the first k, and of later nights, change nothing."""
+    k, tonight = 5, visits(rows)
+    border, _ = tonight.split(np.full(len(tonight), k))
+    given = rows.night < FIRST + NIGHT
+    given[np.concatenate([np.arange(a, b) for a, b in zip(tonight.rows.start, border, strict=True)])] = True
+    other = with_labels(rows, np.where(given[:, None], rows.labels, 1.0 - rows.labels))
+    for (at, mine), (also, theirs) in zip(scores(rows, k).values(), scores(other, k).values(), strict=True):
+        assert np.array_equal(at, also)
+        assert torch.equal(mine, theirs)
+    # One user's support moves his own scores and nobody else's.
+    moved = rows.labels.copy()
+    moved[tonight.rows.start[0] : border[0], :] = 1.0 - np.nan_to_num(moved[tonight.rows.start[0] : border[0], :])
+    changed = scores(with_labels(rows, moved), k)
+    his = rows.user[changed["popularity"][0]] == rows.user[tonight.rows.start[0]]
+    for name, (_, values) in scores(rows, k).items():
+        assert torch.equal(values[~his], changed[name][1][~his])
+        assert torch.equal(values[his], changed[name][1][his]) == (name in ("global rate", "popularity"))
+
+
+def test_opposed_tastes_are_seen_by_the_factorisation_alone():
+    """Rows of the night behind the first five; popularity and an offset know nothing of who likes what."""
+    rows = one_aim(opposed(nights=5, users=60))
+    loss = {}
+    for name, (at, said) in scores(rows, 5, kinds=("binary",)).items():
+        label, chance = rows.labels[at, 0], said[:, 0].numpy()
+        loss[name] = -(label * np.log(chance) + (1 - label) * np.log(1 - chance)).mean()
+    assert loss["matrix factorisation"] < 0.8 * min(loss[name] for name in NAMES[:3])
+
+
+def test_the_seed_decides_the_factors_and_items_first_seen_tonight_have_none(rows):
+    one, same, other = (
+        scores(rows, 5, config=CONFIG.model_copy(update={"seed": seed, "sweeps": 1})) for seed in (0, 0, 1)
+    )
+    name = "matrix factorisation"
+    assert torch.equal(one[name][1], same[name][1])
+    assert not torch.equal(one[name][1], other[name][1])
+    late = np.where((rows.night >= FIRST + NIGHT) & (rows.item == 12), 99, rows.item)
+    early = rows.night < FIRST + NIGHT
+    fresh = type(rows)(**{**vars(rows), "item": np.where(early & (late == 12), 11, late)})
+    at, said = scores(fresh, 0)[name]
+    assert (fresh.item[at] == 99).any()
+    assert torch.isfinite(said).all()

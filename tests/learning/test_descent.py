@@ -1,0 +1,58 @@
+"""The mechanics of descent: what is put back, what is decayed, what is averaged."""
+
+import pytest
+import torch
+
+from tasks.learning.adapters import AdapterConfig, Precisions
+from tasks.learning.descent import blend, optimiser_of, steady
+from tasks.learning.networks import Ranker, RankerConfig
+from tests.learning.small_rows import opposed, shape
+
+
+def test_steady_arithmetic_is_seeded_and_the_outside_is_left_as_it_was():
+    threads = torch.get_num_threads()
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    with steady(5, threads + 1):
+        assert torch.get_num_threads() == threads + 1
+        assert torch.are_deterministic_algorithms_enabled()
+        first = torch.rand(3)
+    with steady(5, None):
+        assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.rand(2), expected)
+    assert torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_error_inside_does_not_leave_torch_changed():
+    threads = torch.get_num_threads()
+
+    def fail():
+        with steady(0, threads + 1):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_factors_and_precisions_are_not_decayed_and_every_parameter_is_optimised_once():
+    network = Ranker(shape(opposed(nights=1, users=6)), RankerConfig(embedding=4, hidden=8, factors=2, features=3))
+    precisions = Precisions(2, 1, network.width, AdapterConfig())
+    groups = optimiser_of(network, precisions, 0.1, 0.2, 0.3).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    named = [*network.named_parameters(), *precisions.named_parameters()]
+    assert sum(len(group["params"]) for group in groups) == len(decay) == len(named)
+    for name, parameter in named:
+        expected = 0.0 if name.startswith(("factor_table", "logarithm")) else 0.3 if "_tables." in name else 0.2
+        assert decay[id(parameter)] == expected
+
+
+def test_the_moving_average_keeps_its_share():
+    average, module = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(average.weight, 1.0)
+    torch.nn.init.constant_(module.weight, 3.0)
+    blend(average, module, 0.75)
+    assert average.weight.item() == pytest.approx(1.5)

@@ -1,0 +1,100 @@
+"""Starts against numpy, and the closed form against its own pieces."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.learning import starts
+from tasks.learning.adapters import AdapterConfig
+from tasks.learning.closed_form import calibrate
+from tasks.learning.material import Material, visits_of
+from tasks.learning.networks import Ranker, RankerConfig
+from tests.learning.small_rows import contract, one_aim, opposed, shape
+
+SMALL = RankerConfig(embedding=4, hidden=8, factors=2, features=3)
+
+
+@pytest.fixture(scope="module")
+def history():
+    return one_aim(opposed(nights=4, users=30))
+
+
+def test_normalisation_is_the_mean_and_spread_of_the_newest_rows(history):
+    visits = visits_of(history)
+    at = starts.newest(history, visits, 100)
+    by_time = np.argsort(history.time, kind="stable")[-100:]
+    assert at.tolist() == sorted(by_time.tolist())
+    assert starts.newest(history, visits, len(history)).tolist() == list(range(len(history)))
+    numbers = np.array(history.request_numbers)
+    numbers[::4] = np.nan
+    network = Ranker(shape(history), SMALL)
+    starts.normalise(network, contract(), replace(history, request_numbers=numbers), at)
+    known = numbers[at][~np.isnan(numbers[at])]
+    assert network.request_normaliser.mean.item() == pytest.approx(known.mean(), rel=1e-5)
+    assert network.request_normaliser.scale.item() == pytest.approx(known.std(), rel=1e-5)
+    # A constant column is centred and left alone; one that is always missing too.
+    assert network.statistics_normaliser.scale[2:].tolist() == [1.0] * 4
+    starts.normalise(network, contract(), replace(history, request_numbers=numbers * np.nan), at)
+    assert (network.request_normaliser.mean.item(), network.request_normaliser.scale.item()) == (0.0, 1.0)
+
+
+def started(rows, more=0, sweeps=2, ranker=SMALL):
+    """A fresh network and the same one started in closed form."""
+    at = np.arange(len(rows))
+    torch.manual_seed(0)
+    networks = [Ranker(shape(rows, more=more), ranker) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    for network in networks:
+        starts.normalise(network, contract(), rows, at)
+    starts.solve_start(networks[1], Material(rows), at, AdapterConfig(), sweeps)
+    return networks
+
+
+def test_the_linear_layer_is_the_calibration_of_what_the_fresh_network_says(history):
+    fresh, network = started(history)
+    material, at = Material(history), np.arange(len(history))
+    with torch.no_grad():
+        offsets = material.scorer(fresh.eval())(at)[0]
+        normal = fresh.normal_statistics(material.inputs(at)[4])
+    solved = calibrate(normal, offsets, material.labels(at), material.weights(at), ["binary"]).float()
+    torch.testing.assert_close(network.wide.weight.detach(), solved[:, :-1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(network.wide.bias.detach(), solved[:, -1], rtol=1e-4, atol=1e-6)
+
+
+def test_solving_the_start_again_gives_the_same_linear_layer(history):
+    """What the layer was before does not enter."""
+    _, network = started(history)
+    before = network.wide.weight.detach().clone()
+    starts.solve_start(network, Material(history), np.arange(len(history)), AdapterConfig(), 1)
+    assert torch.equal(network.wide.weight, before)
+
+
+def test_nothing_but_the_linear_layer_and_the_factors_is_touched(history):
+    fresh, network = started(history)
+    for (name, before), after in zip(fresh.state_dict().items(), network.state_dict().values(), strict=True):
+        moved = name in ("wide.weight", "wide.bias", "factor_table.weight")
+        assert torch.equal(before, after) != moved, name
+
+
+def test_unknown_items_and_items_beyond_the_table_have_no_factors(history):
+    sized = shape(history)
+    smaller = sized.model_copy(update={"candidate_vocabularies": (9, sized.candidate_vocabularies[1])})
+    network = Ranker(smaller, SMALL)
+    starts.solve_start(network, Material(history), np.arange(len(history)), AdapterConfig(), 1)
+    assert not network.factor_table.weight[0].any()
+    assert network.factor_table.weight[1:].any(dim=1).all()
+
+
+def test_parts_of_the_rows_leave_no_trace(history, monkeypatch):
+    _, whole = started(history)
+    monkeypatch.setattr(starts, "PART", 100)
+    _, cut = started(history)
+    torch.testing.assert_close(cut.wide.weight, whole.wide.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cut.factor_table.weight, whole.factor_table.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_without_factors_is_calibrated_all_the_same(history):
+    fresh, network = started(history, ranker=SMALL.model_copy(update={"factors": 0}))
+    assert not torch.equal(network.wide.weight, fresh.wide.weight)

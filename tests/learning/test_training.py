@@ -1,0 +1,326 @@
+"""Training in a world of opposed tastes: repeatable, causal, warm or cold, and worth it."""
+
+from dataclasses import replace
+from datetime import date, timedelta
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as reference
+
+from tasks.errors import InvalidConfig, NotEnoughHistory, TrainingDiverged
+from tasks.learning import training
+from tasks.learning.adapters import AdapterConfig
+from tasks.learning.base import save_base
+from tasks.learning.episodes import score_visits
+from tasks.learning.ladder import Ladder
+from tasks.learning.material import Material, visits_of
+from tasks.learning.networks import RankerConfig
+from tasks.learning.training import STOP_SUPPORT, TrainingConfig, meta_train
+from tests.learning.small_rows import FIRST, before, contract, ladder_of, one_aim, opposed, part, shape, with_labels
+
+RIDGE = AdapterConfig()
+SMALL = RankerConfig(embedding=4, hidden=8, factors=2, features=3)
+SHORT = TrainingConfig(epochs=2, steps_per_epoch=4, visits_per_step=12, stop_nights=2, patience=9, min_stop_rows=50,
+                       learning_rate=5e-3)  # fmt: skip
+NIGHTS = 6
+
+
+@pytest.fixture(scope="module")
+def world():
+    return one_aim(opposed(nights=8, users=45))
+
+
+@pytest.fixture(scope="module")
+def history(world):
+    return before(world, NIGHTS)
+
+
+def day(number):
+    return date.fromordinal(FIRST + number)
+
+
+def train(rows, *, config=SHORT, ranker=SMALL, adapter=RIDGE, night=NIGHTS, parent=None, more=0, kinds=(),
+          **rest):  # fmt: skip
+    sized = shape(rows, *kinds, more=more)
+    return meta_train(
+        contract(*kinds), ladder_of(), ranker, adapter, config, rows, sized, day(night), parent=parent, **rest
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(history):
+    return train(history)
+
+
+def bytes_of(trained, folder):
+    folder.mkdir()
+    return b"".join(path.read_bytes() for path in save_base(trained.base, folder).values())
+
+
+def stop_losses(trained, rows, nights=(NIGHTS - 2, NIGHTS - 1)):
+    """Log-loss with and without adapters on some nights, for every support of the exams."""
+    ladder, base = Ladder(rows, ladder_of(), "shopper"), trained.base
+    visits = visits_of(rows).of_nights(FIRST + nights[0], FIRST + nights[1])
+    losses = []
+    with torch.no_grad():
+        for support in STOP_SUPPORT:
+            longer = visits.take(np.flatnonzero(visits.rows.lengths > support))
+            if len(longer) == 0:
+                continue
+            after = np.full(len(longer), support)
+            scores = score_visits(ladder, longer, after, Material(rows).scorer(base.network), Material(rows),
+                                  base.table(), base.kinds, base.adapter)  # fmt: skip
+            label = rows.labels[scores.rows, 0]
+            losses.append([reference.log_loss(label, torch.sigmoid(part[:, 0]).double().numpy())
+                           for part in (scores.adapted, scores.base)])  # fmt: skip
+    return np.array(losses)
+
+
+# What it is worth
+
+
+def test_adapted_the_stop_nights_are_told_far_better_than_unadapted(trained, history):
+    losses = stop_losses(trained, history)
+    assert len(losses) == 2  # nobody has more than 20 rows in a night
+    assert (losses[:, 0] < 0.8 * losses[:, 1]).all()
+    assert losses[:, 1] == pytest.approx(np.log(2), abs=0.05)  # nothing but his rows tells a user's taste
+
+
+def test_the_kept_base_has_the_lowest_stop_loss_of_the_curve(trained, history):
+    assert trained.epoch == min(trained.curve, key=lambda point: point[2])[0]
+    best = min(loss for _, _, loss in trained.curve)
+    assert stop_losses(trained, history)[:, 0].mean() == pytest.approx(best, abs=1e-5)
+
+
+def test_the_curve_starts_in_closed_form_and_has_a_point_for_every_epoch(trained):
+    assert [epoch for epoch, _, _ in trained.curve] == [0, 1, 2]
+    assert trained.curve[0][1] is None
+    assert all(np.isfinite(train) and np.isfinite(stop) for _, train, stop in trained.curve[1:])
+    assert "closed form" in trained.why
+    assert trained.base.trained_through == day(NIGHTS - 1)
+    assert not trained.base.network.training
+
+
+def test_joint_training_and_no_adapters_are_trained_as_well(history):
+    joint = train(history, config=SHORT.model_copy(update={"meta": False, "epochs": 1}))
+    losses = stop_losses(joint, history)
+    assert (losses[:, 0] < losses[:, 1]).all()
+    none = train(history, adapter=AdapterConfig(kind="none"), config=SHORT.model_copy(update={"epochs": 1}))
+    losses = stop_losses(none, history)
+    assert (losses[:, 0] == losses[:, 1]).all()
+    assert none.base.table().shape == (2, 1, 0)
+
+
+def test_a_rating_beside_a_click_is_learned_too():
+    rows = opposed(nights=4, users=30)
+    made = train(rows, kinds=("binary", "rating"), night=4, config=SHORT.model_copy(update={"epochs": 1}))
+    ladder, visits = Ladder(rows, ladder_of(), "shopper"), visits_of(rows).of_nights(FIRST + 3, FIRST + 3)
+    with torch.no_grad():
+        scores = score_visits(ladder, visits, np.full(len(visits), 5), Material(rows).scorer(made.base.network),
+                              Material(rows), made.base.table(), made.base.kinds, made.base.adapter)  # fmt: skip
+    stars = rows.labels[scores.rows, 1]
+    errors = [((said[:, 1].numpy() - stars) ** 2).mean() for said in (scores.adapted, scores.base)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_progress_is_told_in_epochs(history):
+    told = []
+    train(history, report=lambda done, total, unit: told.append((done, total, unit)))
+    assert told == [(1, 2, "epochs"), (2, 2, "epochs"), (2, 2, "epochs")]
+
+
+def test_patience_ends_training_early(history):
+    """Steps far too large to help, and no average to calm them."""
+    lazy = SHORT.model_copy(update={"patience": 1, "epochs": 9, "learning_rate": 1.0, "average": 0.0})
+    made = train(history, config=lazy)
+    epochs = [epoch for epoch, _, _ in made.curve]
+    assert len(epochs) < 10
+    assert epochs[-1] - made.epoch == 1
+
+
+def test_without_epochs_the_closed_form_start_is_kept(history):
+    made = train(history, config=SHORT.model_copy(update={"epochs": 0}))
+    assert (made.epoch, len(made.curve)) == (0, 1)
+    assert "closed-form start" in made.why
+
+
+# Repeatable
+
+
+def test_two_runs_are_equal_bytes_and_leave_torch_as_it_was(trained, history, tmp_path):
+    torch.manual_seed(77)
+    expected = torch.rand(3)
+    torch.manual_seed(77)
+    again = train(history)
+    assert torch.equal(torch.rand(3), expected)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert bytes_of(again, tmp_path / "a") == bytes_of(trained, tmp_path / "b")
+    assert again.curve == trained.curve
+
+
+@pytest.mark.parametrize("other", [{"night": NIGHTS + 1}, {"config": SHORT.model_copy(update={"seed": 1})}])
+def test_another_night_or_seed_is_another_base(trained, history, other, tmp_path):
+    assert bytes_of(train(history, **other), tmp_path / "a") != bytes_of(trained, tmp_path / "b")
+
+
+# Causal
+
+
+def test_rows_of_the_night_and_later_change_nothing(world, trained, tmp_path):
+    """There, with other labels, or gone: the base is the same bytes."""
+    late = np.asarray(world.night) >= FIRST + NIGHTS
+    flipped = with_labels(world, np.where(late[:, None], 1 - world.labels, world.labels))
+    expected = bytes_of(trained, tmp_path / "gone")
+    assert bytes_of(train(world), tmp_path / "there") == expected
+    assert bytes_of(train(flipped), tmp_path / "flipped") == expected
+
+
+def test_the_stop_nights_are_never_trained_on(trained, history):
+    """Their labels changed: every training loss is the same number, every stop loss another."""
+    stop = np.asarray(history.night) >= FIRST + NIGHTS - 2
+    other = train(with_labels(history, np.where(stop[:, None], 1 - history.labels, history.labels)))
+    assert [loss for _, loss, _ in other.curve] == [loss for _, loss, _ in trained.curve]
+    assert all(mine[2] != theirs[2] for mine, theirs in zip(other.curve, trained.curve, strict=True))
+
+
+def test_what_is_learned_from_the_training_nights_does_come_from_their_labels(trained, history):
+    fit = np.asarray(history.night) < FIRST + NIGHTS - 2
+    other = train(with_labels(history, np.where(fit[:, None], 1 - history.labels, history.labels)))
+    assert [loss for _, loss, _ in other.curve[1:]] != [loss for _, loss, _ in trained.curve[1:]]
+
+
+def test_stop_nights_are_the_newest_and_one_night_is_left_to_train_on(monkeypatch, history):
+    """`stop_nights` beyond the history leaves its first night to train on."""
+    seen = {}
+    descend = training._Run._descend
+
+    def spy(self, start, fit, stop, *rest):
+        seen["fit"], seen["stop"] = sorted({*fit.night - FIRST}), sorted({*stop.night - FIRST})
+        return descend(self, start, fit, stop, *rest)
+
+    monkeypatch.setattr(training._Run, "_descend", spy)
+    for nights, (fit, stop) in ((2, ([0, 1, 2, 3], [4, 5])), (99, ([0], [1, 2, 3, 4, 5]))):
+        train(history, config=SHORT.model_copy(update={"stop_nights": nights, "epochs": 0}))
+        assert (seen["fit"], seen["stop"]) == (fit, stop)
+
+
+# Warm
+
+
+@pytest.fixture(scope="module")
+def tomorrow(world):
+    return before(world, NIGHTS + 1)
+
+
+def test_a_warm_start_goes_on_from_the_parent_and_stops_on_newer_nights(trained, tomorrow):
+    made = train(tomorrow, night=NIGHTS + 1, parent=trained.base)
+    assert [epoch for epoch, _, _ in made.curve][:2] == [-1, 0]
+    assert "started from the parent's base" in made.why
+    assert made.base.trained_through == day(NIGHTS)
+    # Epoch -1 is the parent as it is, on the nights that it has never seen.
+    losses = stop_losses(trained, tomorrow, (NIGHTS, NIGHTS))
+    assert made.curve[0][2] == pytest.approx(losses[:, 0].mean(), abs=1e-5)
+    assert made.epoch == min(made.curve, key=lambda point: point[2])[0]
+
+
+def test_a_warm_start_trains_on_nothing_newer_than_the_parent_has_seen(trained, tomorrow):
+    newer = np.asarray(tomorrow.night) > trained.base.trained_through.toordinal()
+    flipped = with_labels(tomorrow, np.where(newer[:, None], 1 - tomorrow.labels, tomorrow.labels))
+    mine, theirs = (train(rows, night=NIGHTS + 1, parent=trained.base) for rows in (tomorrow, flipped))
+    assert [loss for _, loss, _ in mine.curve] == [loss for _, loss, _ in theirs.curve]
+    assert mine.curve[0][2] != theirs.curve[0][2]
+
+
+def test_with_few_new_rows_the_parent_s_base_is_kept_as_it_is(trained, tomorrow, tmp_path):
+    fresh = int((np.asarray(tomorrow.night) == FIRST + NIGHTS).sum())
+    enough, few = (SHORT.model_copy(update={"min_stop_rows": rows, "epochs": 0}) for rows in (fresh, fresh + 1))
+    kept = train(tomorrow, night=NIGHTS + 1, parent=trained.base, config=few)
+    assert (kept.epoch, kept.curve) == (-1, ())
+    assert f"{fresh} rows are newer" in kept.why
+    assert bytes_of(kept, tmp_path / "a") == bytes_of(trained, tmp_path / "b")
+    assert kept.base.trained_through == trained.base.trained_through
+    assert len(train(tomorrow, night=NIGHTS + 1, parent=trained.base, config=enough).curve) == 2
+
+
+def test_a_parent_s_base_grows_with_the_vocabularies(trained, tomorrow):
+    kept = train(tomorrow, night=NIGHTS + 1, parent=trained.base, more=7,
+                 config=SHORT.model_copy(update={"min_stop_rows": 10**9}))  # fmt: skip
+    assert kept.base.network.shape == shape(tomorrow, more=7)
+    np.testing.assert_array_equal(stop_losses(kept, tomorrow), stop_losses(trained, tomorrow))
+
+
+def test_the_parent_s_base_is_not_changed_by_training_on_it(trained, tomorrow, tmp_path):
+    first = bytes_of(trained, tmp_path / "before")
+    train(tomorrow, night=NIGHTS + 1, parent=trained.base)
+    assert bytes_of(trained, tmp_path / "after") == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ranker": SMALL.model_copy(update={"hidden": 9})},
+        {"adapter": AdapterConfig(steps=2)},
+        {"night": NIGHTS - 1},
+    ],
+)
+def test_a_parent_of_another_kind_or_of_the_future_is_no_start(trained, history, change):
+    config = SHORT.model_copy(update={"epochs": 0})
+    made = train(history, parent=trained.base, config=config, **({"night": NIGHTS + 1} | change))
+    assert "the parent's base does not fit" in made.why
+    assert [epoch for epoch, _, _ in made.curve] == [0]
+
+
+def test_a_parent_older_than_the_window_is_no_start(trained, world):
+    """No night is left that it has seen, so a start from it would have nothing to train on."""
+    rows = part(world, np.asarray(world.night) > FIRST + NIGHTS - 1)
+    old = replace(trained.base, trained_through=day(NIGHTS - 1))
+    made = train(rows, night=8, parent=old, more=0, config=SHORT.model_copy(update={"epochs": 0}))
+    assert "as old as its training" in made.why
+    assert [epoch for epoch, _, _ in made.curve] == [0]
+
+
+# Refused
+
+
+@pytest.mark.parametrize("nights", [0, 1])
+def test_one_night_is_too_little_history(history, nights):
+    rows = part(history, np.asarray(history.night) < FIRST + nights)
+    with pytest.raises(NotEnoughHistory, match=rf"rows of {nights} night\(s\)"):
+        meta_train(contract(), ladder_of(), SMALL, AdapterConfig(), SHORT, rows, shape(history), day(NIGHTS))
+
+
+def test_a_ridge_over_nothing_is_refused(history):
+    with pytest.raises(InvalidConfig, match="nothing to bend"):
+        train(history, ranker=SMALL.model_copy(update={"factors": 0, "features": 0}))
+
+
+@pytest.mark.parametrize("rate", [1e6, 1e30])
+def test_a_huge_learning_rate_diverges_by_name(history, rate):
+    config = SHORT.model_copy(update={"learning_rate": rate, "epochs": 9})
+    with pytest.raises(TrainingDiverged, match=r"training\.learning_rate|extreme numbers"):
+        train(history, config=config)
+
+
+@pytest.mark.parametrize(
+    ("table", "column"), [("request_numbers", "age"), ("candidate_numbers", "price"), ("statistics", "item_rate:aim0")]
+)
+@pytest.mark.parametrize("number", [np.inf, -np.inf])
+def test_an_infinite_input_is_named(history, table, column, number):
+    values = np.array(getattr(history, table))
+    values[np.flatnonzero(history.night < FIRST + 2)[3], 0] = number
+    with pytest.raises(TrainingDiverged, match=rf"{column} is infinite as float32 in 1 of"):
+        train(replace(history, **{table: values}))
+
+
+def test_a_label_that_is_not_finite_diverges_by_name(history):
+    labels = history.labels.copy()
+    labels[5, 0] = np.inf
+    with pytest.raises(TrainingDiverged, match="extreme numbers"):
+        train(with_labels(history, labels))
+
+
+def test_nights_may_have_gaps(world):
+    rows = part(world, np.isin(np.asarray(world.night) - FIRST, [0, 3, 7]))
+    made = train(rows, night=9, config=SHORT.model_copy(update={"epochs": 0, "stop_nights": 1}))
+    assert made.base.trained_through == day(7) == day(9) - timedelta(days=2)

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from tasks.data.contract import DataConfig
+from tasks.errors import ObjectCorrupt
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base
 from tasks.references import Place
 from tasks.release.manifest import blob_key
@@ -31,7 +32,13 @@ def release_file(place: Place, release: str, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file.sha256
     if not path.exists():
-        store.download(blob_key(place.pipeline, file.sha256), path, file.sha256)
+        try:
+            store.download(blob_key(place.pipeline, file.sha256), path, file.sha256)
+        except ObjectCorrupt as error:
+            raise ObjectCorrupt(
+                f"{name} of release {release[:12]}, which this night builds on, is damaged: {error} "
+                f"(its export left the same bytes below {place.pipeline}/work/export/)"
+            ) from error
     return path
 
 

@@ -146,7 +146,8 @@ def _promote(
     """Whether the pointer names the release now, and the sentence that says why."""
     pointer = read_pointer(store_of(place), place.pipeline)
     if pointer is not None and pointer.release == exported.release:
-        return "the pointer names it", True
+        # A run that died here has moved it; moving it again writes the ledger entry that may be lacking, and no more.
+        return move_pointer(store_of(place), place.pipeline, exported.release, ingested.night, token).reason, True
     if not asked:
         return "promotion was not asked for (--promote)", False
     if not verdict.go:

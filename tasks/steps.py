@@ -6,6 +6,7 @@ step has in common is here, so that the verbs stay thin shells.
 
 import json
 import logging
+import os
 import shutil
 import socket
 import tempfile
@@ -167,6 +168,8 @@ def device_of(place: Place) -> Literal["cpu", "cuda"]:
     if place.device == "cpu":
         return "cpu"
     if torch.cuda.is_available():
+        # cuBLAS is deterministic only with a workspace of fixed size, settled before its first call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         return "cuda"
     if place.device == "cuda":
         raise DeviceUnavailable(

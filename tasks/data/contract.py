@@ -194,6 +194,15 @@ class SegmentsConfig(Section):
     max_leaves: Annotated[int, Field(ge=1)] = 200_000
     """Most segments of the finest level in a bank, by support; the rest use their parent."""
 
+    @model_validator(mode="after")
+    def _support_is_possible(self) -> Self:
+        if self.min_support > self.max_support:
+            raise ValueError(
+                f"min_support {self.min_support} is more than max_support {self.max_support}: no segment could ever be "
+                f"adapted; lower min_support"
+            )
+        return self
+
 
 class StatisticsConfig(Section):
     """As-of statistics: smoothed rates and counts from nights before the row's own."""

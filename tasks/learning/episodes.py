@@ -85,7 +85,9 @@ def score_visits(
     return Scores(rows, logits, apply(logits, features[:, :width], weights))
 
 
-def row_loss(scores: Tensor, labels: Tensor, kinds: tuple[ObjectiveKind, ...], weights: Tensor) -> Tensor:
+def row_loss(
+    scores: Tensor, labels: Tensor, kinds: tuple[ObjectiveKind, ...], weights: Tensor, mass: Tensor | None = None
+) -> Tensor:
     """Mean loss over the rows: log-loss of binary objectives, half the squared error of ratings, summed by weight.
 
     Args:
@@ -93,10 +95,13 @@ def row_loss(scores: Tensor, labels: Tensor, kinds: tuple[ObjectiveKind, ...], w
         labels: ``[T, K]``; NaN where missing.
         kinds: kind of each objective.
         weights: of each objective ``[K]``.
+        mass: weight of each row ``[T]``; None weighs all alike.
     """
     given = ~torch.isnan(labels)
+    counted = given.to(scores.dtype) if mass is None else given * mass[:, None]
     targets = torch.where(given, labels, torch.zeros_like(labels))
     binary = torch.tensor([kind == "binary" for kind in kinds], device=scores.device)
     entropy = torch.nn.functional.softplus(scores) - targets * scores
-    loss = torch.where(binary, entropy, 0.5 * (scores - targets) ** 2) * given
-    return (loss.sum(dim=0) / given.sum(dim=0).clamp_min(1) * weights).sum()
+    loss = torch.where(binary, entropy, 0.5 * (scores - targets) ** 2) * counted
+    total = counted.sum(dim=0)
+    return (loss.sum(dim=0) / torch.where(total > 0, total, torch.ones_like(total)) * weights).sum()

@@ -25,7 +25,7 @@ from tasks.learning.descent import blend, optimiser_of
 from tasks.learning.descent import steady as steady  # other verbs compute under it as well
 from tasks.learning.episodes import QUERY_ROWS, draw, row_loss, score_visits
 from tasks.learning.ladder import Ladder, learned_levels
-from tasks.learning.material import Material, Visits, visits_of
+from tasks.learning.material import I64, Material, Visits, visits_of
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.learning.starts import newest, normalise, solve_start
 
@@ -33,6 +33,7 @@ STOP_SUPPORT = (0, 5, 20)
 """Same-night support rows at which the stop nights are scored: those of the exams."""
 SWEEPS, MORE_SWEEPS = 10, 3
 """Passes of the factorisation from nothing, and from the parent's factors."""
+REFRESHED = "its closed forms were solved once more on the whole history"
 Report = Callable[[float, float | None, str], None]
 
 
@@ -45,7 +46,7 @@ class TrainingConfig(Section):
     """CPU threads of the arithmetic; None leaves it to torch. Equal digests need equal threads."""
     meta: bool = True
     """Whether the loss is taken after adaptation. False is joint training: the adapters are solved afterwards."""
-    epochs: Annotated[int, Field(ge=0, le=1000)] = 8
+    epochs: Annotated[int, Field(ge=0, le=1000)] = 6
     """Most epochs; after each the stop nights are scored. 0 keeps the closed-form start."""
     steps_per_epoch: Annotated[int, Field(ge=1)] = 20
     """Gradient steps of an epoch."""
@@ -61,7 +62,7 @@ class TrainingConfig(Section):
     """Weight of the loss before adaptation, so that the base stands by itself."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.98
     """Decay of the moving average of the weights, which is what is scored and kept."""
-    patience: Annotated[int, Field(ge=1)] = 3
+    patience: Annotated[int, Field(ge=1)] = 2
     """Epochs without a better stop loss before training ends."""
     stop_nights: Annotated[int, Field(ge=1)] = 7
     """Newest nights that training is stopped on and does not train on, when there is no parent."""
@@ -175,6 +176,7 @@ class _Run:
             through = start.trained_through.toordinal()
             seen = int(self.visits.of_nights(through + 1, int(nights[-1])).rows.lengths.sum())
             if seen < self.training.min_stop_rows:
+                # Kept to the bit: a refresh would let these nights in, and they are to stop a later night's training.
                 return Trained(
                     start,
                     (),
@@ -238,9 +240,19 @@ class _Run:
             if epoch - max(kept, 0) >= self.training.patience:
                 break
         self.report(self.training.epochs, self.training.epochs, "epochs")
-        base = Base(best[0].eval(), best[1], self.levels, self.adapter, through)
         end = {-1: "kept the parent's base, which did best", 0: "kept the closed-form start, which did best"}
-        return Trained(base, tuple(curve), kept, f"{how}; {end.get(kept, f'kept epoch {kept}')} on the stop nights")
+        why = f"{how}; {end.get(kept, f'kept epoch {kept}')} on the stop nights; {REFRESHED}"
+        return Trained(self._refreshed(best[0], best[1], through), tuple(curve), kept, why)
+
+    def _refreshed(self, network: Ranker, precisions: Precisions, through: date) -> Base:
+        """The base with its closed forms solved once more on every night of the history.
+
+        The stop nights have said how long to train; that they are never learned from would leave the base older than
+        any baseline.
+        """
+        at = newest(self.rows, self.visits, self.training.start_rows)
+        solve_start(network, self.material, at, self.adapter, MORE_SWEEPS)
+        return Base(network.eval(), precisions, self.levels, self.adapter, through)
 
     def _step(
         self,
@@ -258,13 +270,12 @@ class _Run:
                 *(self.ladder, visits, after, scorer, self.material, precisions()),
                 *(self.shape.kinds, self.adapter, QUERY_ROWS),
             )
-            labels = self.material.labels(scores.rows)
-            adapted = loss = row_loss(scores.adapted, labels, self.shape.kinds, self.weights)
+            adapted = loss = self._loss(scores.adapted, scores.rows)
             if self.training.base_weight > 0:
-                loss = loss + self.training.base_weight * row_loss(scores.base, labels, self.shape.kinds, self.weights)
+                loss = loss + self.training.base_weight * self._loss(scores.base, scores.rows)
         else:
             at = visits.rows.flat()[0]
-            adapted = loss = row_loss(scorer(at)[0], self.material.labels(at), self.shape.kinds, self.weights)
+            adapted = loss = self._loss(scorer(at)[0], at)
         if not torch.isfinite(loss):
             raise TrainingDiverged(
                 f"the training loss of night {self.night} is {loss.item()}; lower training.learning_rate (now "
@@ -275,6 +286,11 @@ class _Run:
         nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
         optimiser.step()
         return float(adapted.detach())
+
+    def _loss(self, scores: torch.Tensor, at: I64) -> torch.Tensor:
+        """Loss of scores of the rows at positions, weighed by row and by objective."""
+        labels, mass = self.material.labels(at), self.material.weights(at)
+        return row_loss(scores, labels, self.shape.kinds, self.weights, mass)
 
     def _stop_loss(self, network: Ranker, precisions: Precisions, stop: Visits) -> float:
         """Adapted loss on the stop nights, averaged over the supports of the exams."""
@@ -289,9 +305,7 @@ class _Run:
                     *(self.ladder, longer, np.full(len(longer), support), self.material.scorer(network)),
                     *(self.material, precisions(), self.shape.kinds, self.adapter),
                 )
-                losses.append(
-                    float(row_loss(scores.adapted, self.material.labels(scores.rows), self.shape.kinds, self.weights))
-                )
+                losses.append(float(self._loss(scores.adapted, scores.rows)))
         loss = sum(losses) / len(losses)
         if not np.isfinite(loss):
             raise TrainingDiverged(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.clients.object_store import ObjectStore
-from tasks.errors import NightrankError, ReleaseRefused
+from tasks.errors import NightrankError, ObjectCorrupt, ReleaseRefused
 from tasks.release.manifest import Manifest, blob_key, sha256_of
 
 KEPT = 2
@@ -57,7 +57,10 @@ class ReleaseCache:
                 key = blob_key(pipeline, file.sha256)
                 if (size := store.size(key)) != file.bytes:  # looked at first: nobody fetches a bomb
                     raise ReleaseRefused(f"{file.name} has {size} bytes in the store, the manifest says {file.bytes}")
-                store.download(key, blob, file.sha256)
+                try:
+                    store.download(key, blob, file.sha256)
+                except ObjectCorrupt as error:
+                    raise ReleaseRefused(f"{file.name} is damaged: {error}") from error
             if (size := blob.stat().st_size) != file.bytes:
                 raise ReleaseRefused(f"{file.name} has {size} bytes, the manifest says {file.bytes}")
             (folder / file.name).hardlink_to(blob)

@@ -19,15 +19,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from flows.backfill import backfill
 from flows.config import RetrainConfig, load_config
+from flows.nightly import nightly_retrain
 from tasks.data import vocabulary
 from tasks.data.interactions import nights as nights_of
 from tasks.ingest import lake, released_prefix
 from tasks.learning.adapters import apply
 from tasks.learning.bank import Bank, fill_bank
 from tasks.learning.base import Base, shape_of
-from tasks.learning.exams import CANDIDATE, PARENT, SUPPORTS, Night, Scores, contact, gather, joined, probability, sit_contact
+from tasks.learning.exams import (
+    CANDIDATE,
+    PARENT,
+    SUPPORTS,
+    Night,
+    Scores,
+    contact,
+    gather,
+    joined,
+    probability,
+    sit_contact,
+)
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, Visits
 from tasks.learning.training import meta_train
@@ -50,14 +61,17 @@ def main() -> None:
     options = parser.parse_args()
     config = load_config(options.config)
     chosen = newest_nights(config, options.nights, options.min_rows)
-    missing = [night for night in chosen if not published(config.place(), night)]
-    if missing:
-        backfill(config, chosen[0], chosen[-1], promote=True)
+    for night in chosen:
+        if not published(config.place(), night):
+            print(nightly_retrain(config, night).published.why, night, flush=True)
     tables = [exam(config.place(), night) for night in chosen]
     if options.joint:
         tables = [joined(table, answers) for table, answers in zip(tables, joint(config, chosen), strict=True)]
     print(f"{len(chosen)} nights, {chosen[0]} to {chosen[-1]}, {sum(table.num_rows for table in tables):,} rows\n")
-    for condition, common in [("nightly", False), *((contact(k), common) for k in SUPPORTS for common in (False, True))]:
+    for condition, common in [
+        ("nightly", False),
+        *((contact(k), common) for k in SUPPORTS for common in (False, True)),
+    ]:
         print(markdown(config, tables, condition, common, options.seed))
 
 

@@ -20,7 +20,7 @@ from tests.world import write_world
 
 PIPELINE = "tiny"
 STEPS = (
-    *("ingest", "validate", "docs", "statistics", "history", "prepare", "meta-train", "adapt-exam", "evaluate"),
+    *("ingest", "validate", "docs", "history", "statistics", "prepare", "meta-train", "adapt-exam", "evaluate"),
     *("judge", "adapt-ship", "export", "publish"),
 )
 LEASE = "^tiny/lease$"

@@ -14,6 +14,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -274,19 +277,18 @@ def _live(asked: dict[str, Any]) -> None:
 
 def main() -> None:
     """The nursery: a line in is a run to start, or one to wait for."""
-    import warnings
-
     warnings.simplefilter("ignore")
-    # Loaded once here, so that a victim costs milliseconds. No thread may be alive when one is forked.
+    # Loaded once here, so that a victim costs milliseconds. A thread that runs would not come along into a fork.
     import great_expectations  # noqa: F401
+    import networkx  # noqa: F401
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
+    import torch._dynamo
+    from torch.onnx._internal.exporter import _core, _registration  # noqa: F401
 
-    import flows.nightly
     import tests.steps.plain  # noqa: F401
 
-    import threading
-
+    _registration.ONNXRegistry.from_torchlib()
     assert threading.active_count() == 1, threading.enumerate()
     for line in sys.stdin:
         asked = json.loads(line)
@@ -301,8 +303,6 @@ def main() -> None:
                 _live(asked)
                 status = 0
             except BaseException:
-                import traceback
-
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()

@@ -1,130 +1,159 @@
-"""Backfill: the plan, the order, what is skipped, and what stops it; with stand-ins for the verbs."""
+"""Backfill: the plan, the order, what is skipped, what is refused, and when the pointer moves."""
 
-from datetime import UTC, date, datetime
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
 
-import flows.backfill
-from flows.backfill import NightOutcome, PlannedNight, backfill, plan, told_to
-from flows.config import RetrainConfig
-from tasks.errors import DataRejected, ExpectationsFailed, InvalidConfig, NotEnoughHistory, ParityBroken
-from tasks.references import Place, ReleaseRow
-from tests.flows.verbs import stand_in
-from tests.world import write_world
+from flows import backfill as flow
+from flows.backfill import BackfillResult, NightOutcome, PlannedNight, backfill, plan, told_to
+from tasks.errors import DataRejected, InvalidConfig, StoreUnavailable
+from tasks.releases import releases
+from tests.finished import Finished
+from tests.steps.plain import plain_night
+
+Told = list[tuple[PlannedNight, ...] | NightOutcome]
+REFUSED = 6
+"""The night whose files are cut short, counted from 0."""
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> RetrainConfig:
-    return RetrainConfig.model_validate(write_world(tmp_path, nights=4).config)
+def backfilled(world: Finished, start: int, end: int, **options: bool) -> tuple[BackfillResult | DataRejected, Told]:
+    """What a backfill from one night to another came to, and what it told on the way."""
+    told: Told = []
+    with told_to(told.append):
+        try:
+            return backfill(world.config, world.world.nights[start], world.world.nights[end], **options), told
+        except DataRejected as refused:
+            return refused, told
 
 
-def day(number: int) -> date:
-    return date(2026, 3, number)
+@pytest.fixture(scope="module")
+def world(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Nights 4 and 5 are finished under this config, 6 is broken, 7 is to do."""
+    copied = finished.copy(tmp_path_factory.mktemp("backfill"))
+    results = tuple(plain_night(copied.config, copied.world.nights[number]) for number in (4, 5))
+    path = copied.files_of(copied.world.nights[REFUSED])[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    return replace(copied, results=results)
 
 
-def release(made_by: RetrainConfig, number: int, **changes: object) -> ReleaseRow:
-    row = {
-        "release": f"{number:064x}", "night": day(number), "created": datetime(2026, 4, 1, tzinfo=UTC), "go": True,
-        "champion": False, "parent": None, "config": made_by.digest(), "report": "r",
-    }  # fmt: skip
-    return ReleaseRow.model_validate({**row, **changes})
+@pytest.fixture(scope="module")
+def dry(world: Finished, prefect: None) -> tuple[BackfillResult | DataRejected, bool]:
+    """A dry run before anything else, and whether it changed the store."""
+    before = {key: world.store.get(key).data for key in world.store.list("tiny/")}
+    found, _ = backfilled(world, 2, 7, dry_run=True)
+    return found, before != {key: world.store.get(key).data for key in world.store.list("tiny/")}
 
 
-def publish(monkeypatch: pytest.MonkeyPatch, *rows: ReleaseRow) -> None:
-    def listed(place: Place) -> tuple[ReleaseRow, ...]:
-        return rows
+@pytest.fixture(scope="module")
+def first(
+    world: Finished, dry: tuple[BackfillResult | DataRejected, bool], prefect: None
+) -> tuple[BackfillResult | DataRejected, Told, int]:
+    """A backfill over nights 2 to 7, the pointer left alone; and the pointer's generation before it."""
+    generation = world.pointer.generation
+    return *backfilled(world, 2, 7), generation
 
-    monkeypatch.setattr(flows.backfill, "releases", listed)
+
+@pytest.fixture(scope="module")
+def second(
+    world: Finished, first: tuple[BackfillResult | DataRejected, Told, int], prefect: None
+) -> tuple[BackfillResult | DataRejected, Told, int]:
+    """The same again, and now the pointer may move; and its generation before that."""
+    generation = world.pointer.generation
+    return *backfilled(world, 7, 7, promote=True), generation
 
 
-def test_nights_without_a_partition_and_finished_ones_are_skipped(
-    config: RetrainConfig, monkeypatch: pytest.MonkeyPatch
+def test_a_dry_run_tells_the_plan_and_changes_nothing(dry: tuple[BackfillResult, bool], world: Finished) -> None:
+    found, changed = dry
+    assert not changed
+    assert found.outcomes == ()
+    assert [entry.night for entry in found.plan] == list(world.world.nights[2:8])
+    assert [entry.runs for entry in found.plan] == [True, True, False, False, True, True]
+    assert found.plan[2].why == f"finished: release {world.results[0].published.release[:12]}"
+
+
+def test_the_plan_is_told_first_and_then_each_night_in_order(first: tuple[object, Told, int], world: Finished) -> None:
+    told = first[1]
+    assert isinstance(told[0], tuple)
+    outcomes = [event for event in told[1:] if isinstance(event, NightOutcome)]
+    assert [(outcome.night, outcome.state) for outcome in outcomes] == list(
+        zip(world.world.nights[2:8], ["skipped", "released", "skipped", "skipped", "rejected", "released"], strict=True)
+    )
+    assert f"the first night that can run is {world.world.nights[3]}" in outcomes[0].why
+
+
+def test_a_refused_night_is_named_at_the_end_and_later_ones_were_done(
+    first: tuple[DataRejected, Told, int], world: Finished
 ) -> None:
-    publish(monkeypatch, release(config, 2))
-    planned = plan(config, day(1), day(5), promote=False)
-    assert [entry.night for entry in planned] == [day(1), day(2), day(3), day(4), day(5)]
-    assert [entry.runs for entry in planned] == [True, False, True, True, False]
-    assert planned[1].why == "finished: release 000000000000"
-    assert planned[4].why == "the lake has no such night"
+    error, told, _ = first
+    assert isinstance(error, DataRejected)
+    assert str(error).startswith("1 of 6 nights were refused; the others are done:\n")
+    assert f"{world.world.nights[REFUSED]}: CorruptFile: " in str(error)
+    last = told[-1]
+    assert isinstance(last, NightOutcome)
+    assert last.result is not None
+    assert list(last.result.prepared.left_out) == [world.world.nights[REFUSED].isoformat()]
 
 
-def test_a_night_finished_under_another_config_runs_again(
-    config: RetrainConfig, monkeypatch: pytest.MonkeyPatch
+def test_each_night_starts_from_the_newest_release_before_it(
+    second: tuple[object, Told, int], world: Finished
 ) -> None:
-    publish(monkeypatch, release(config, 2, config="0" * 64))
-    assert plan(config, day(2), day(2), promote=False)[0].runs
+    made = {row.night: row for row in releases(world.config.place())}
+    nights = world.world.nights
+    assert sorted(made) == [nights[number] for number in (3, 4, 5, 7)]
+    assert made[nights[7]].parent == made[nights[5]].release
+    assert made[nights[5]].parent == made[nights[4]].release
+    # Night 4 was there before night 3 was filled in: it stays as it was made.
+    assert made[nights[4]].parent is made[nights[3]].parent is None
 
 
-@pytest.mark.parametrize(
-    ("promote", "go", "champion", "runs"),
-    [(True, True, 1, True), (False, True, 1, False), (True, False, 1, False), (True, True, 3, False)],
-)
-def test_a_finished_night_is_promoted_if_asked_for_and_never_backwards(
-    config: RetrainConfig, monkeypatch: pytest.MonkeyPatch, promote: bool, go: bool, champion: int, runs: bool
+def test_the_pointer_stays_unless_told(first: tuple[object, Told, int], world: Finished) -> None:
+    last = first[1][-1]
+    assert isinstance(last, NightOutcome)
+    assert last.why == "promotion was not asked for (--promote)"
+
+
+def test_a_finished_night_is_promoted_when_asked_for_without_being_made_again(
+    second: tuple[BackfillResult, Told, int], world: Finished
 ) -> None:
-    publish(monkeypatch, release(config, 2, go=go), release(config, champion, champion=True))
-    assert plan(config, day(2), day(2), promote=promote)[0].runs is runs
+    result, _, generation = second
+    assert "finished, but not promoted" in result.plan[0].why
+    made = result.outcomes[0].result
+    assert made is not None
+    assert [step.step for step in made.steps if not step.reused] == ["publish"]
+    assert (world.pointer.release, world.pointer.generation) == (made.published.release, generation + 1)
 
 
-def test_a_range_that_ends_before_it_starts_is_refused(config: RetrainConfig) -> None:
+def test_afterwards_there_is_nothing_left_to_do(second: tuple[object, Told, int], world: Finished) -> None:
+    nights = world.world.nights
+    assert not any(entry.runs for entry in plan(world.config, nights[7], nights[7], promote=True))
+    assert not any(entry.runs for entry in plan(world.config, nights[3], nights[5], promote=True))
+
+
+def test_a_night_that_the_lake_lacks_is_skipped_and_another_config_runs_again(world: Finished) -> None:
+    beyond = date.fromordinal(world.world.nights[-1].toordinal() + 1)
+    assert plan(world.config, beyond, beyond, promote=False)[0].why == "the lake has no such night"
+    gate = world.config.gate.model_copy(update={"margin": 0.001})
+    other = world.config.model_copy(update={"gate": gate})
+    assert plan(other, world.world.nights[4], world.world.nights[4], promote=False)[0].runs
+
+
+def test_a_range_that_ends_before_it_starts_is_refused(finished: Finished) -> None:
+    nights = finished.world.nights
     with pytest.raises(InvalidConfig, match="start lies after end"):
-        plan(config, day(2), day(1), promote=False)
+        plan(finished.config, nights[1], nights[0], promote=False)
 
 
 @pytest.mark.usefixtures("prefect")
-class TestThroughPrefect:
-    """The flow, run by Prefect's engine."""
+def test_what_is_not_about_data_stops_it_at_once(damageable: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[date] = []
 
-    def test_nights_run_in_order_and_the_plan_is_told_first(
-        self, config: RetrainConfig, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        publish(monkeypatch, release(config, 2))
-        calls = stand_in(monkeypatch)
-        told: list[tuple[PlannedNight, ...] | NightOutcome] = []
-        with told_to(told.append):
-            result = backfill(config, day(1), day(4), promote=True)
-        assert told == [result.plan, *result.outcomes]
-        assert [(outcome.night.day, outcome.state) for outcome in result.outcomes] == [
-            (1, "released"), (2, "released"), (3, "released"), (4, "released"),
-        ]  # fmt: skip
-        assert [args[-1] for name, args, _ in calls if name == "ingest"] == [day(1), day(2), day(3), day(4)]
-        assert all(args[-2] is True for name, args, _ in calls if name == "publish")
+    def fail(config: object, night: date, promote: bool) -> None:
+        asked.append(night)
+        raise StoreUnavailable("no answer")
 
-    def test_a_dry_run_calls_nothing(self, config: RetrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        publish(monkeypatch)
-        calls = stand_in(monkeypatch)
-        result = backfill(config, day(1), day(4), dry_run=True)
-        assert (len(result.plan), result.outcomes, calls) == (4, (), [])
-
-    def test_the_pointer_stays_unless_told(self, config: RetrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        publish(monkeypatch)
-        calls = stand_in(monkeypatch)
-        backfill(config, day(1), day(1))
-        assert calls.named("publish")[0][-2] is False
-
-    def test_a_refused_night_is_named_and_the_others_go_on(
-        self, config: RetrainConfig, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        publish(monkeypatch)
-        calls = stand_in(monkeypatch, failing={day(2): ExpectationsFailed("too many bad rows")})
-        with pytest.raises(DataRejected, match="1 of 3 nights were refused") as caught:
-            backfill(config, day(1), day(3))
-        assert "2026-03-02: ExpectationsFailed: too many bad rows" in str(caught.value)
-        assert [args[2].night.day for name, args, _ in calls if name == "publish"] == [1, 3]
-
-    def test_nights_with_too_little_history_are_skipped(
-        self, config: RetrainConfig, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        publish(monkeypatch)
-        stand_in(monkeypatch, failing={day(1): NotEnoughHistory("first night that can run: 2026-03-02")})
-        outcomes = backfill(config, day(1), day(2)).outcomes
-        assert (outcomes[0].state, outcomes[0].why) == ("skipped", "first night that can run: 2026-03-02")
-        assert outcomes[1].state == "released"
-
-    def test_what_is_not_about_data_stops_it(self, config: RetrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        publish(monkeypatch)
-        calls = stand_in(monkeypatch, failing={day(2): ParityBroken("1e-2")})
-        with pytest.raises(ParityBroken):
-            backfill(config, day(1), day(3))
-        assert [args[-1].day for name, args, _ in calls if name == "ingest"] == [1, 2]
+    monkeypatch.setattr(flow, "nightly_retrain", fail)
+    with pytest.raises(StoreUnavailable):
+        backfilled(damageable, 4, 7)
+    assert asked == [damageable.world.nights[4]]

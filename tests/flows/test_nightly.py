@@ -1,62 +1,280 @@
-"""The night: its steps in order, its date, and the config it takes; with stand-ins for the verbs."""
+"""A night end to end on the tiny world: what a ranker sees of it, what a person sees of it, and that it is remembered."""
 
+import json
+import re
+from dataclasses import replace
 from datetime import UTC, date, datetime
+from html.parser import HTMLParser
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from prefect import Task
 
+from flows import nightly
 from flows.config import RetrainConfig
-from flows.nightly import night_of, nightly_retrain
-from tasks.errors import ExpectationsFailed, InvalidConfig
+from flows.nightly import NightResult, night_of, nightly_retrain
+from tasks.errors import ExpectationsFailed, InvalidConfig, NightMissing
+from tasks.evaluate import exam_table
+from tasks.learning.exams import CANDIDATE, column
 from tasks.references import Place
-from tests.flows.verbs import NIGHT, ORDER, stand_in
-from tests.world import write_world
+from tasks.release.manifest import Manifest, blob_key, content_digest
+from tasks.release.pointer import read_manifest
+from tasks.releases import releases
+from tasks.serving.ranker import Ranker
+from tests.finished import Finished
+
+STEPS = [
+    "ingest", "validate", "prepare", "meta-train", "adapt-exam", "evaluate", "judge", "adapt-ship", "export", "publish",
+]  # fmt: skip
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> RetrainConfig:
-    return RetrainConfig.model_validate(write_world(tmp_path, nights=1).config)
+@pytest.fixture(scope="module")
+def third(finished: Finished, tmp_path_factory: pytest.TempPathFactory, prefect: None) -> Finished:
+    """The third night, by Prefect's engine, after two that were run before. Read only."""
+    copied = finished.copy(tmp_path_factory.mktemp("third"))
+    result = nightly_retrain(copied.config, copied.next_night)
+    return replace(copied, results=(*copied.results, result))
 
 
-def test_the_steps_come_in_order(config: RetrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stand_in(monkeypatch)
-    result = nightly_retrain.fn(config, NIGHT)
-    assert [name for name, _, _ in calls] == ORDER
-    assert [kwargs["bank"] for name, _, kwargs in calls if name == "adapt"] == ["exam", "ship"]
-    assert [step.step for step in result.steps] == [*ORDER[:4], "adapt-exam", *ORDER[5:7], "adapt-ship", *ORDER[8:]]
-    assert result.published.release == "a" * 64
+@pytest.fixture(scope="module")
+def result(third: Finished) -> NightResult:
+    return third.results[-1]
 
 
-def test_a_verb_gets_the_place_and_its_own_sections_and_never_the_whole_config(
-    config: RetrainConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def manifest(third: Finished, result: NightResult) -> Manifest:
+    return read_manifest(third.store, "tiny", result.published.release)
+
+
+def beside(third: Finished, number: int, name: str) -> bytes:
+    """What lies beside the manifest of one of the releases."""
+    return third.store.get(f"tiny/releases/{third.results[number].published.release}/{name}").data
+
+
+def file_of(third: Finished, manifest: Manifest, name: str) -> bytes:
+    digest = next(file.sha256 for file in manifest.files if file.name == name)
+    return third.store.get(blob_key("tiny", digest)).data
+
+
+def test_the_steps_come_in_order(result: NightResult) -> None:
+    assert [step.step for step in result.steps] == STEPS
+
+
+def test_the_pointer_names_the_release_and_the_one_before(third: Finished, result: NightResult) -> None:
+    pointer = third.pointer
+    assert (pointer.release, pointer.night) == (result.published.release, third.next_night)
+    assert pointer.previous == third.results[-2].published.release
+    assert pointer.generation == 3
+    assert result.published.promoted
+
+
+def test_each_night_starts_from_the_one_before(third: Finished) -> None:
+    parents = [json.loads(beside(third, number, "run.json"))["parent"] for number in range(3)]
+    assert parents == [None, *(result.published.release for result in third.results[:-1])]
+
+
+def test_vocabularies_only_grow(third: Finished) -> None:
+    def keys(number: int, name: str) -> list[object]:
+        manifest = read_manifest(third.store, "tiny", third.results[number].published.release)
+        path = third.store.local_path(
+            blob_key("tiny", next(file.sha256 for file in manifest.files if file.name == "vocabulary.parquet"))
+        )
+        table = pq.read_table(path, partitioning=None)
+        return table.filter(pc.equal(table["column"], name)).to_pylist()
+
+    for name in ("user_id", "item_id", "market"):
+        for number in (0, 1):
+            before, after = keys(number, name), keys(number + 1, name)
+            assert after[: len(before)] == before
+
+
+def test_the_release_id_is_the_digest_of_files_that_are_what_the_manifest_says(
+    third: Finished, manifest: Manifest, result: NightResult
 ) -> None:
-    calls = stand_in(monkeypatch)
-    nightly_retrain.fn(config, NIGHT)
-    for _, args, kwargs in calls:
-        assert isinstance(args[0], Place)
-        assert not any(isinstance(value, RetrainConfig) for value in (*args, *kwargs.values()))
+    import hashlib
+
+    for file in manifest.files:
+        stored = third.store.get(blob_key("tiny", file.sha256)).data
+        assert (len(stored), hashlib.sha256(stored).hexdigest()) == (file.bytes, file.sha256)
+    assert content_digest(manifest.files) == result.published.release == manifest.release
+    assert {"model.onnx", "lookup.onnx", "score.onnx", "golden.json"} <= {file.name for file in manifest.files}
 
 
-def test_only_the_shipped_bank_sees_the_exam(config: RetrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stand_in(monkeypatch)
-    nightly_retrain.fn(config, NIGHT)
-    exam_bank, ship_bank = (kwargs for name, _, kwargs in calls if name == "adapt")
-    assert "exam" not in exam_bank
-    assert ship_bank["exam"].step == "evaluate"
+def test_a_ranker_says_what_the_torch_network_said(third: Finished, manifest: Manifest) -> None:
+    golden = json.loads(file_of(third, manifest, "golden.json"))
+    with Ranker(third.config.store, "tiny", device="cpu") as ranker:
+        assert (ranker.release, ranker.night) == (manifest.release, third.next_night)
+        for one in golden["requests"]:
+            shapes = {"request": one["shape"][:1], "candidate": one["shape"][:2]}
+            request = {
+                spec.name: np.array(one["inputs"][spec.name], object).reshape(shapes[spec.per])
+                for spec in manifest.interface.inputs
+            }
+            expected = np.array(one["scores"]).reshape(one["shape"])
+            assert np.abs(ranker.score(request) - expected).max() <= 1e-5
+    assert len(golden["requests"]) >= 10
 
 
-def test_the_pointer_moves_only_under_this_runs_token(config: RetrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = []
-    for promote in (True, False):
-        calls = stand_in(monkeypatch)
-        nightly_retrain.fn(config, NIGHT, promote)
-        args, _ = calls.named("publish")
-        assert args[-2] is promote
-        assert args[-3] == config.digest()
-        tokens.append(args[-1])
-    assert tokens[1] > tokens[0]
+def test_a_user_gets_what_his_own_rows_say(third: Finished, manifest: Manifest) -> None:
+    """Two users alike in everything but their past: the one who likes long films gets long ones first."""
+    users = {coin: [] for coin in (1, -1)}  # type: dict[int, list[str]]
+    tastes = third.world.tastes
+    seen = {name for night in third.world.nights[:6] for name in third.world.newcomers[night]}
+    for name in sorted(seen):
+        users[tastes[name]].append(name)
+    columns = {spec.name for spec in manifest.interface.inputs}
+    item = {"item_id": 100, "genre": "comedy", "price": 5.0}
+    gap = []
+    with Ranker(third.config.store, "tiny", device="cpu") as ranker:
+        for coin in (1, -1):
+            asked = users[coin]
+            request: dict[str, list[Any]] = {
+                "user_id": asked, "market": ["north"] * len(asked), "age": [40] * len(asked),
+                **{name: [[value] * 2] * len(asked) for name, value in item.items()},
+                "length": [["long", "short"]] * len(asked),
+            }  # fmt: skip
+            assert set(request) == columns
+            scores = ranker.score(request)[:, :, 0]
+            gap.append(float((scores[:, 0] - scores[:, 1]).mean()))
+    assert gap[0] > 0.1 > -0.1 > gap[1]
+
+
+def test_the_exam_table_is_the_night_and_the_scores_come_from_it(third: Finished, result: NightResult) -> None:
+    table = exam_table(third.config.place(), next(step.key for step in result.steps if step.step == "evaluate"))
+    assert table.num_rows == result.validated.clean == third.world.rows[third.next_night]
+    said = table[column("nightly", CANDIDATE, "clicked")].to_numpy().astype(np.float64)
+    clicked = table["label/clicked"].to_numpy()
+    loss = -(clicked * np.log(said) + (1 - clicked) * np.log(1 - said)).mean()
+    shown = next(row for row in result.verdict.scores if (row.exam, row.method) == ("nightly", "adapted"))
+    assert shown.rows == table.num_rows
+    assert shown.log_loss == pytest.approx(loss, abs=1e-5)
+
+
+def test_adaptation_beats_zero_steps_in_both_exams(result: NightResult) -> None:
+    """The world is made so that nothing else can get below `blind_log_loss`."""
+    losses = {(row.exam, row.method): row.log_loss for row in result.verdict.scores}
+    for exam in ("nightly", "first contact, 5 rows"):
+        assert losses[exam, "adapted"] < losses[exam, "zero steps"]
+
+
+def test_every_baseline_and_the_champion_are_examined(result: NightResult) -> None:
+    methods = {row.method for row in result.verdict.scores if row.exam == "nightly"}
+    assert methods == {
+        "adapted", "zero steps", "global rate", "popularity", "bias + offset", "matrix factorisation", "champion",
+    }  # fmt: skip
+
+
+def test_the_verdict_has_reasons(result: NightResult) -> None:
+    assert result.verdict.go
+    assert any(reason.startswith("against champion: ") for reason in result.verdict.reasons)
+
+
+def test_the_bad_row_is_in_quarantine_and_told(third: Finished) -> None:
+    second = third.results[1]
+    assert (second.validated.bad, second.validated.reasons) == (1, {"outside_night": 1})
+    assert b"outside_night" in beside(third, 1, "report.html")
+
+
+class Links(HTMLParser):
+    """Everything that a page fetches or runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        fetching = ("src", "srcset", "data", "poster", "action") if tag != "link" else ("href",)
+        self.fetched += [value or "" for name, value in attrs if name in fetching]
+        self.fetched += [tag] if tag in ("script", "iframe", "object", "embed") else []
+
+
+def test_the_report_is_one_self_contained_page(third: Finished, result: NightResult) -> None:
+    assert Path(result.published.report).is_file()
+    page = Path(result.published.report).read_text()
+    links = Links()
+    links.feed(page)
+    assert links.fetched == []
+    assert not re.search(r"url\(|@import", page)
+    for words in (result.published.release[:12], third.next_night.isoformat(), "<svg", "matrix factorisation"):
+        assert words in page
+    assert beside(third, 2, "data_docs/index.html")
+
+
+def test_the_token_of_the_lease_goes_into_the_pointer_and_grows(third: Finished) -> None:
+    moves = [
+        json.loads(json.loads(third.store.get(key).data)["pointer"])["fencing_token"]
+        for key in third.store.list("tiny/ledger/")
+    ]
+    assert len(moves) == 3
+    assert moves == sorted(set(moves))
+
+
+def test_releases_are_listed_by_night(third: Finished) -> None:
+    rows = releases(third.config.place())
+    assert [row.release for row in rows] == [result.published.release for result in third.results]
+    assert [row.champion for row in rows] == [False, False, True]
+
+
+@pytest.mark.usefixtures("prefect")
+def test_the_night_again_changes_nothing(third: Finished, result: NightResult) -> None:
+    def written() -> dict[str, bytes]:
+        return {key: third.store.get(key).data for key in third.store.list("tiny/") if key != "tiny/lease"}
+
+    before = written()
+    again = nightly_retrain(third.config, third.next_night)
+    assert [step.step for step in again.steps if not step.reused] == []
+    assert again.published.release == result.published.release
+    assert written() == before
+
+
+@pytest.mark.usefixtures("prefect")
+def test_a_dict_a_path_and_a_model_are_the_same_config(third: Finished, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(third.config.model_dump(mode="json")))
+    for given in (third.config.model_dump(mode="json"), str(path)):
+        again = nightly_retrain(given, third.next_night.isoformat())  # type: ignore[arg-type]
+        assert all(step.reused for step in again.steps)
+
+
+@pytest.mark.usefixtures("prefect")
+def test_without_a_night_it_is_the_one_before_today(third: Finished) -> None:
+    yesterday = {nightly.night_of(datetime.now(UTC), third.config)}
+    with pytest.raises(NightMissing) as caught:  # the world is older
+        nightly_retrain(third.config)
+    yesterday |= {nightly.night_of(datetime.now(UTC), third.config)}  # midnight may have passed
+    assert any(f"night {night} " in str(caught.value) for night in yesterday)
+
+
+@pytest.mark.usefixtures("prefect")
+def test_an_error_of_the_family_comes_out_as_itself(damageable: Finished) -> None:
+    for path in damageable.files_of(damageable.next_night):
+        table = pq.read_table(path, partitioning=None)
+        stars = pc.add(table["stars"], 10.0)
+        pq.write_table(table.set_column(table.column_names.index("stars"), "stars", stars), path)
+    with pytest.raises(ExpectationsFailed, match="range:stars"):
+        nightly_retrain(damageable.config, damageable.next_night)
+
+
+@pytest.mark.usefixtures("prefect")
+def test_a_config_that_is_not_there_is_said_to_be_so() -> None:
+    with pytest.raises(InvalidConfig, match="does not exist"):
+        nightly_retrain("no/such.yaml", date(2026, 3, 5))
+
+
+VERBS: list[Task[..., Any]] = [found for found in vars(nightly).values() if isinstance(found, Task)]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_a_verb_gets_a_place_and_its_own_sections_and_never_the_whole_config(verb: Task[..., Any]) -> None:
+    annotations = [parameter.annotation for parameter in signature(verb.fn).parameters.values()]
+    assert annotations[0] is Place
+    assert RetrainConfig not in annotations
 
 
 @pytest.mark.parametrize(
@@ -72,43 +290,7 @@ def test_the_pointer_moves_only_under_this_runs_token(config: RetrainConfig, mon
     ],
 )
 def test_the_night_is_the_scheduled_local_date_less_the_lag(
-    config: RetrainConfig, scheduled: datetime, zone: str, lag: int, night: date
+    finished: Finished, scheduled: datetime, zone: str, lag: int, night: date
 ) -> None:
-    data = config.data.model_copy(update={"time_zone": zone})
-    assert night_of(scheduled, config.model_copy(update={"data": data, "night_lag_days": lag})) == night
-
-
-@pytest.mark.usefixtures("prefect")
-class TestThroughPrefect:
-    """The same flow, run by Prefect's engine."""
-
-    def test_a_dict_a_path_and_a_model_are_the_same_config(
-        self, config: RetrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        calls = stand_in(monkeypatch)
-        for given in (config, config.model_dump(mode="json"), str(path)):
-            nightly_retrain(given, NIGHT.isoformat())  # type: ignore[arg-type]
-        expected = (config.place(), config.data, config.gate, NIGHT)
-        assert [args for name, args, _ in calls if name == "ingest"] == [expected] * 3
-
-    def test_without_a_night_it_is_derived_and_the_run_is_named_after_it(
-        self, config: RetrainConfig, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        stand_in(monkeypatch)
-        state = nightly_retrain(config, return_state=True)
-        night: Any = state.result().night
-        today = datetime.now(UTC).date()
-        assert (today - night).days in (1, 2)  # 2 only if midnight passed in between
-
-    def test_an_error_of_the_family_comes_out_as_itself(
-        self, config: RetrainConfig, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        stand_in(monkeypatch, failing={NIGHT: ExpectationsFailed("liked is all null")})
-        with pytest.raises(ExpectationsFailed, match="liked is all null"):
-            nightly_retrain(config, NIGHT)
-
-    def test_a_config_that_is_not_there_is_said_to_be_so(self) -> None:
-        with pytest.raises(InvalidConfig, match="does not exist"):
-            nightly_retrain("no/such.yaml", NIGHT)
+    data = finished.config.data.model_copy(update={"time_zone": zone})
+    assert night_of(scheduled, finished.config.model_copy(update={"data": data, "night_lag_days": lag})) == night

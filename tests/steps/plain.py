@@ -4,9 +4,12 @@ Nothing of the order of steps is repeated here: `flows.nightly.nightly_retrain` 
 task that it names replaced by the function inside it.
 """
 
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
+from pathlib import Path
 
 from prefect import Task
 
@@ -31,3 +34,15 @@ def plain_night(config: RetrainConfig, night: date, promote: bool = True) -> Nig
     """Carry a night out in this process."""
     with plain_verbs():
         return nightly.nightly_retrain.fn(config, night, promote)
+
+
+def main() -> None:
+    """Carry out a night in a process of its own: `python -m tests.steps.plain CONFIG.json NIGHT OUTCOME.json`."""
+    config, night, outcome = sys.argv[1:]
+    made = plain_night(RetrainConfig.model_validate_json(Path(config).read_text()), date.fromisoformat(night))
+    told = {"release": made.published.release, "digests": {step.step: step.digest for step in made.steps}}
+    Path(outcome).write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

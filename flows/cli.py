@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run one night")
     run.add_argument("--config", required=True, help="config file, such as infra/movielens.yaml")
     run.add_argument("--night", type=_night, help="the night, YYYY-MM-DD (default: today less night_lag_days)")
+    run.add_argument("--override", metavar="REASON", help="release although the gate holds; the reason is recorded")
     run.set_defaults(command=_run)
 
     back = commands.add_parser("backfill", help="run the nights of a range in order, skipping finished ones")
@@ -139,9 +140,11 @@ def _run(options: argparse.Namespace, console: "Console") -> None:
 
     config = load_config(options.config)
     given = {"night": options.night} if options.night else {}
+    if options.override:
+        given["override"] = options.override
     _say_equal(console, "nightly-retrain/nightly", {"config": options.config, **given})
     with _no_heartbeats(), Screen(console) as screen, watched_by(screen):
-        result = nightly_retrain(config, options.night)
+        result = nightly_retrain(config, options.night, override=options.override)
     show_night(console, result)
 
 

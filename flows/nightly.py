@@ -60,13 +60,16 @@ def _run_name() -> str:
 
 
 @flow(name="nightly-retrain", flow_run_name=_run_name, validate_parameters=True, persist_result=False)
-def nightly_retrain(config: RetrainConfig | str, night: date | None = None, promote: bool = True) -> NightResult:
+def nightly_retrain(
+    config: RetrainConfig | str, night: date | None = None, promote: bool = True, override: str | None = None
+) -> NightResult:
     """Take in a night, learn from it, prove what was learned, and publish it.
 
     Args:
         config: the pipeline's config, or the path of its file.
         night: the night to work on; none: the scheduled local date less `night_lag_days`.
         promote: whether the pointer moves when the gate agrees.
+        override: an operator's reason to release although the gate holds; it is recorded with the release.
 
     Raises:
         NightrankError: one of the family; the last good release stays in place.
@@ -87,7 +90,7 @@ def nightly_retrain(config: RetrainConfig | str, night: date | None = None, prom
         steps = (ingested, validated, prepared, base, bank, exam, verdict, ship, exported)
         published = publish(
             *(place, data, gate, ingested, validated, prepared, base, exam, verdict, ship, exported),
-            *(steps, config.digest(), promote, lease.token),
+            *(steps, config.digest(), promote, override, lease.token),
         )
     shared = [{name: getattr(ref, name) for name in StepRef.model_fields} for ref in (*steps, published)]
     return NightResult(

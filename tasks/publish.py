@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from getpass import getuser
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from tasks.references import (
     ValidateRef,
     VerdictRef,
 )
-from tasks.release.gate import GateConfig
+from tasks.release.gate import GateConfig, ReleaseVerdict
+from tasks.release.gate import override as overridden
 from tasks.release.interface import Interface, read_interface
 from tasks.release.manifest import Manifest, describe
 from tasks.release.night import (
@@ -73,6 +75,7 @@ def publish(
     steps: tuple[StepRef, ...],
     config: str,
     promote: bool,
+    override: str | None,
     token: int,
 ) -> PublishRef:
     """Make the release visible, then move the pointer if the gate said go and promotion was asked for.
@@ -83,6 +86,12 @@ def publish(
     """
     store, workspace = store_of(place), open_workspace(place)
     night = ingested.night
+    if override is not None:
+        said = ReleaseVerdict(verdict.go, "hold", verdict.reasons)
+        decision = overridden(said, True, getuser(), override)
+        verdict = verdict.model_copy(
+            update={"go": True, "decided_by": decision.decided_by, "reasons": decision.reasons}
+        )
     folder_key = f"{place.pipeline}/releases/{exported.release}"
 
     def work(folder: Path, progress: Progress) -> Product:
@@ -128,7 +137,7 @@ def publish(
         )
 
     inputs = {"release": exported.digest, "verdict": verdict.digest, "generation": str(ingested.generation)}
-    section = {"promote": promote, "config": config}
+    section = {"promote": promote, "config": config, "override": override}
     record, shared = carry_out(place, "publish", VERSION, night, inputs, section, work)
     return PublishRef(
         **shared,
@@ -154,12 +163,14 @@ def _promote(
         return f"the gate holds it ({verdict.decided_by})", False
     if pointer is not None and pointer.night > ingested.night:
         return f"the pointer names the later night {pointer.night}; it moves back only by force", False
+    # An operator's reason is the first of the reasons; pointer and ledger keep it.
+    why = verdict.reasons[0] if verdict.decided_by == "operator" else f"the gate said go ({verdict.decided_by})"
     move_pointer(
         *(store_of(place), place.pipeline, exported.release, ingested.night, token),
         expected=ingested.generation,
-        reason=f"the gate said go ({verdict.decided_by})",
+        reason=why,
     )
-    return f"the gate said go ({verdict.decided_by})", True
+    return why, True
 
 
 def _note_intent(place: Place, ingested: IngestRef, release: str) -> None:

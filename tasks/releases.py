@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from datetime import date, datetime
 
+from tasks.ingest import released_prefix
 from tasks.references import Place, ReleaseRow
 from tasks.release.pointer import read_pointer
 from tasks.steps import store_of
@@ -18,20 +19,25 @@ def releases(place: Place) -> tuple[ReleaseRow, ...]:
 
 def _rows(place: Place, champion: str | None) -> Iterator[ReleaseRow]:
     store = store_of(place)
+    # `run.json` keeps the gate's first word and the first config; an override or another config since, which made the
+    # same bytes, stands in the state of its night.
+    newest = (json.loads(store.get(key).data) for key in store.list(released_prefix(place)))
+    since = {made["release"]: made for made in newest}
     for key in store.list(f"{place.pipeline}/releases/"):
         if not key.endswith("/manifest.json"):
             continue
         folder = key.removesuffix("/manifest.json")
         run = json.loads(store.get(f"{folder}/run.json").data)
         release = folder.rsplit("/", 1)[-1]
+        last = since.get(release, run)
         yield ReleaseRow(
             release=release,
             night=date.fromisoformat(run["night"]),
             created=datetime.fromisoformat(run["created"]),
-            go=run["go"],
+            go=last["go"],
             champion=release == champion,
             parent=run["parent"],
-            config=run["config"],
+            config=last["config"],
             report=location(place, f"{folder}/report.html"),
         )
 

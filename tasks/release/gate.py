@@ -14,7 +14,7 @@ from tasks.learning.intervals import Interval
 WhenUnsure = Literal["promote_if_not_worse", "hold", "promote"]
 DecidedBy = Literal["proven", "proven_worse", "promote_if_not_worse", "hold", "promote", "operator"]
 
-OVERRIDE = "to release it all the same, override with a reason"
+OVERRIDE = "to release it all the same, run the night again with --override REASON"
 """What an operator can do about a release that is held."""
 
 

@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.release.manifest import Pointer
 from tasks.release.pointer import promote, read_manifest, read_pointer
-from tests.faults.victims import Nursery, Outcome, Trap, moved, nursery, pipes
+from tests.faults.victims import ROOT, Nursery, Outcome, Trap, moved, nursery, pipes
 from tests.world import write_world
 
 PIPELINE = "tiny"
@@ -226,6 +231,43 @@ def fresh(trap: Trap, store: ObjectStore) -> Trap:
     return Trap(trap.when, f"^(?!(?:{there})$){trap.key.removeprefix('^')}", trap.nth)
 
 
+def nightrank(folder: Path, *words: str) -> "subprocess.Popen[str]":
+    """The command line in a session of its own, with an embedded Prefect of its own."""
+    environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", *words],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_run_through_prefect_that_is_killed_is_finished_by_the_next(ready: Ready, tmp_path: Path) -> None:
+    config = moved(ready.config, ready.exported, tmp_path)
+    store = store_of(config)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "trap.json").write_text(json.dumps(vars(PUBLISH[8])))
+    run = ("run", "--config", str(tmp_path / "config.yaml"), "--night", ready.night.isoformat())
+    victim = nightrank(tmp_path, "tests.faults.victims", str(tmp_path / "trap.json"), *run)
+    try:
+        assert victim.wait(120) == -signal.SIGKILL
+        assert_no_reader_sees_a_part(store, ready.first)
+        second = nightrank(tmp_path, "flows.cli", *run)
+        said, _ = second.communicate(timeout=120)
+        assert second.returncode == 0, said[-3000:]
+    finally:
+        # The embedded server of a killed run outlives it; it is ours to end.
+        os.killpg(victim.pid, signal.SIGKILL)
+        assert victim.stdout is not None
+        victim.stdout.close()
+    again = ready.nursery.run(config, ready.night)
+    assert again.worked == []
+    assert_done_once(ready, store, again)
+
+
 class TestTwoAtOnce:
     """Two runs of one pipeline, and hands that reach into it."""
 
@@ -245,9 +287,6 @@ class TestTwoAtOnce:
     def test_a_run_that_slept_through_its_lease_changes_nothing_when_it_wakes(
         self, ready: Ready, tmp_path: Path
     ) -> None:
-        import os
-        import signal
-
         config = moved(ready.config, ready.exported, tmp_path)
         store = store_of(config)
         trap = Trap("before", "^tiny/releases/.*/manifest.json$", wait=pipes(tmp_path / "pipes"))

@@ -275,6 +275,14 @@ def _live(asked: dict[str, Any]) -> None:
     )
 
 
+def command_line() -> None:
+    """`nightrank` with a trap: `python -m tests.faults.victims TRAP.json run --config ...`."""
+    from flows.cli import main as nightrank
+
+    spring(Trap(**json.loads(Path(sys.argv[1]).read_text())))
+    nightrank(sys.argv[2:])
+
+
 def main() -> None:
     """The nursery: a line in is a run to start, or one to wait for."""
     warnings.simplefilter("ignore")
@@ -311,4 +319,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line() if len(sys.argv) > 1 else main()

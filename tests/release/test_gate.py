@@ -94,7 +94,7 @@ def test_reasons_give_the_figures_and_the_limit():
 def test_a_champion_that_could_not_be_examined_is_called_not_comparable():
     verdict = decide_release(GateConfig(), {"popularity": BETTER}, "release 3fa9")
     assert verdict.reasons[0] == "against release 3fa9: not comparable, which is never a win"
-    assert "override with a reason" in verdict.reasons[-1]
+    assert "--override" in verdict.reasons[-1]
 
 
 def test_no_baseline_at_all_is_told():

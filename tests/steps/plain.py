@@ -30,10 +30,12 @@ def plain_verbs() -> Iterator[None]:
         vars(nightly).update(verbs)
 
 
-def plain_night(config: RetrainConfig, night: date, promote: bool = True) -> NightResult:
+def plain_night(
+    config: RetrainConfig, night: date, promote: bool = True, override: str | None = None
+) -> NightResult:
     """Carry a night out in this process."""
     with plain_verbs():
-        return nightly.nightly_retrain.fn(config, night, promote)
+        return nightly.nightly_retrain.fn(config, night, promote, override)
 
 
 def main() -> None:

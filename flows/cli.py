@@ -20,6 +20,7 @@ EMBEDDED = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # its own 20 s are too few on a busy host
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "DO_NOT_TRACK": "1",
 }
@@ -103,9 +104,9 @@ def prefect_command(deployment: str, parameters: dict[str, object]) -> str:
 
 def _demo_data(options: argparse.Namespace, console: "Console") -> None:
     from flows.display import Screen
-    from tasks.data.movielens import build_lake, write_request
+    from tasks.data.movielens import build_lake, default_cache, write_request
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nightrank"
+    cache = default_cache()
     with Screen(console) as screen:
         screen.started("demo-data", f"downloads MovieLens 100k once, into {cache}")
         summary = build_lake(
@@ -121,13 +122,18 @@ def _demo_data(options: argparse.Namespace, console: "Console") -> None:
 
 
 @contextmanager
-def _no_heartbeats() -> Iterator[None]:
-    """Nobody watches an embedded server for them, and each flow run would wait a second for its thread to end."""
+def _embedded() -> Iterator[None]:
+    """Keep Prefect quiet where no server runs but the one inside this process's block."""
+    import logging
+
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     if PREFECT_API_URL.value() is not None:
         yield
         return
+    for worker in ("EventsWorker", "APILogWorker"):  # at the end they count what they still have to send
+        logging.getLogger(worker).setLevel(logging.ERROR)
+    # Nobody watches an embedded server for heartbeats, and each flow run would wait a second for their thread to end.
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         yield
 
@@ -143,7 +149,7 @@ def _run(options: argparse.Namespace, console: "Console") -> None:
     if options.override:
         given["override"] = options.override
     _say_equal(console, "nightly-retrain/nightly", {"config": options.config, **given})
-    with _no_heartbeats(), Screen(console) as screen, watched_by(screen):
+    with _embedded(), Screen(console) as screen, watched_by(screen):
         result = nightly_retrain(config, options.night, override=options.override)
     show_night(console, result)
 
@@ -159,7 +165,7 @@ def _backfill(options: argparse.Namespace, console: "Console") -> None:
     _say_equal(console, "backfill/backfill", {"config": options.config, **parameters})
     nights = BackfillScreen(console)
     try:
-        with _no_heartbeats(), Screen(console) as screen, watched_by(screen), told_to(nights):
+        with _embedded(), Screen(console) as screen, watched_by(screen), told_to(nights):
             backfill(config, **parameters)
     finally:
         if nights.outcomes:

@@ -7,7 +7,8 @@ from datetime import date
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -85,9 +86,8 @@ class BackfillScreen:
             self.outcomes.append(event)
             self._console.print(f"[bold]{event.night}[/bold] {event.state}: {escape(event.why)}", soft_wrap=True)
             return
-        table = Table(title=f"plan: {sum(entry.runs for entry in event)} of {len(event)} nights to run")
-        for heading in ("night", "", "why"):
-            table.add_column(heading)
+        title = f"plan: {sum(entry.runs for entry in event)} of {len(event)} nights to run"
+        table = _table(title, ("night", "", "why"), folds="why")
         for entry in event:
             table.add_row(str(entry.night), "runs" if entry.runs else "skipped", escape(entry.why))
         self._console.print(table)
@@ -124,26 +124,24 @@ def show_night(console: Console, result: "NightResult") -> None:
 
 def show_backfill(console: Console, outcomes: Sequence["NightOutcome"]) -> None:
     """The summary at the end of a backfill."""
-    table = Table(title="backfill")
-    for heading in ("night", "state", "rows", "log-loss", "best baseline", "AUC", "gate", "champion", "release"):
-        table.add_column(heading, justify="right" if heading in ("rows", "log-loss", "AUC") else "left")
+    headings = ("night", "state", "rows", "loss", "AUC", "best baseline", "gate", "release")
+    table = _table("backfill", headings, numbers=("rows", "loss", "AUC"), folds="best baseline")
     for outcome in outcomes:
         if outcome.result is None:
-            table.add_row(str(outcome.night), outcome.state, *[""] * 7)
+            table.add_row(str(outcome.night), outcome.state)
             continue
         nightly = [row for row in outcome.result.verdict.scores if row.exam == "nightly"]
         own = next((row for row in nightly if row.method == "adapted"), None)
-        others = [row for row in nightly if row.method != "adapted"]
+        others = [row for row in nightly if row.method not in ("adapted", "champion")]
         best = min(others, key=lambda row: row.log_loss, default=None)
         table.add_row(
             str(outcome.night),
-            outcome.state,
+            "promoted" if outcome.result.published.promoted else outcome.state,
             f"{outcome.result.validated.clean:,}",
             _number(own.log_loss if own else None),
-            f"{_number(best.log_loss)} {escape(best.method)}" if best else "",
             _number(own.auc if own else None),
+            f"{_number(best.log_loss)} {escape(best.method)}" if best else "",
             "go" if outcome.result.verdict.go else "hold",
-            "yes" if outcome.result.published.promoted else "no",
             outcome.result.published.release[:12],
         )
     console.print(table)
@@ -151,9 +149,7 @@ def show_backfill(console: Console, outcomes: Sequence["NightOutcome"]) -> None:
 
 def show_releases(console: Console, rows: Sequence["ReleaseRow"]) -> None:
     """The releases of a pipeline, oldest night first."""
-    table = Table()
-    for heading in ("night", "release", "gate", "champion", "parent", "created", "report"):
-        table.add_column(heading)
+    table = _table(None, ("night", "release", "gate", "champion", "parent", "created"))
     for row in rows:
         table.add_row(
             str(row.night),
@@ -162,39 +158,45 @@ def show_releases(console: Console, rows: Sequence["ReleaseRow"]) -> None:
             "yes" if row.champion else "",
             (row.parent or "none")[:12],
             f"{row.created:%Y-%m-%d %H:%M}",
-            escape(row.report),
         )
     console.print(table)
+    if rows:
+        console.print(f"the newest report: {escape(rows[-1].report)}", soft_wrap=True)
 
 
 def show_ranked(console: Console, release: str, night: date, rankings: Sequence[Sequence["Ranked"]]) -> None:
     """The candidates of each request, best first."""
     for number, ranking in enumerate(rankings, start=1):
-        table = Table(title=f"request {number} of {len(rankings)}, release {release[:12]} of night {night}")
-        table.add_column("", justify="right")
-        table.add_column("candidate")
-        for objective in ranking[0].scores if ranking else ():
-            table.add_column(escape(objective), justify="right")
+        title = f"request {number} of {len(rankings)}, release {release[:12]} of night {night}"
+        objectives = tuple(ranking[0].scores) if ranking else ()
+        console.print(title)
+        table = _table(None, ("", "candidate", *objectives), numbers=("", *objectives), folds="candidate")
         for ranked in ranking:
             table.add_row(str(ranked.position), escape(str(ranked.item)), *map(_number, ranked.scores.values()))
         console.print(table)
 
 
 def _score_table(title: str, scores: Sequence["ScoreRow"]) -> Table:
-    table = Table(title=title)
-    table.add_column("exam")
-    table.add_column("method")
-    for heading in ("rows", "log-loss", "calibration", "AUC", "NDCG@10"):
-        table.add_column(heading, justify="right")
+    numbers = ("rows", "loss", "calib.", "AUC", "NDCG@10")
+    table = _table(title, ("exam", "method", *numbers), numbers, folds="exam")
     last = ""
     for row in scores:
         if last and row.exam != last:
             table.add_section()
         style = "bold" if row.method == "adapted" else None
-        numbers = (_number(value) for value in (row.log_loss, row.calibration, row.auc, row.ndcg))
+        shown = (_number(value) for value in (row.log_loss, row.calibration, row.auc, row.ndcg))
         exam = "" if row.exam == last else escape(row.exam)
-        table.add_row(exam, escape(row.method), f"{row.rows:,}", *numbers, style=style)
+        table.add_row(exam, escape(row.method), f"{row.rows:,}", *shown, style=style)
         last = row.exam
+    return table
+
+
+def _table(title: str | None, headings: Sequence[str], numbers: Sequence[str] = (), folds: str = "") -> Table:
+    """A table that fits a terminal of 80 columns: only the column `folds` goes over several lines."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in headings:
+        justify: JustifyMethod = "right" if heading in numbers else "left"
+        table.add_column(escape(heading), justify=justify, no_wrap=heading != folds)
     return table
 
 

@@ -5,7 +5,8 @@ sees a label of its own night. The same sums, looked up by id, are what a releas
 
 With ``s`` the sum and ``n`` the number of labels of an objective under a key, and ``a`` the strength:
 
-    global      g    = s / n                       (no labels yet: 0.5, or the middle of the rating's range)
+    global      g    = (s + a * 0.5) / (n + a)     (a window may begin with a single row, which must not say 0 or 1)
+                g    = s / n                       (of a rating; without labels the middle of its range)
     item        r_i  = (s_i + a * g) / (n_i + a)
     user        r_u  = (s_u + a * g) / (n_u + a)
     cohort item r_ci = (s_ci + a * r_i) / (n_ci + a)
@@ -203,7 +204,9 @@ class RunningStatistics:
         count = len(self._data.objectives)
         labels, sums = self._global[:, 1 : 1 + count], self._global[:, 1 + count :]
         nothing = np.array([[_rate_without_history(self._data, position) for position in range(count)]])
-        return np.where(labels > 0, sums / np.maximum(labels, 1.0), nothing)
+        binary = np.array([objective.kind == "binary" for objective in self._data.objectives])
+        strength = np.where(binary, self._config.item_strength, 0.0)
+        return np.where(labels > 0, (sums + strength * nothing) / np.maximum(labels + strength, 1.0), nothing)
 
     def _item_rates(self, item: I64) -> F64:
         return _smoothed(self._item[item], self._base(), self._config.item_strength)

@@ -29,10 +29,12 @@ from tasks.learning.bank import Bank, fill_bank
 from tasks.learning.base import Base, shape_of
 from tasks.learning.exams import (
     CANDIDATE,
+    CHAMPION,
     PARENT,
     SUPPORTS,
     Night,
     Scores,
+    column,
     contact,
     gather,
     joined,
@@ -57,16 +59,26 @@ def main() -> None:
     parser.add_argument("--nights", type=int, default=60)
     parser.add_argument("--min-rows", type=int, default=100)
     parser.add_argument("--joint", action="store_true")
+    parser.add_argument("--chains", type=int, default=1, help="chains of nights side by side, each started cold")
+    parser.add_argument("--only", type=int, help="run this chain (0, 1, ...) and print nothing; for side-by-side runs")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     options = parser.parse_args()
     config = load_config(options.config)
     chosen = newest_nights(config, options.nights, options.min_rows)
-    for night in chosen:
-        if not published(config.place(), night):
-            print(nightly_retrain(config, night).published.why, night, flush=True)
-    tables = [exam(config.place(), night) for night in chosen]
-    if options.joint:
-        tables = [joined(table, answers) for table, answers in zip(tables, joint(config, chosen), strict=True)]
+    tables: list[pa.Table] = []
+    for number, part in enumerate(np.array_split(np.array(chosen, dtype=object), options.chains)):
+        if options.only not in (None, number):
+            continue
+        chain = config if options.chains == 1 else config.model_copy(update={"pipeline": f"{config.pipeline}-{number}"})
+        for night in part:
+            if not published(chain.place(), night):
+                print(night, nightly_retrain(chain, night).published.why, flush=True)
+        found = [exam(chain.place(), night) for night in part]
+        if options.joint:
+            found = [joined(table, answers) for table, answers in zip(found, joint(chain, list(part)), strict=True)]
+        tables += found
+    if options.only is not None:
+        return
     print(f"{len(chosen)} nights, {chosen[0]} to {chosen[-1]}, {sum(table.num_rows for table in tables):,} rows\n")
     for condition, common in [
         ("nightly", False),
@@ -174,6 +186,10 @@ def markdown(config: RetrainConfig, tables: list[pa.Table], condition: str, comm
         shown = (one[name] for name in ("log_loss", "calibration_error", "auc", "ndcg_at_10"))
         loss, calibration, auc, ndcg = (float("nan") if value is None else value for value in shown)
         lines.append(f"| {method} | {loss:.4f} | {gap} | {calibration:.4f} | {auc:.4f} | {ndcg:.4f} |")
+    answered = [table for table in tables if column(condition, CHAMPION, lead.name) in table.column_names]
+    if answered:
+        vs, nights = compare(answered, condition, lead, seed, common)[CHAMPION]
+        lines += ["", f"against the champion, {nights} nights: {vs.estimate:+.4f} [{vs.low:+.4f}, {vs.high:+.4f}]"]
     return "\n".join(lines) + "\n"
 
 

@@ -136,7 +136,8 @@ def expected_statistics(data: DataConfig, config: StatisticsConfig, history: Seq
     item, user, pair = [], [], []
     for objective in data.objectives:
         total, count = sums(objective.column, history)
-        base = total / count if count else (0.5 if objective.kind == "binary" else 3.0)
+        held = config.item_strength if objective.kind == "binary" else 0.0
+        base = (total + held * 0.5) / (count + held) if count else (0.5 if objective.kind == "binary" else 3.0)
         total, count = sums(objective.column, of_item)
         item_rate = (total + config.item_strength * base) / (count + config.item_strength)
         total, count = sums(objective.column, of_user)

@@ -172,10 +172,19 @@ def test_without_history_a_click_is_a_coin_and_a_rating_the_middle_of_its_range(
     assert RunningStatistics(unbounded, STATISTICS, vocabulary.empty(data)).tables().base.tolist() == [0.0, 0.0]
 
 
-def test_a_rate_of_none_or_all_is_clipped_before_its_logit(tmp_path: Path) -> None:
+def test_a_window_that_begins_with_one_row_does_not_say_all_or_none(tmp_path: Path) -> None:
     data = contract()
     states, vocabularies = prepared(data, STATISTICS, [[row(1, 10, True, None)]], tmp_path)
     running = RunningStatistics(data, STATISTICS, vocabularies)
+    running.add(states[0])
+    # One of one, held by three at a half: 2.5 / 4.
+    np.testing.assert_allclose(running.tables().base[0], math.log(0.625 / 0.375), rtol=1e-6)
+
+
+def test_a_rate_of_none_or_all_is_clipped_before_its_logit(tmp_path: Path) -> None:
+    data = contract()
+    states, vocabularies = prepared(data, STATISTICS, [[row(1, 10, True, None)]], tmp_path)
+    running = RunningStatistics(data, STATISTICS.model_copy(update={"item_strength": 1e-9}), vocabularies)
     running.add(states[0])
     np.testing.assert_allclose(running.tables().base[0], math.log(0.9999 / 0.0001), rtol=1e-6)
 
@@ -199,11 +208,12 @@ def test_an_unknown_user_item_or_cohort_falls_back_and_never_borrows_a_missing_v
     strangers = [row(99, 10, None, None, device="tv"), row(2, 99, None, None), row(1, 10, None, None, device=None)]
     for source in (running, running.tables()):
         asked = features(source, data, STATISTICS, vocabularies, strangers)
+        # The global rate is two of three, held by three at a half: 3.5 / 6, odds of 1.4.
         # Of an item that is known, a cohort that is not repeats the item's rates with a count of 0.
         np.testing.assert_array_equal(asked[[0, 2], 6:8], asked[[0, 2], 0:2])
         np.testing.assert_array_equal(asked[:, 8], 0.0)
-        np.testing.assert_allclose(asked[0, 3:6], [math.log(2), 10 / 3, 0.0], rtol=1e-6)
-        np.testing.assert_allclose(asked[1, 0:3], [math.log(2), 10 / 3, 0.0], rtol=1e-6)
+        np.testing.assert_allclose(asked[0, 3:6], [math.log(1.4), 10 / 3, 0.0], rtol=1e-6)
+        np.testing.assert_allclose(asked[1, 0:3], [math.log(1.4), 10 / 3, 0.0], rtol=1e-6)
 
 
 def test_keys_that_the_vocabulary_lacks_are_an_error_and_not_a_silent_loss(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -231,38 +232,44 @@ def fresh(trap: Trap, store: ObjectStore) -> Trap:
     return Trap(trap.when, f"^(?!(?:{there})$){trap.key.removeprefix('^')}", trap.nth)
 
 
-def nightrank(folder: Path, *words: str) -> "subprocess.Popen[str]":
-    """The command line in a session of its own, with an embedded Prefect of its own."""
+def nightrank(folder: Path, *words: str) -> tuple[int, int, str]:
+    """Run the command line in a session of its own, with an embedded Prefect of its own; pid, status and output."""
     environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", *words],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    # A file, not a pipe: the server of a killed run would hold the pipe open.
+    with (folder / "said.txt").open("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", *words],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(180)
+        finally:
+            # The embedded server of a killed run outlives it, and it is ours to end.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        said.seek(0)
+        return process.pid, status, said.read()
 
 
 def test_a_run_through_prefect_that_is_killed_is_finished_by_the_next(ready: Ready, tmp_path: Path) -> None:
     config = moved(ready.config, ready.exported, tmp_path)
     store = store_of(config)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "trap.json").write_text(json.dumps(vars(PUBLISH[8])))
+    (tmp_path / "trap.json").write_text(json.dumps(vars(Trap("before", "^tiny/releases/.*/manifest.json$"))))
     run = ("run", "--config", str(tmp_path / "config.yaml"), "--night", ready.night.isoformat())
-    victim = nightrank(tmp_path, "tests.faults.victims", str(tmp_path / "trap.json"), *run)
-    try:
-        assert victim.wait(120) == -signal.SIGKILL
-        assert_no_reader_sees_a_part(store, ready.first)
-        second = nightrank(tmp_path, "flows.cli", *run)
-        said, _ = second.communicate(timeout=120)
-        assert second.returncode == 0, said[-3000:]
-    finally:
-        # The embedded server of a killed run outlives it; it is ours to end.
-        os.killpg(victim.pid, signal.SIGKILL)
-        assert victim.stdout is not None
-        victim.stdout.close()
+    victim, status, said = nightrank(tmp_path, "-m", "tests.faults.victims", str(tmp_path / "trap.json"), *run)
+    assert status == -signal.SIGKILL, said[-3000:]
+    assert_no_reader_sees_a_part(store, ready.first)
+    assert read_pointer(store, PIPELINE) is None
+    assert json.loads(store.get(f"{PIPELINE}/lease").data)["pid"] == victim
+    _, status, said = nightrank(tmp_path, "-c", "from flows.cli import main; main()", *run)
+    assert status == 0, said[-3000:]
+    assert ready.undisturbed.result["release"] in said
     again = ready.nursery.run(config, ready.night)
     assert again.worked == []
     assert_done_once(ready, store, again)

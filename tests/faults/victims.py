@@ -291,7 +291,7 @@ def main() -> None:
     import networkx  # noqa: F401
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
     from torch.onnx._internal.exporter import _core, _registration  # noqa: F401
 
     import tests.steps.plain  # noqa: F401
@@ -310,7 +310,7 @@ def main() -> None:
                 os.dup2(2, 1)
                 _live(asked)
                 status = 0
-            except BaseException:
+            except BaseException:  # noqa: BLE001  (nothing may come back to the nursery's own loop)
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from datetime import date
-from pathlib import Path
 
 import pytest
 
@@ -96,9 +95,7 @@ def test_a_refused_night_is_named_at_the_end_and_later_ones_were_done(
     assert list(last.result.prepared.left_out) == [world.world.nights[REFUSED].isoformat()]
 
 
-def test_each_night_starts_from_the_newest_release_before_it(
-    second: tuple[object, Told, int], world: Finished
-) -> None:
+def test_each_night_starts_from_the_newest_release_before_it(second: tuple[object, Told, int], world: Finished) -> None:
     made = {row.night: row for row in releases(world.config.place())}
     nights = world.world.nights
     assert sorted(made) == [nights[number] for number in (3, 4, 5, 7)]

@@ -1,82 +1,96 @@
 """The command line: what it prints, how it fails, and which Prefect command it equals."""
 
 import json
+import os
 import subprocess
 import sys
-from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
 import yaml
 
 from flows import cli
-from tasks.errors import ExpectationsFailed, StoreUnavailable
-from tasks.references import Place, ReleaseRow
-from tests.flows.verbs import stand_in
-from tests.world import write_world
+from tests.finished import Finished
+from tests.steps.plain import plain_night
+
+ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("COLUMNS", "200")
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(write_world(tmp_path, nights=6).config))
+def written(world: Finished, folder: Path) -> str:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(world.world.config))
     return str(path)
 
 
-def published(monkeypatch: pytest.MonkeyPatch, *rows: ReleaseRow) -> None:
-    def listed(place: Place) -> tuple[ReleaseRow, ...]:
-        return rows
+@pytest.fixture(autouse=True)
+def a_wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
 
-    monkeypatch.setattr("flows.backfill.releases", listed)
-    monkeypatch.setattr("tasks.releases.releases", listed)
+
+@pytest.fixture(scope="module")
+def world(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Its two nights are finished under the config that the command line is given."""
+    copied = finished.copy(tmp_path_factory.mktemp("cli"))
+    for result in copied.results:
+        plain_night(copied.config, result.night)
+    return copied
+
+
+@pytest.fixture(scope="module")
+def config(world: Finished, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return written(world, tmp_path_factory.mktemp("config"))
 
 
 @pytest.mark.usefixtures("prefect")
 def test_run_shows_every_step_and_ends_with_the_scores(
-    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: Finished, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch)
-    cli.main(["run", "--config", config, "--night", "2026-03-05"])
+    result = world.results[1]
+    cli.main(["run", "--config", config, "--night", result.night.isoformat()])
     shown = capsys.readouterr().out
     for fact in (
-        f"prefect deployment run nightly-retrain/nightly --param 'config=\"{config}\"' --param 'night=\"2026-03-05\"'",
-        "night 2026-03-05", "first contact, 5 rows", "popularity", "0.6000", "99 clean, 1 in quarantine",
-        "alarm     inert: nothing changes [1]", "gate      go, proven", "a" * 64, "the gate said go", "/r/report.html",
+        f"prefect deployment run nightly-retrain/nightly --param 'config=\"{config}\"' --param 'night=\"2026-03-06\"'",
+        *(f"{step.step:<11} reused" for step in result.steps),
+        "night 2026-03-06", "first contact, 5 rows", "matrix factorisation", "popularity",
+        f"{result.validated.clean} clean, 1 in quarantine; history 5 nights", "gate      go",
+        f"release   {result.published.release}", "champion  yes", "report.html",
     ):  # fmt: skip
         assert fact in shown
 
 
 @pytest.mark.usefixtures("prefect")
 def test_backfill_shows_plan_nights_and_summary(
-    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: Finished, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in(monkeypatch)
-    published(monkeypatch)
-    cli.main(["backfill", "--config", config, "--start", "2026-03-05", "--end", "2026-03-07", "--promote"])
+    cli.main(["backfill", "--config", config, "--start", "2026-03-01", "--end", "2026-03-01", "--promote"])
     shown = capsys.readouterr().out
     assert "prefect deployment run backfill/backfill" in shown
-    assert "plan: 2 of 3 nights to run" in shown
-    assert "2026-03-05 released: the gate said go" in shown
-    assert "2026-03-07 skipped: the lake has no such night" in shown
-    assert "0.6000 popularity" in shown
+    assert "plan: 1 of 1 nights to run" in shown
+    assert "2026-03-01 skipped: night 2026-03-01 has 0 clean nights" in shown
+    assert [line.split() for line in shown.splitlines()].count(["2026-03-01", "skipped"]) == 1
+    cli.main(["backfill", "--config", config, "--start", "2026-03-05", "--end", "2026-03-09", "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "plan: 2 of 5 nights to run" in shown
+    assert f"finished: release {world.results[0].published.release[:12]}" in shown
+    assert "the lake has no such night" in shown
 
 
-@pytest.mark.usefixtures("prefect")
-@pytest.mark.parametrize(
-    ("error", "again"), [(ExpectationsFailed("3 rows [of] 4"), False), (StoreUnavailable("busy"), True)]
-)
-def test_an_error_of_the_family_is_one_block_without_a_traceback(
-    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, again: bool
-) -> None:
-    stand_in(monkeypatch, failing={date(2026, 3, 5): error})
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["run", "--config", config, "--night", "2026-03-05"])
-    assert caught.value.code == 2
-    told = capsys.readouterr().err
-    assert f"{type(error).__name__}\n{error}\n" in told
-    assert ("Trying again later can help" in told) is again
-    assert "Traceback" not in told
+def test_a_failing_night_is_one_block_on_an_otherwise_clean_screen(damageable: Finished, tmp_path: Path) -> None:
+    """In a process of its own, with the embedded server that a person gets."""
+    path = damageable.files_of(damageable.next_night)[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    command = ["run", "--config", written(damageable, tmp_path), "--night", damageable.next_night.isoformat()]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_LOGGING")}
+    done = subprocess.run(
+        [sys.executable, "-c", "from flows.cli import main; main()", *command],
+        cwd=ROOT, env=environment | {"PREFECT_HOME": str(tmp_path / "prefect")}, capture_output=True, text=True,
+        timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("CorruptFile\nnight 2026-03-07")
+    assert "part-0.parquet" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 2
+    assert len(done.stdout.strip().splitlines()) == 1
 
 
 def test_a_broken_config_is_told_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,24 +106,44 @@ def test_a_night_that_is_no_date_is_refused(config: str, capsys: pytest.CaptureF
     assert "'yesterday' is no date; give YYYY-MM-DD" in capsys.readouterr().err
 
 
-def test_releases_are_listed(config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    made = datetime(2026, 3, 6, 4, 30, tzinfo=UTC)
-    fields = {"release": "b" * 64, "night": date(2026, 3, 5), "created": made, "go": True, "champion": True}
-    row = ReleaseRow.model_validate({**fields, "parent": None, "config": "c", "report": "r"})
-    published(monkeypatch, row)
+def test_releases_are_listed(world: Finished, config: str, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["releases", "--config", config])
-    shown = capsys.readouterr().out
-    assert "2026-03-05" in shown
-    assert "b" * 12 in shown
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    first, second = (result.published.release[:12] for result in world.results)
+    shown = [line for line in lines if line and line[0].startswith("2026-")]
+    assert [line[:3] for line in shown] == [["2026-03-05", first, "go"], ["2026-03-06", second, "go"]]
+    assert ("yes" in shown[1], "yes" in shown[0]) == (True, False)
 
 
 def test_doctor_looks_at_config_lake_store_and_device(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["doctor", "--config", config])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["config", "lake", "store", "device"]
-    assert "6 nights, 2026-03-01 to 2026-03-06" in lines[1]
+    assert "8 nights, 2026-03-01 to 2026-03-08" in lines[1]
     assert "honours conditions" in lines[2]
     assert lines[3].split() == ["device", "cpu"]
+
+
+def test_rank_prints_the_candidates_of_the_champion(
+    world: Finished, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = {
+        "user_id": ["user-000", "nobody"], "market": ["north"] * 2, "age": [40, None], "item_id": [[100, 102, 999]] * 2,
+        "genre": [["comedy"] * 3] * 2, "length": [["long", "short", "long"]] * 2, "price": [[5.0, 5.0, 1.0]] * 2,
+    }  # fmt: skip
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    for where in (["--config", config], ["--store", world.config.store, "--pipeline", "tiny"]):
+        cli.main(["rank", *where, "--request", str(tmp_path / "request.json")])
+        shown = capsys.readouterr().out
+        assert f"request 2 of 2, release {world.pointer.release[:12]} of night 2026-03-06" in shown
+        assert shown.count(" 999 ") == 2
+        assert "clicked" in shown
+
+
+def test_demo_data_builds_a_lake_and_a_request_to_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["demo-data", "--target", str(tmp_path)])
+    assert "built: 213 nights, 1997-09-20 to 1998-04-22, 100,000 interactions" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "request.json").read_text())) >= {"user_id", "movie_id", "genre_drama"}
 
 
 @pytest.mark.parametrize("text", ["{", ""])

@@ -1,5 +1,6 @@
-"""A night end to end on the tiny world: what a ranker sees of it, what a person sees of it, and that it is remembered."""
+"""A night end to end on the tiny world: what a ranker and a person see of it, and that it is remembered."""
 
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -86,7 +87,8 @@ def test_vocabularies_only_grow(third: Finished) -> None:
             blob_key("tiny", next(file.sha256 for file in manifest.files if file.name == "vocabulary.parquet"))
         )
         table = pq.read_table(path, partitioning=None)
-        return table.filter(pc.equal(table["column"], name)).to_pylist()
+        found: list[object] = table.filter(pc.equal(table["column"], name)).to_pylist()
+        return found
 
     for name in ("user_id", "item_id", "market"):
         for number in (0, 1):
@@ -97,8 +99,6 @@ def test_vocabularies_only_grow(third: Finished) -> None:
 def test_the_release_id_is_the_digest_of_files_that_are_what_the_manifest_says(
     third: Finished, manifest: Manifest, result: NightResult
 ) -> None:
-    import hashlib
-
     for file in manifest.files:
         stored = third.store.get(blob_key("tiny", file.sha256)).data
         assert (len(stored), hashlib.sha256(stored).hexdigest()) == (file.bytes, file.sha256)
@@ -122,7 +122,7 @@ def test_a_ranker_says_what_the_torch_network_said(third: Finished, manifest: Ma
 
 
 def test_users_get_what_their_own_rows_say(third: Finished) -> None:
-    """Users alike in everything but their past: who liked long films gets the long comedy first, the others the short."""
+    """Users alike in all but their past: who liked long films gets the long comedy first, the others the short."""
     world = third.world
     seen = sorted(name for night in world.nights[:6] for name in world.newcomers[night])
     taste = np.array([world.tastes[name] for name in seen])
@@ -235,7 +235,7 @@ def test_a_dict_a_path_and_a_model_are_the_same_config(third: Finished, tmp_path
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(third.config.model_dump(mode="json")))
     for given in (third.config.model_dump(mode="json"), str(path)):
-        again = nightly_retrain(given, third.next_night.isoformat())  # type: ignore[arg-type]
+        again: NightResult = nightly_retrain(given, third.next_night.isoformat())  # type: ignore[call-overload]
         assert all(step.reused for step in again.steps)
 
 

@@ -171,9 +171,12 @@ def test_its_night_is_the_scheduled_local_date_less_the_lag(scheduled: dict[str,
 
 @pytest.mark.usefixtures("scheduled")
 def test_a_backfill_runs_by_deployment(house: House, world: World) -> None:
-    start, end = world.nights[-3], world.nights[-1]
+    start, end = world.nights[-2], world.nights[-1]  # the scheduled one, and the one after
     parameters = [f"{name}={json.dumps(value.isoformat())}" for name, value in (("start", start), ("end", end))]
     house.prefect("deployment", "run", "backfill/backfill", *(word for one in parameters for word in ("--param", one)))
     run = until("the backfill to end", 240, lambda: house.ended("backfill"), house.logs)[0]
     assert run["state_type"] == "COMPLETED", (house.logs / "worker.log").read_text()[-4000:]
-    assert {row.night for row in releases(RetrainConfig.model_validate(world.config).place())} >= {start, end}
+    made = {row.night: row for row in releases(RetrainConfig.model_validate(world.config).place())}
+    assert set(made) >= {start, end}
+    assert made[end].parent == made[start].release
+    assert [made[night].champion for night in (start, end)] == [True, False], "the pointer moves only with promote"

@@ -166,7 +166,7 @@ class Bench:
         begin = {night.isoformat() for night in examined.prepared.nights}
         states_of = [recalled(place, "statistics", key) for key in history.content["states"]]
         self.states = [(night_of_record(record), workspace.file(record, "state.parquet")) for record in states_of]
-        validations = [record for record in workspace.records("validate")]
+        validations = list(workspace.records("validate"))
         self.clean = [
             (night_of_record(record), clean_file(place, record))
             for record in validations

@@ -30,9 +30,7 @@ def plain_verbs() -> Iterator[None]:
         vars(nightly).update(verbs)
 
 
-def plain_night(
-    config: RetrainConfig, night: date, promote: bool = True, override: str | None = None
-) -> NightResult:
+def plain_night(config: RetrainConfig, night: date, promote: bool = True, override: str | None = None) -> NightResult:
     """Carry a night out in this process."""
     with plain_verbs():
         return nightly.nightly_retrain.fn(config, night, promote, override)

@@ -224,9 +224,9 @@ def point_at(world: Finished, number: int) -> Pointer:
 def test_a_pointer_that_moved_under_us_is_left_where_it_is(damageable: Finished) -> None:
     held = point_at(damageable, 0)
     ours = damageable.results[1].published
-    with pytest.raises(PointerMoved, match="run the night again to be compared with what it names now"):
-        with watched_by(Rival(damageable)):
-            plain_night(damageable.config, ours.night)
+    remedy = "run the night again to be compared with what it names now"
+    with pytest.raises(PointerMoved, match=remedy), watched_by(Rival(damageable)):
+        plain_night(damageable.config, ours.night)
     assert damageable.pointer.release == held.release
     assert damageable.pointer.generation == held.generation + 2
 
@@ -259,7 +259,7 @@ def test_a_tampered_release_is_refused_and_the_old_one_keeps_serving(damageable:
         assert not ranker.refresh()
         assert ranker.refusal is None
     point_at(damageable, 1)
-    with pytest.raises(ReleaseRefused, match="bank.bin"):
+    with pytest.raises(ReleaseRefused, match=r"bank\.bin"):
         Ranker(damageable.config.store, "tiny", device="cpu")
 
 
@@ -268,9 +268,9 @@ def test_a_damaged_pointer_is_an_error_of_both_sides_and_stays_as_evidence(damag
     assert path is not None
     path.write_bytes(path.read_bytes()[:-20])
     before = damageable.published()
-    with pytest.raises(ReleaseRefused, match="current.json"):
+    with pytest.raises(ReleaseRefused, match=r"current\.json"):
         Ranker(damageable.config.store, "tiny", device="cpu")
-    with pytest.raises(ReleaseRefused, match="current.json"):
+    with pytest.raises(ReleaseRefused, match=r"current\.json"):
         plain_night(damageable.config, damageable.next_night)
     assert damageable.published() == before
 

@@ -3,6 +3,7 @@
 import json
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,10 +132,10 @@ def test_a_retry_is_tried_only_where_the_error_says_that_it_can_help() -> None:
     from prefect.client.schemas.objects import TaskRun
     from prefect.states import Failed
 
-    @verb
-    def some_step() -> None: ...
+    def some_function() -> object: ...
 
-    run = TaskRun.model_construct()
+    some_step: Any = verb(some_function)
+    run = TaskRun(task_key="some-step", dynamic_key="0")
     assert _a_retry_can_help(some_step, run, Failed(data=StoreUnavailable("busy")))
     assert not _a_retry_can_help(some_step, run, Failed(data=DataRejected("bad rows")))
     assert not _a_retry_can_help(some_step, run, Failed(data=KeyError("a bug")))

@@ -225,9 +225,9 @@ def small_night() -> pa.Table:
         {
             "user_id": users,
             "item_id": item + 100,
-            # Two or three rows of a user share each moment.
+            # Two or three rows of a user share each moment, and some of the moments straddle the end of a support.
             "at": pa.array(
-                [begin + timedelta(hours=1, seconds=int(number) * 2 // 5) for number in place],
+                [begin + timedelta(hours=1, seconds=(int(number) + 1) * 2 // 5) for number in place],
                 pa.timestamp("us", tz="UTC"),
             ),
             "clicked": random.integers(0, 2, count),
@@ -284,7 +284,7 @@ class TestALabel:
             return np.minimum(border + 1, visits.rows.stop), query
 
         monkeypatch.setattr(Visits, "split", late)
-        with pytest.raises(AssertionError, match="nightly/bias|contact 0/"):
+        with pytest.raises(AssertionError, match=r"nightly/bias|contact 0/"):
             assert_no_label_leaks(bench)
 
     def test_a_coarse_segment_that_reads_the_night_itself_is_caught(
@@ -308,7 +308,7 @@ class TestALabel:
             return user, time, (tie >> 1) + (label << 62)
 
         monkeypatch.setattr(columns, "_read_keys", by_label)
-        with pytest.raises(AssertionError, match="contact|history"):
+        with pytest.raises(AssertionError, match=r"contact|history"):
             assert_no_label_leaks(bench)
 
 

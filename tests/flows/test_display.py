@@ -1,0 +1,138 @@
+"""What a person at a terminal reads: names whole on 80 columns, data never as markup, one block per error."""
+
+from datetime import UTC, date, datetime
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from flows.backfill import NightOutcome
+from flows.display import Screen, errors_to, show_backfill, show_night, show_ranked, show_releases
+from flows.nightly import NightResult
+from tasks.errors import ExpectationsFailed, NightrankError, StoreUnavailable
+from tasks.references import PrepareRef, PublishRef, ReleaseRow, ScoreRow, ValidateRef, VerdictRef
+from tasks.serving.ranker import Ranked
+
+NIGHT = date(2026, 3, 5)
+STEP = {"step": "s", "key": "k", "digest": "d", "reused": False, "seconds": 1.0, "peak_mib": 2.0}
+METHODS = ("adapted", "matrix factorisation", "bias + offset", "zero steps")
+
+
+def scores() -> tuple[ScoreRow, ...]:
+    return tuple(
+        ScoreRow(
+            exam=exam, method=method, rows=123_456, log_loss=0.5 + 0.01 * place, calibration=0.01, auc=0.7, ndcg=0.8
+        )
+        for exam in ("nightly", "first contact, 20 rows")
+        for place, method in enumerate(METHODS)
+    )
+
+
+@pytest.fixture
+def result() -> NightResult:
+    rejected = {"bad": 1, "reasons": {"range:stars": 1}}
+    told = {"promoted": True, "why": "the gate said go", "report": "/r.html"}
+    return NightResult(
+        night=NIGHT,
+        validated=ValidateRef.model_validate({**STEP, "rows": 100, "clean": 99, "docs": "d", **rejected}),
+        prepared=PrepareRef.model_validate(
+            {
+                **STEP, "history": "h", "nights": (NIGHT,), "left_out": {"2026-03-04": "CorruptFile"}, "rows": 1,
+                "users": 1, "items": 1, "segments": 1,
+            }
+        ),
+        verdict=VerdictRef.model_validate(
+            {
+                **STEP, "go": True, "decided_by": "proven", "reasons": (), "scores": scores(),
+                "alarms": ("inert: nothing changes [1]",),
+            }
+        ),
+        published=PublishRef.model_validate({**STEP, "release": "a" * 64, "night": NIGHT, **told}),
+        steps=(),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=StringIO(), width=80, highlight=False)
+
+
+def shown_on(console: Console) -> str:
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_a_night_on_80_columns_has_every_name_and_number_whole(console: Console, result: NightResult) -> None:
+    show_night(console, result)
+    lines = shown_on(console).splitlines()
+    assert max(map(len, lines)) <= 80
+    for method in METHODS:
+        (first, second) = (line for line in lines if f" {method} " in line)
+        for number in ("123,456", "0.0100", "0.7000", "0.8000"):
+            assert number in first
+            assert number in second
+    assert not any("…" in line for line in lines)
+    shown = "\n".join(lines)
+    for fact in (
+        "rows      99 clean, 1 in quarantine; history 1 nights, 1 left out", "alarm     inert: nothing changes [1]",
+        "gate      go, proven", "a" * 64, "champion  yes: the gate said go", "report    /r.html",
+    ):  # fmt: skip
+        assert fact in shown
+
+
+def test_the_summary_of_a_backfill_fits_80_columns(console: Console, result: NightResult) -> None:
+    outcomes = [
+        NightOutcome(night=NIGHT, state="released", why="", result=result),
+        NightOutcome(night=NIGHT, state="rejected", why="[bold]"),
+    ]
+    show_backfill(console, outcomes)
+    shown = shown_on(console)
+    assert max(map(len, shown.splitlines())) <= 80
+    for fact in ("2026-03-05", "promoted", "rejected", "0.5000", "0.5100 matrix", "factorisation", "a" * 12):
+        assert fact in shown
+    assert "…" not in shown
+
+
+def test_releases_fit_80_columns(console: Console) -> None:
+    row = {"release": "b" * 64, "night": NIGHT, "created": datetime(2026, 3, 6, 4, 30, tzinfo=UTC), "go": True}
+    row |= {"champion": True, "parent": None, "config": "c", "report": f"/{'long/' * 30}report.html"}
+    show_releases(console, [ReleaseRow.model_validate(row)])
+    shown = shown_on(console)
+    for fact in ("b" * 12, "2026-03-06 04:30", "yes", "none", str(row["report"])):
+        assert fact in shown
+
+
+def test_a_ranked_list_takes_items_literally(console: Console) -> None:
+    ranked = [Ranked(1, "[red]shoe[/red]", {"liked": 0.75}), Ranked(2, 7, {"liked": 0.25})]
+    show_ranked(console, "a" * 64, NIGHT, [ranked])
+    shown = shown_on(console)
+    assert "[red]shoe[/red]" in shown
+    assert shown.index("0.7500") < shown.index("0.2500")
+    assert "request 1 of 1, release aaaaaaaaaaaa of night 2026-03-05" in shown
+
+
+def test_steps_are_shown_as_they_end(console: Console) -> None:
+    with Screen(console) as screen:
+        screen.started("export", "changed since last time: config [x]")
+        screen.progressed("export", 1, 3, "parts")
+        screen.finished("export", False, 2.25)
+        screen.finished("publish", True, 0.1)
+    assert shown_on(console).splitlines() == [
+        "export      changed since last time: config [x]", "export      2.2 s", "publish     reused",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "again"), [(ExpectationsFailed("3 rows [of] 4"), False), (StoreUnavailable("busy"), True)]
+)
+def test_an_error_of_the_family_is_one_block(console: Console, error: NightrankError, again: bool) -> None:
+    with pytest.raises(SystemExit) as caught, errors_to(console):
+        raise error
+    assert caught.value.code == 2
+    expected = f"{type(error).__name__}\n{error}\n" + ("Trying again later can help.\n" if again else "")
+    assert shown_on(console) == expected
+
+
+def test_a_bug_keeps_its_traceback(console: Console) -> None:
+    with pytest.raises(KeyError), errors_to(console):
+        raise KeyError("a bug")

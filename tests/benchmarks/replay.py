@@ -1,7 +1,7 @@
 """Replays the last nights of a lake and pools both exams: the table of the README comes from here.
 
     nightrank demo-data
-    python tests/benchmarks/replay.py --config infra/movielens.yaml --nights 60 --min-rows 100
+    python -m tests.benchmarks.replay --config infra/movielens.yaml --nights 60 --min-rows 100
 
 Nights that the store has not published yet are run first, in order. Then the exam tables of the chosen nights are
 pooled: every method on the same rows, differences paired and bootstrapped by user. `--joint` adds an ablation: the same
@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import torch
 
 from flows.config import RetrainConfig, load_config
-from flows.nightly import nightly_retrain
 from tasks.data import vocabulary
 from tasks.data.interactions import nights as nights_of
 from tasks.ingest import lake, released_prefix
@@ -48,6 +47,7 @@ from tasks.meta_train import rows_of
 from tasks.references import Place
 from tasks.release.evidence import compare, figures
 from tasks.steps import open_workspace, recalled, store_of
+from tests.steps.plain import plain_night
 
 JOINT = "joint + ridge"
 
@@ -72,7 +72,7 @@ def main() -> None:
         chain = config if options.chains == 1 else config.model_copy(update={"pipeline": f"{config.pipeline}-{number}"})
         for night in part:
             if not published(chain.place(), night):
-                print(night, nightly_retrain(chain, night).published.why, flush=True)
+                print(night, plain_night(chain, night).published.why, flush=True)
         found = [exam(chain.place(), night) for night in part]
         if options.joint:
             found = [joined(table, answers) for table, answers in zip(found, joint(chain, list(part)), strict=True)]

@@ -14,7 +14,7 @@ from tasks.data import vocabulary
 from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, SegmentsConfig
 from tasks.data.vocabulary import Vocabularies
-from tasks.errors import NightrankError
+from tasks.errors import NightrankError, ReleaseRefused
 from tasks.learning.exams import CHAMPION, Night, column, sit_contact
 from tasks.learning.ladder import Ladder, learned_levels
 from tasks.learning.material import I64, Dialect, Material
@@ -88,7 +88,9 @@ def _nightly(
     night: Night,
     vocabularies: Vocabularies,
 ) -> dict[str, F32]:
-    folder = Path(tempfile.mkdtemp(dir=place.scratch, prefix="champion-"))
+    room = Path(place.scratch) / "steps"
+    room.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=room, prefix="champion-"))
     try:
         for file in manifest.files:
             shutil.copyfile(release_file(place, manifest.release, file.name), folder / file.name)
@@ -113,6 +115,8 @@ def _ask(champion: LoadedRelease, table: pa.Table) -> F32:
     """Scores [N, K] of rows, each as a request with one candidate."""
     request: dict[str, object] = {}
     for spec in champion.manifest.interface.inputs:
+        if spec.name not in table.column_names:
+            raise ReleaseRefused(f"it asks for the column {spec.name!r}, which the contract no longer has")
         values = table[spec.name]
         if spec.dtype == "float32":
             raw = pc.fill_null(values.cast(pa.float64()), float("nan")).to_numpy().astype(np.float32)

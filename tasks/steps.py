@@ -113,6 +113,7 @@ def hold(place: Place) -> Iterator[Lease]:
     Raises:
         LeaseHeld: another run of the pipeline is alive.
     """
+    _sweep(Path(place.scratch) / "steps")
     holder = f"{socket.gethostname()}:{getpid()}"
     with Lease(store_of(place), f"{place.pipeline}/lease", holder) as lease:
         token = _lease.set(lease)
@@ -120,6 +121,14 @@ def hold(place: Place) -> Iterator[Lease]:
             yield lease
         finally:
             _lease.reset(token)
+
+
+def _sweep(room: Path) -> None:
+    """Remove what killed runs left in scratch; a day is longer than any step, and pipelines may share the folder."""
+    limit = time.time() - 86_400
+    for folder in room.glob("*"):
+        if folder.stat().st_mtime < limit:
+            shutil.rmtree(folder)
 
 
 @lru_cache(maxsize=8)

@@ -44,7 +44,7 @@ PUBLISH = (
     Trap("after", "^tiny/releases/.*/run.json$"),
     Trap("before", "^tiny/releases/.*/manifest.json$"),
     Trap("after", "^tiny/releases/.*/manifest.json$"),
-    Trap("after", "^tiny/work/intent/", 2),
+    Trap("after", "^tiny/work/intent/"),
     Trap("before", "^tiny/current.json$"),
     Trap("after", "^tiny/current.json$"),
     Trap("after", "^tiny/ledger/"),

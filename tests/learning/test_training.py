@@ -94,7 +94,7 @@ def test_the_kept_base_has_the_lowest_stop_loss_of_the_curve(trained, history):
 
 
 def test_the_kept_base_ends_with_its_closed_forms_solved_on_the_whole_history(history):
-    """Without epochs the base is its closed forms, so solving the factors on from where they stand moves them little."""
+    """Without epochs the base is its closed forms, so solving on from where they stand moves them little."""
     kept = train(history, config=SHORT.model_copy(update={"epochs": 0}))
     at = newest(history, visits_of(history), 10**6)
     again = copy.deepcopy(kept.base.network)

@@ -1,6 +1,8 @@
 """Steps are remembered, measured, watched, cleaned up after, and retried only where that can help."""
 
 import json
+import os
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,17 @@ def test_the_lease_is_free_again_afterwards(place: Place) -> None:
         token = first.token
     with hold(place) as second:
         assert second.token > token
+
+
+def test_what_a_killed_run_left_in_scratch_is_swept_after_a_day(place: Place) -> None:
+    room = Path(place.scratch) / "steps"
+    for name in ("old", "new"):
+        (room / name).mkdir(parents=True)
+        (room / name / "part").write_text("left behind")
+    yesterday = time.time() - 86_401
+    os.utime(room / "old", (yesterday, yesterday))
+    with hold(place):
+        assert [folder.name for folder in room.iterdir()] == ["new"]
 
 
 def test_a_retry_is_tried_only_where_the_error_says_that_it_can_help() -> None:

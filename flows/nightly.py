@@ -78,7 +78,7 @@ def nightly_retrain(
     night = night or night_of(runtime.flow_run.scheduled_start_time, config)
     place, data, segments, adapter, gate = config.place(), config.data, config.segments, config.adapter, config.gate
     with hold(place) as lease:
-        ingested = ingest(place, data, gate, night)
+        ingested = ingest(place, data, gate, night, config.digest())
         validated = validate(place, data, ingested)
         prepared = prepare(place, data, segments, config.statistics, ingested, validated)
         base = meta_train(place, data, segments, config.ranker, config.training, adapter, ingested, prepared)

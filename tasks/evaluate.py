@@ -17,6 +17,7 @@ from tasks.learning.baselines import Baselines, BaselinesConfig
 from tasks.learning.exams import (
     CANDIDATE,
     CHAMPION,
+    LADDER,
     PARENT,
     SUPPORTS,
     ZERO_STEPS,
@@ -84,7 +85,7 @@ def evaluate(
             table = joined(facts(night, exam_bank, vocabularies), sit(night, trained, exam_bank, rivals))
         pq.write_table(table, folder / TABLE, compression="zstd")
         progress(table.num_rows, table.num_rows, "rows")
-        tables = [table, *earlier_exams(place, ingested)]
+        tables = [table, *(exam for exam, _ in earlier_exams(place, ingested, table, lead))]
         history = rows_of(place, recalled(place, "history", prepared.history))
         names = [
             segment_names(own.keys, level.columns, tuple(own.radices.tolist()), vocabularies)
@@ -149,8 +150,7 @@ def judge(
         pq.write_table(pa.table(scores), folder / ANSWERS, compression="zstd")
         progress(table.num_rows, table.num_rows, "rows")
         earlier = [
-            joined(exam, _answers(place, key))
-            for exam, key in zip(earlier_exams(place, ingested), ingested.verdicts, strict=True)
+            joined(exam, _answers(place, verdict)) for exam, verdict in earlier_exams(place, ingested, table, lead)
         ]
         told = both_exams([table, *earlier], data, seed=0)
         against = {name: vs for name, (vs, _) in compare([table, *earlier], "nightly", lead, seed=0).items()}
@@ -187,9 +187,18 @@ def exam_table(place: Place, key: str) -> pa.Table:
     return pq.read_table(open_workspace(place).file(recalled(place, "evaluate", key), TABLE))
 
 
-def earlier_exams(place: Place, ingested: IngestRef) -> Iterator[pa.Table]:
-    """The exam tables that are pooled with tonight's, newest first."""
-    return (exam_table(place, key) for key in ingested.exams)
+def earlier_exams(
+    place: Place, ingested: IngestRef, tonight: pa.Table, lead: ObjectiveConfig
+) -> Iterator[tuple[pa.Table, str]]:
+    """The exam tables that are pooled with tonight's, newest first, each with the key of its verdict.
+
+    An exam of another ladder, or one that did not ask for the lead objective, is left out.
+    """
+    for key, verdict in zip(ingested.exams, ingested.verdicts, strict=True):
+        table = exam_table(place, key)
+        asked = f"label/{lead.name}" in table.column_names
+        if asked and table.schema.metadata[LADDER] == tonight.schema.metadata[LADDER]:
+            yield table, verdict
 
 
 def _answers(place: Place, key: str) -> dict[str, Any]:

@@ -22,15 +22,22 @@ VERSION = 1
 
 
 @verb
-def ingest(place: Place, data: DataConfig, gate: GateConfig, night: date) -> IngestRef:
+def ingest(place: Place, data: DataConfig, gate: GateConfig, night: date, config: str) -> IngestRef:
     """Freeze a night's files, and resolve parent, champion and the earlier exams that are pooled.
+
+    Args:
+        place: where.
+        data: the contract.
+        gate: how many exams are pooled.
+        night: the night.
+        config: digest of the whole config: what one config has resolved, another does not inherit.
 
     Raises:
         DataRejected: the night is missing, changes while it is copied, is corrupt, or breaks the contract's schema.
     """
     record, shared = freeze_night(place, data, night)
     frozen = thawed(record.content)
-    settled = _settle(place, gate, night, frozen.digest)
+    settled = _settle(place, gate, night, frozen.digest, config)
     return IngestRef(
         **shared,
         night=night,
@@ -117,10 +124,10 @@ def _note(place: Place, night: date, state: Mapping[str, object]) -> None:
         store.swap(key, after, None if before is None else before.etag)
 
 
-def _settle(place: Place, gate: GateConfig, night: date, frozen: str) -> dict[str, Any]:
+def _settle(place: Place, gate: GateConfig, night: date, frozen: str, config: str) -> dict[str, Any]:
     """Resolve once: a run that resumes a dead one finds what that one had resolved, unless the pointer has moved."""
     store = store_of(place)
-    key = intent_key(place, night, frozen)
+    key = intent_key(place, night, frozen, config)
     pointer = read_pointer(store, place.pipeline)
     found = store.find(key)
     if found is not None:
@@ -132,13 +139,13 @@ def _settle(place: Place, gate: GateConfig, night: date, frozen: str) -> dict[st
     try:
         store.swap(key, canonical_json(fresh), None if found is None else found.etag)
     except Conflict:
-        return _settle(place, gate, night, frozen)
+        return _settle(place, gate, night, frozen, config)
     return fresh
 
 
-def intent_key(place: Place, night: date, frozen: str) -> str:
+def intent_key(place: Place, night: date, frozen: str, config: str) -> str:
     """Where a night keeps what it has resolved."""
-    return f"{place.pipeline}/work/intent/{night.isoformat()}/{frozen}.json"
+    return f"{place.pipeline}/work/intent/{night.isoformat()}/{frozen}-{config}.json"
 
 
 def released_prefix(place: Place) -> str:

@@ -1,21 +1,13 @@
-"""Earlier releases as a night reads them: single files, the base, the tables."""
+"""Earlier releases as a night reads them: single files, and the base."""
 
-import shutil
 from pathlib import Path
 
-from tasks.data.contract import DataConfig
 from tasks.errors import ObjectCorrupt
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base
 from tasks.references import Place
-from tasks.release.manifest import blob_key
+from tasks.release.manifest import blob_key, sha256_of
 from tasks.release.pointer import read_manifest
-from tasks.release.tables import ServingTables, read_tables
 from tasks.steps import store_of
-
-TABLES = (
-    *("vocabulary.parquet", "statistics_item.parquet", "statistics_user.parquet", "statistics_cohort_item.parquet"),
-    *("segments.parquet", "tables.json"),
-)
 
 
 def release_file(place: Place, release: str, name: str) -> Path:
@@ -31,7 +23,7 @@ def release_file(place: Place, release: str, name: str) -> Path:
     folder = Path(place.scratch) / "blobs"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file.sha256
-    if not path.exists():
+    if not path.exists() or sha256_of(path) != file.sha256:
         try:
             store.download(blob_key(place.pipeline, file.sha256), path, file.sha256)
         except ObjectCorrupt as error:
@@ -45,10 +37,3 @@ def release_file(place: Place, release: str, name: str) -> Path:
 def base_of(place: Place, release: str) -> Base:
     """The base of a release."""
     return load_base({name: release_file(place, release, name) for name in (WEIGHTS, DESCRIPTION)})
-
-
-def tables_of(place: Place, data: DataConfig, release: str, folder: Path) -> ServingTables:
-    """The tables of a release; `folder` is an empty one to lay their files out in."""
-    for name in TABLES:
-        shutil.copyfile(release_file(place, release, name), folder / name)
-    return read_tables(data, folder)

@@ -1,6 +1,7 @@
 """Publish: blobs, manifest last, then one compare-and-swap of the pointer, if the gate agreed."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -53,7 +54,7 @@ from tasks.release.pointer import publish_release, read_pointer
 from tasks.release.report import render
 from tasks.release.strict_json import Reader
 from tasks.releases import location
-from tasks.steps import Product, Progress, carry_out, open_workspace, recalled, record_of, store_of, verb
+from tasks.steps import Product, Progress, carry_out, open_workspace, recalled, record_of, still_held, store_of, verb
 
 VERSION = 1
 PACKAGES = ("torch", "onnx", "onnxruntime-gpu", "numpy", "pyarrow", "duckdb", "great-expectations", "prefect")
@@ -88,7 +89,7 @@ def publish(
     night = ingested.night
     if override is not None:
         said = ReleaseVerdict(verdict.go, "hold", verdict.reasons)
-        decision = overridden(said, True, getuser(), override)
+        decision = overridden(said, True, _operator(), override)
         verdict = verdict.model_copy(
             update={"go": True, "decided_by": decision.decided_by, "reasons": decision.reasons}
         )
@@ -128,9 +129,9 @@ def publish(
         extra = {**pages, "run.json": canonical_json(run), "report.html": render(report).encode()}
         published = publish_release(store, place.pipeline, release, manifest, extra)
         progress(len(manifest.files), len(manifest.files), "files")
-        _note_intent(place, ingested, exported.release)
+        _note_intent(place, ingested, exported.release, config)
+        still_held()
         why, promoted = _promote(place, ingested, exported, verdict, promote, token)
-        _note_released(place, ingested, exam, verdict, exported, config)
         return Product(
             {"release": exported.release, "promoted": promoted, "why": why},
             {"new": published.new, "written": list(published.written), "reused": list(published.reused)},
@@ -139,6 +140,8 @@ def publish(
     inputs = {"release": exported.digest, "verdict": verdict.digest, "generation": str(ingested.generation)}
     section = {"promote": promote, "config": config, "override": override}
     record, shared = carry_out(place, "publish", VERSION, night, inputs, section, work)
+    # Also where the record was there: since then another config may have made this night its own.
+    _note_released(place, ingested, exam, verdict, exported, config)
     return PublishRef(
         **shared,
         release=exported.release,
@@ -173,9 +176,16 @@ def _promote(
     return why, True
 
 
-def _note_intent(place: Place, ingested: IngestRef, release: str) -> None:
+def _operator() -> str:
+    try:
+        return getuser()
+    except (OSError, KeyError):  # a container's user need not have a name
+        return f"uid {os.getuid()}"
+
+
+def _note_intent(place: Place, ingested: IngestRef, release: str, config: str) -> None:
     """Tell a run that resumes this one which release it was about to promote."""
-    store, key = store_of(place), intent_key(place, ingested.night, ingested.frozen)
+    store, key = store_of(place), intent_key(place, ingested.night, ingested.frozen, config)
     before = store.get(key)
     after = canonical_json({**json.loads(before.data), "release": release})
     if after != before.data:

@@ -15,6 +15,7 @@ from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, SegmentsConfig
 from tasks.data.vocabulary import Vocabularies
 from tasks.errors import NightrankError, ReleaseRefused
+from tasks.learning.base import shape_of
 from tasks.learning.exams import CHAMPION, Night, column, sit_contact
 from tasks.learning.ladder import Ladder, learned_levels
 from tasks.learning.material import I64, Dialect, Material
@@ -68,10 +69,13 @@ def champion_scores(
         )
     except NightrankError as error:
         return {}, f"release {release[:12]} is not comparable: {error}"
-    if base.levels != learned_levels(segments, data.user) or base.network.shape.statistics != rows.statistics.shape[1]:
+    if (
+        base.levels != learned_levels(segments, data.user)
+        or base.network.shape.names != shape_of(data, rows, vocabularies).names
+    ):
         return (
             scores,
-            f"release {release[:12]} has another ladder or other statistics: compared in the nightly exam only",
+            f"release {release[:12]} has another ladder or other inputs: compared in the nightly exam only",
         )
     own = Night(data, ladder, Material(rows, device, dialect), night.ordinal, night.visits)
     with steady(0, None):

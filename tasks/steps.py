@@ -12,7 +12,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -123,12 +123,24 @@ def hold(place: Place) -> Iterator[Lease]:
             _lease.reset(token)
 
 
+def still_held() -> None:
+    """Stop where the lease of the block went to another run.
+
+    Raises:
+        LeaseLost: it did.
+    """
+    lease = _lease.get()
+    if lease is not None:
+        lease.held()
+
+
 def _sweep(room: Path) -> None:
     """Remove what killed runs left in scratch; a day is longer than any step, and pipelines may share the folder."""
     limit = time.time() - 86_400
     for folder in room.glob("*"):
-        if folder.stat().st_mtime < limit:
-            shutil.rmtree(folder)
+        with suppress(FileNotFoundError):  # another pipeline's run may sweep the same folder
+            if folder.stat().st_mtime < limit:
+                shutil.rmtree(folder)
 
 
 @lru_cache(maxsize=8)

@@ -13,6 +13,7 @@ from tasks.references import IngestRef, Place, ValidateRef
 from tasks.steps import Product, Progress, carry_out, open_workspace, record_of, verb
 
 VERSION = 1
+QUARANTINE = "quarantine.parquet"
 
 
 @verb
@@ -49,11 +50,14 @@ def validate_night(place: Place, data: DataConfig, frozen: FrozenNight) -> tuple
         try:
             found = expectations.validate(data, frozen.night, files, folder)
         except DataRejected as error:
-            return Product({"rejected": {"error": type(error).__name__, "message": str(error)}})
+            bad = folder / QUARANTINE
+            message = str(error).replace(str(bad), f"{{{QUARANTINE}}}")
+            kept = {QUARANTINE: bad} if bad.exists() else {}
+            return Product({"rejected": {"error": type(error).__name__, "message": message}}, {}, kept)
         progress(found.rows, found.rows, "rows")
         parquet = {"clean.parquet": found.clean_file}
         if found.quarantine_file is not None:
-            parquet["quarantine.parquet"] = found.quarantine_file
+            parquet[QUARANTINE] = found.quarantine_file
         return Product(
             {"rows": found.rows, "clean": found.clean, "bad": found.bad, "reasons": found.reasons},
             {"expectations": found.expectations, "examples": list(found.examples)},
@@ -65,7 +69,10 @@ def validate_night(place: Place, data: DataConfig, frozen: FrozenNight) -> tuple
     )
     if "rejected" in record.content:
         rejected = record.content["rejected"]
-        raise getattr(errors, rejected["error"])(rejected["message"])
+        message = rejected["message"]
+        if QUARANTINE in record.content["files"]:
+            message = message.replace(f"{{{QUARANTINE}}}", str(open_workspace(place).file(record, QUARANTINE)))
+        raise getattr(errors, rejected["error"])(message)
     return record, shared
 
 

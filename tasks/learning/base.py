@@ -80,6 +80,11 @@ def shape_of(data: DataConfig, rows: Rows, vocabularies: Vocabularies) -> Ranker
         joint_statistics=tuple(at for at, name in enumerate(names) if name.startswith("cohort_item_")),
         offsets=tuple(range(count)),
         kinds=tuple(objective.kind for objective in data.objectives),
+        names=(
+            *(*data.named("request", "categorical"), data.item, *data.named("candidate", "categorical")),
+            *(*data.named("request", "numeric"), *data.named("candidate", "numeric"), *names),
+            *(f"{objective.name}:{objective.column}" for objective in data.objectives),
+        ),
     )
 
 

@@ -7,6 +7,7 @@ support. Figures and intervals are computed from these tables, so exams of sever
 Shapes: N rows of the night, K objectives.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ SUPPORTS = (0, 5, 20)
 COMMON = 20
 """Rows of a user after which every support size is compared on the same rows."""
 CANDIDATE, ZERO_STEPS, PARENT, CHAMPION = "candidate", "zero steps", "parent", "champion"
+LADDER = b"ladder"
+"""Where a table's metadata name the columns of each level."""
 CHUNK = 131_072
 """About how many rows of the night are scored at a time."""
 
@@ -120,9 +123,11 @@ def facts(night: Night, bank: Bank, vocabularies: Vocabularies) -> pa.Table:
         mine = place[slots]
         served = mine >= 0
         level[served], support[served] = number, own.support[mine[served]]
-        names = segment_names(own.keys, rows.levels[number].columns, rows.levels[number].radices, vocabularies)
+        names = segment_names(own.keys, rows.levels[number].columns, tuple(own.radices.tolist()), vocabularies)
         segment = pc.if_else(pa.array(served), names.take(pa.array(np.maximum(mine, 0))), segment)
-    return pa.table(columns | {"level": pa.array(level), "segment": segment, "support": pa.array(support)})
+    table = pa.table(columns | {"level": pa.array(level), "segment": segment, "support": pa.array(support)})
+    # Exams pool only with those of the same ladder: a level's number means nothing without its columns.
+    return table.replace_schema_metadata({LADDER: json.dumps([one.columns for one in rows.levels])})
 
 
 def segment_names(

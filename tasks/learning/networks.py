@@ -60,6 +60,8 @@ class RankerShape(Section):
     """Position of the statistic that each objective's output starts from (its smoothed item rate)."""
     kinds: tuple[Literal["binary", "rating"], ...]
     """Kind of each objective."""
+    names: tuple[str, ...] = ()
+    """Columns, statistics and objectives in the order of the inputs: weights fit no others, whatever their number."""
 
     @property
     def statistics(self) -> int:

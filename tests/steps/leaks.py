@@ -113,7 +113,7 @@ class Pipeline:
         monkeypatch.setattr("tasks.validate._build_docs", lambda *_: (SimpleNamespace(key="0" * 64), {}))
         config = RetrainConfig.model_validate({**self.tree, **sections})
         place, data, segments, adapter, gate = config.place(), config.data, config.segments, config.adapter, config.gate
-        ingested = ingest.fn(place, data, gate, night)
+        ingested = ingest.fn(place, data, gate, night, config.digest())
         validated = validate.fn(place, data, ingested)
         prepared = prepare.fn(place, data, segments, config.statistics, ingested, validated)
         base = meta_train.fn(place, data, segments, config.ranker, config.training, adapter, ingested, prepared)

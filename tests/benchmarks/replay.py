@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -161,17 +162,24 @@ def nightly(night: Night, base: Base, bank: Bank):  # type: ignore[no-untyped-de
     return score
 
 
+def listed(table: pa.Table, night: str) -> pa.Table:
+    """The table with users told apart by night."""
+    users = pc.binary_join_element_wise(table["user"], night, "@")
+    return table.set_column(table.column_names.index("user"), "user", users)
+
+
 def markdown(config: RetrainConfig, tables: list[pa.Table], condition: str, common: bool, seed: int) -> str:
     """One exam as a table, best first, the candidate on top."""
     lead = config.data.objectives[0]
     names = [name for name in tables[0].column_names if all(name in table.column_names for table in tables)]
-    pooled = pa.concat_tables([table.select(names) for table in tables])
+    # A user's list is one night's: across nights his scores come from different models, and are not compared.
+    pooled = pa.concat_tables([listed(table.select(names), str(night)) for night, table in enumerate(tables)])
     told = figures(pooled, condition, lead, common)
     against = compare([table.select(names) for table in tables], condition, lead, seed, common)
     rows = sorted(told.items(), key=lambda entry: (entry[0] != CANDIDATE, entry[1]["log_loss"]))
     lines = [
         f"**{condition}{', rows after the 20th' if common else ''}**: {told[CANDIDATE]['rows']:,} rows, "
-        f"{told[CANDIDATE]['users']:,} users",
+        f"{told[CANDIDATE]['users']:,} users' nights",
         "",
         "| method | log-loss | candidate minus it, 95 % | calibration | AUC | NDCG@10 |",
         "|---|---:|---:|---:|---:|---:|",

@@ -326,7 +326,6 @@ def count_own_night(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestALabelColumn:
     """No label is an input, whether or not an objective reads it."""
 
-    @pytest.mark.soak
     def test_a_release_is_the_same_bytes_when_an_unused_label_and_an_ignored_column_are_noise(
         self, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -23,7 +23,7 @@ from tasks.release.tables import LevelTable, ServingTables, write_tables
 from tasks.steps import Product, Progress, carry_out, open_workspace, recalled, record_of, verb
 from tasks.validate import clean_file
 
-VERSION = 1
+VERSION = 2
 
 
 @verb

@@ -82,9 +82,20 @@ class Normaliser(nn.Module):
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Numbers ``[..., F]`` (NaN = missing) to ``[..., 2F]``: normalised values, clipped to ±5, then indicators."""
+        if not numbers.shape[-1]:
+            return numbers
         missing = torch.isnan(numbers)
-        values = ((torch.nan_to_num(numbers) - self.mean) / self.scale).clamp(-5.0, 5.0)
-        return torch.cat([torch.where(missing, torch.zeros_like(values), values), missing.to(values.dtype)], dim=-1)
+        values = ((torch.where(missing, self.mean, numbers) - self.mean) / self.scale).clamp(-5.0, 5.0)
+        return torch.cat([values, missing.to(values.dtype)], dim=-1)
+
+
+def _columns(values: Tensor, positions: tuple[int, ...]) -> Tensor:
+    """Values ``[..., F]`` at some positions; neighbours as a view, which an exported graph says in one node."""
+    if not positions:
+        return values[..., :0]
+    if positions == tuple(range(positions[0], positions[0] + len(positions))):
+        return values[..., positions[0] : positions[0] + len(positions)]
+    return values[..., list(positions)]
 
 
 class Ranker(nn.Module):
@@ -92,6 +103,9 @@ class Ranker(nn.Module):
 
     An adapted row's logit is ``logits[..., k] + features[..., :] @ bank[slot, k, :]``.
     """
+
+    read: Tensor
+    """Which statistics the layers read, 1 or 0 ``[S]``."""
 
     def __init__(self, shape: RankerShape, config: RankerConfig) -> None:
         super().__init__()
@@ -121,6 +135,8 @@ class Ranker(nn.Module):
         if self.factor_table is not None:
             nn.init.zeros_(self.factor_table.weight)
         self.dropout = nn.Dropout(config.dropout)
+        read = [config.user_statistics or at not in shape.request_statistics for at in range(shape.statistics)]
+        self.register_buffer("read", torch.tensor(read, dtype=torch.float32), persistent=False)
         for table in (*self.request_tables, *self.candidate_tables):
             nn.init.normal_(table.weight, std=0.05)
         last = self.joint[-1]
@@ -136,7 +152,7 @@ class Ranker(nn.Module):
 
     def _known(self, ids: Tensor, rows: int) -> Tensor:
         """Ids that the table has; newer ones, and in training a random share, become the unknown row 0."""
-        known = torch.where(ids < rows, ids, torch.zeros_like(ids))
+        known = ids * (ids < rows)
         if self.training and self.config.id_dropout > 0:
             known = known * (torch.rand(ids.shape, device=ids.device) >= self.config.id_dropout)
         return known
@@ -147,10 +163,7 @@ class Ranker(nn.Module):
     def normal_statistics(self, statistics: Tensor) -> Tensor:
         """Statistics ``[..., S]`` as the layers read them: normalised, and 0 where the config leaves them out."""
         normal: Tensor = self.statistics_normaliser(statistics)[..., : self.shape.statistics]
-        if self.config.user_statistics:
-            return normal
-        read = [float(at not in self.shape.request_statistics) for at in range(self.shape.statistics)]
-        return normal * torch.tensor(read, device=normal.device)
+        return normal if self.config.user_statistics else normal * self.read
 
     def forward(
         self,
@@ -178,7 +191,7 @@ class Ranker(nn.Module):
             [
                 *self._embed(self.request_tables, shape.request_vocabularies, request_ids),
                 self.request_normaliser(request_numbers),
-                normal[..., list(shape.request_statistics)],
+                _columns(normal, shape.request_statistics),
             ],
             dim=-1,
         )
@@ -186,15 +199,15 @@ class Ranker(nn.Module):
             [
                 *self._embed(self.candidate_tables, shape.candidate_vocabularies, candidate_ids),
                 self.candidate_normaliser(candidate_numbers),
-                normal[..., list(shape.candidate_statistics)],
+                _columns(normal, shape.candidate_statistics),
             ],
             dim=-1,
         )
         left, right = self.request_tower(request), self.candidate_tower(self.dropout(candidate))
         if self.training and self.config.request_dropout > 0:
             left = left * (torch.rand(left.shape[:-1], device=left.device) >= self.config.request_dropout)[..., None]
-        joint = torch.cat([left, right, left * right, normal[..., list(shape.joint_statistics)]], dim=-1)
-        logits = statistics[..., list(shape.offsets)] + self.wide(normal) + self.joint(joint)
+        joint = torch.cat([left, right, left * right, _columns(normal, shape.joint_statistics)], dim=-1)
+        logits = _columns(statistics, shape.offsets) + self.wide(normal) + self.joint(joint)
         features = [torch.ones_like(logits[..., :1])]
         if self.factor_table is not None:
             features.append(self.factor_table(self._known(candidate_ids[..., 0], shape.candidate_vocabularies[0])))

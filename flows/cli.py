@@ -21,6 +21,10 @@ EMBEDDED = {
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # its own 20 s are too few on a busy host
+    # Writing each task run's event as it comes, the server is still at it when the run ends: it loses the last ones and
+    # fills the screen with tracebacks. Written together, the rest is written after it was told to stop.
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "500",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "60",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "DO_NOT_TRACK": "1",
 }
@@ -123,16 +127,19 @@ def _demo_data(options: argparse.Namespace, console: "Console") -> None:
 
 @contextmanager
 def _embedded() -> Iterator[None]:
-    """Keep Prefect quiet where no server runs but the one inside this process's block."""
+    """Keep Prefect quiet where no server runs but the one of this process, and let that one not outlive it."""
     import logging
 
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    from flows.guard import end_with_this_process
 
     if PREFECT_API_URL.value() is not None:
         yield
         return
     for worker in ("EventsWorker", "APILogWorker"):  # at the end they count what they still have to send
         logging.getLogger(worker).setLevel(logging.ERROR)
+    end_with_this_process()
     # Nobody watches an embedded server for heartbeats, and each flow run would wait a second for their thread to end.
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         yield

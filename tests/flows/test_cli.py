@@ -1,9 +1,14 @@
-"""The command line: what it prints, how it fails, and which Prefect command it equals."""
+"""The command line: what it prints, how it fails, what it leaves running, and which Prefect command it equals."""
 
 import json
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,22 +80,77 @@ def test_backfill_shows_plan_nights_and_summary(
     assert "the lake has no such night" in shown
 
 
+def started(home: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """The command line in a process of its own, with the embedded server that a person gets."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_LOGGING")}
+    return subprocess.Popen(
+        [sys.executable, "-c", "from flows.cli import main; main()", *arguments],
+        cwd=ROOT, env=environment | {"PREFECT_HOME": str(home)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
 def test_a_failing_night_is_one_block_on_an_otherwise_clean_screen(damageable: Finished, tmp_path: Path) -> None:
-    """In a process of its own, with the embedded server that a person gets."""
     path = damageable.files_of(damageable.next_night)[0]
     path.write_bytes(path.read_bytes()[:-100])
-    command = ["run", "--config", written(damageable, tmp_path), "--night", damageable.next_night.isoformat()]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_LOGGING")}
-    done = subprocess.run(
-        [sys.executable, "-c", "from flows.cli import main; main()", *command],
-        cwd=ROOT, env=environment | {"PREFECT_HOME": str(tmp_path / "prefect")}, capture_output=True, text=True,
-        timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("CorruptFile\nnight 2026-03-07")
-    assert "part-0.parquet" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 2
-    assert len(done.stdout.strip().splitlines()) == 1
+    night = damageable.next_night.isoformat()
+    process = started(tmp_path / "prefect", "run", "--config", written(damageable, tmp_path), "--night", night)
+    shown, errors = process.communicate(timeout=180)
+    assert process.returncode == 2, errors
+    assert errors.startswith("CorruptFile\nnight 2026-03-07")
+    assert "part-0.parquet" in errors
+    assert len(errors.strip().splitlines()) == 2
+    assert len(shown.strip().splitlines()) == 1
+
+
+def test_a_finished_night_leaves_a_clean_screen_and_the_last_step_on_record(
+    world: Finished, config: str, tmp_path: Path
+) -> None:
+    """Its steps follow each other as fast as the embedded server can write."""
+    process = started(tmp_path, "run", "--config", config, "--night", world.results[1].night.isoformat())
+    shown, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert " reused" in shown
+    assert "changed since" not in shown
+    assert errors == ""
+    assert "Traceback" not in shown
+    assert "prefect.server" not in shown
+    with sqlite3.connect(tmp_path / "prefect.db") as database:
+        states = database.execute("SELECT state_name FROM task_run").fetchall()
+    assert states == [("Completed",)] * 10
+
+
+def servers_of(home: Path) -> list[int]:
+    """Process ids of the Prefect servers that keep their database in this folder."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            if f"PREFECT_HOME={home}".encode() in environment and b"uvicorn" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def until(true: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_embedded_server_of_a_killed_run_ends(world: Finished, config: str, tmp_path: Path) -> None:
+    process = started(tmp_path, "run", "--config", config, "--night", world.results[1].night.isoformat())
+    try:
+        assert process.stdout is not None
+        assert any(" reused" in line for line in process.stdout)
+        assert servers_of(tmp_path)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert until(lambda: not servers_of(tmp_path), 30)
 
 
 def test_a_broken_config_is_told_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

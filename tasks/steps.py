@@ -31,6 +31,7 @@ from tasks.clients.object_store import ObjectStore, open_store
 from tasks.clients.workspace import StepRecord, Workspace, canonical_json
 from tasks.errors import DeviceUnavailable, ObjectMissing
 from tasks.references import Place, StepRef
+from tasks.release.pointer import read_pointer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -112,10 +113,16 @@ def hold(place: Place) -> Iterator[Lease]:
 
     Raises:
         LeaseHeld: another run of the pipeline is alive.
+        ReleaseRefused: the pointer, above whose fencing token the lease's must be, is damaged.
     """
+
+    def promoted_under() -> int:
+        pointer = read_pointer(store_of(place), place.pipeline)
+        return 0 if pointer is None else pointer.fencing_token
+
     _sweep(Path(place.scratch) / "steps")
     holder = f"{socket.gethostname()}:{getpid()}"
-    with Lease(store_of(place), f"{place.pipeline}/lease", holder) as lease:
+    with Lease(store_of(place), f"{place.pipeline}/lease", holder, floor=promoted_under) as lease:
         token = _lease.set(lease)
         try:
             yield lease

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +36,7 @@ class LeaseRecord:
         schema_version: 1.
         holder: what the holder calls itself, for people.
         nonce: tells two acquisitions by the same holder apart.
-        token: raised by one at every acquisition, kept when the lease is free.
+        token: raised at every acquisition, kept when the lease is free.
         beat: raised by one at every renewal, so that the ETag moves.
         term_seconds: how long the ETag must stand still before another may take over.
         free: given back by its holder.
@@ -66,15 +67,24 @@ class Lease:
         term_seconds: how long we may be silent before others may take over. At least a few times a write's duration.
         wait: when another holds it, watch for up to the term whether he is alive, and take over if not. False: do not
             watch, but still take over from a dead process of this host.
+        floor: tells the largest token known outside of the lease object; asked at every attempt to take the lease, so
+            that tokens go on above it when the object was deleted or is an old copy.
 
     Raises on entry:
         LeaseHeld: another holder is alive, or may be (`wait=False`).
+        NightrankError: what `floor` raises.
     """
 
     def __init__(
-        self, store: ObjectStore, key: str, holder: str, term_seconds: float = 30.0, wait: bool = True
+        self,
+        store: ObjectStore,
+        key: str,
+        holder: str,
+        term_seconds: float = 30.0,
+        wait: bool = True,
+        floor: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._store, self._key, self._holder, self._wait = store, key, holder, wait
+        self._store, self._key, self._holder, self._wait, self._floor = store, key, holder, wait, floor
         self._term = term_seconds
         self._lock = threading.RLock()
         self._stop = threading.Event()
@@ -155,7 +165,9 @@ class Lease:
             schema_version=SCHEMA_VERSION,
             holder=self._holder,
             nonce=uuid.uuid4().hex,
-            token=before.token + 1 if before else 1,
+            # Where the object is whole, no holder can bring the floor above its token. Where it was deleted under a
+            # live holder, he still can after this look; then ours is the lower token, and what it guards is refused.
+            token=max(before.token if before else 0, self._floor()) + 1,
             beat=0,
             term_seconds=self._term,
             free=False,

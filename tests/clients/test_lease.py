@@ -7,15 +7,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
 
 from tasks.clients.lease import Lease
-from tasks.clients.object_store import ObjectStore
+from tasks.clients.object_store import ObjectStore, open_store
 from tasks.clients.s3_store import S3Store
 from tasks.errors import Conflict, LeaseHeld, LeaseLost, ObjectCorrupt, OutcomeUnknown, StoreUnavailable
+from tasks.references import Place
+from tasks.release.manifest import Pointer, pointer_key
+from tasks.release.pointer import promote
+from tasks.steps import hold
 from tests.clients.fault_proxy import Fault, FaultProxy
+from tests.finished import Finished
 
 ROOT = Path(__file__).parents[2]
 KEY = "p/lease"
@@ -203,3 +209,49 @@ def test_a_renewal_whose_answer_was_lost_keeps_the_lease(s3_url: str, proxy: Fau
             time.sleep(0.02)
         assert proxy.plan == []
         lease.held()
+
+
+def test_tokens_go_on_above_the_floor_where_the_object_was_deleted_or_is_an_old_copy(store: ObjectStore) -> None:
+    promoted = 0
+
+    def taken() -> int:
+        with Lease(store, KEY, "us", TERM, floor=lambda: promoted) as lease:
+            return lease.token
+
+    assert [taken(), taken()] == [1, 2]
+    old = store.get(KEY).data
+    promoted = 7
+    assert [taken(), taken()] == [8, 9]
+    store.delete(KEY)
+    assert taken() == 8
+    store.swap(KEY, old, store.get(KEY).etag)
+    assert taken() == 8
+    promoted = 3
+    assert taken() == 9
+
+
+def test_a_floor_that_cannot_be_told_leaves_the_lease_untouched(store: ObjectStore) -> None:
+    def floor() -> int:
+        raise ObjectCorrupt("no pointer")
+
+    with pytest.raises(ObjectCorrupt, match="no pointer"), Lease(store, KEY, "us", TERM, floor=floor):
+        pass
+    assert store.find(KEY) is None
+
+
+def test_a_run_holds_a_token_above_the_pointers_where_the_lease_was_deleted(store_url: str, tmp_path: Path) -> None:
+    place = Place(store=store_url, pipeline="p", scratch=str(tmp_path / "scratch"))
+    pointer = Pointer("a" * 64, date(2026, 3, 6), 3, None, 7, "2026-03-07T04:00:00.000000+00:00", "promoted")
+    open_store(store_url).put_if_absent(pointer_key("p"), pointer.serialise())
+    with hold(place) as lease:
+        assert lease.token == 8
+
+
+def test_a_run_can_promote_after_the_lease_was_deleted(damageable: Finished) -> None:
+    promoted = damageable.pointer
+    damageable.store.delete("tiny/lease")
+    first = damageable.results[0].published
+    with hold(damageable.config.place()) as lease:
+        moved = promote(damageable.store, "tiny", first.release, first.night, lease.token, force=True)
+    assert moved.release == first.release
+    assert moved.fencing_token > promoted.fencing_token > 1

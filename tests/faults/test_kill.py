@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ import pytest
 import yaml
 
 from tasks.clients.object_store import ObjectStore, open_store
-from tasks.release.manifest import Pointer
+from tasks.release.manifest import Pointer, pointer_key
 from tasks.release.pointer import promote, read_manifest, read_pointer
 from tests.faults.victims import ROOT, Nursery, Outcome, Trap, moved, nursery, pipes
-from tests.world import write_world
+from tests.finished import Finished
 
 PIPELINE = "tiny"
 STEPS = (
@@ -58,55 +59,89 @@ PUBLISH = (
 
 @dataclass(frozen=True)
 class Ready:
-    """Two nights of one pipeline, and copies of it on the way."""
+    """A pipeline with finished nights, one night more, and copies of it on the way."""
 
     nursery: Nursery
-    night: date
-    """The second one, which is killed in the tests; the first was released without moving the pointer."""
+    finished: Finished
+    """The nights before, each of which was released."""
+    before: Pointer | None
+    """The pointer that the night finds."""
+    ledger: frozenset[str]
+    """The entries of the ledger that the night finds."""
     config: dict[str, Any]
-    first: str
-    """The first night's release."""
     begun: Path
-    """Store and scratch before the second night."""
+    """Store and scratch before the night."""
     exported: Path
-    """Store and scratch before the second night's first blob."""
+    """Store and scratch before the night's first blob."""
     undisturbed: Outcome
-    """The second night, which nobody killed."""
+    """The night, which nobody killed."""
+
+    @property
+    def night(self) -> date:
+        """The night that is killed in the tests."""
+        return self.finished.next_night
+
+    @property
+    def earlier(self) -> set[str]:
+        """The releases of the nights before."""
+        return {made.published.release for made in self.finished.results}
+
+
+def ledger_of(store: ObjectStore) -> frozenset[str]:
+    return frozenset(store.list(f"{PIPELINE}/ledger/"))
 
 
 @pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ready]:
+def ready(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ready]:
     folder = tmp_path_factory.mktemp("kill")
-    world = write_world(folder / "world", nights=5, users=24)
-    config = world.config
-    config["training"] |= {"epochs": 1, "steps_per_epoch": 5, "min_stop_rows": 20}
-    config["baselines"] = {"sweeps": 2}
-    # The worst case for the pointer: the gate says go on every night.
-    config["gate"] |= {"when_unsure": "promote", "margin": 10.0}
+    tree = finished.copy(folder / "world").world.config
+    # The worst case for the pointer: the gate says go every night.
+    config = {**tree, "gate": {**tree["gate"], "when_unsure": "promote", "margin": 10.0}}
     with nursery(folder) as born:
-        first = born.run(config, world.nights[3], promote=False).result["release"]
         begun, exported = folder / "begun", folder / "exported"
         moved(config, folder / "world", begun)
         trap = Trap("before", "^tiny/blobs/", wait=pipes(folder / "pipes"))
-        running = born.start(config, world.nights[4], trap)
+        running = born.start(config, finished.next_night, trap)
         go = running.reached()
         moved(config, folder / "world", exported)
         go()
         undisturbed = running.end()
-        yield Ready(born, world.nights[4], config, first, begun, exported, undisturbed)
+        yield Ready(
+            *(born, finished, finished.pointer, ledger_of(finished.store)),
+            *(config, begun, exported, undisturbed),
+        )
+
+
+@pytest.fixture(scope="module")
+def unpromoted(ready: Ready, tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    """The same where the releases of the nights before stand, and none was ever promoted."""
+    folder = tmp_path_factory.mktemp("unpromoted")
+    config = moved(ready.config, ready.exported, folder / "exported")
+    (folder / "exported" / "store" / pointer_key(PIPELINE)).unlink()
+    shutil.rmtree(folder / "exported" / "store" / PIPELINE / "ledger")
+    config = moved(config, folder / "exported", folder / "world")
+    undisturbed = ready.nursery.run(config, ready.night)
+    return replace(
+        ready,
+        before=None,
+        ledger=frozenset(),
+        config=config,
+        exported=folder / "exported",
+        undisturbed=undisturbed,
+    )
 
 
 def store_of(config: dict[str, Any]) -> ObjectStore:
     return open_store(config["store"])
 
 
-def assert_no_reader_sees_a_part(store: ObjectStore, first: str) -> None:
+def assert_no_reader_sees_a_part(ready: Ready, store: ObjectStore) -> None:
     """Whatever has a manifest is whole, and whatever the pointer names has a manifest."""
     pointer = read_pointer(store, PIPELINE)
     manifests = [key for key in store.list(f"{PIPELINE}/releases/") if key.endswith("/manifest.json")]
     releases = [key.split("/")[2] for key in manifests]
-    assert first in releases
-    assert pointer is None or pointer.release in releases
+    assert ready.earlier <= set(releases)
+    assert (pointer is None and ready.before is None) or (pointer is not None and pointer.release in releases)
     for release in releases:
         for file in read_manifest(store, PIPELINE, release).files:
             data = store.get(f"{PIPELINE}/blobs/{file.sha256}").data
@@ -122,16 +157,20 @@ def assert_done_once(ready: Ready, store: ObjectStore, last: Outcome) -> Pointer
     release = last.result["release"]
     assert release == ready.undisturbed.result["release"]
     assert last.result["digests"] == ready.undisturbed.result["digests"]
-    assert_no_reader_sees_a_part(store, ready.first)
+    assert_no_reader_sees_a_part(ready, store)
     releases = {key.split("/")[2] for key in store.list(f"{PIPELINE}/releases/")}
-    assert releases == {ready.first, release}
+    assert release not in ready.earlier
+    assert releases == {*ready.earlier, release}
     blobs = {file.sha256 for one in releases for file in read_manifest(store, PIPELINE, one).files}
     assert {key.rsplit("/", 1)[-1] for key in store.list(f"{PIPELINE}/blobs/")} == blobs
     pointer = read_pointer(store, PIPELINE)
     assert pointer is not None
-    assert (pointer.release, pointer.generation, pointer.previous) == (release, 1, None)
+    generation, previous = (0, None) if ready.before is None else (ready.before.generation, ready.before.release)
+    assert (pointer.release, pointer.generation, pointer.previous) == (release, generation + 1, previous)
     assert pointer.night == ready.night
-    assert len(list(store.list(f"{PIPELINE}/ledger/"))) == 1
+    ledger = ledger_of(store)
+    assert ready.ledger < ledger
+    assert len(ledger) == len(ready.ledger) + 1
     assert json.loads(store.get(f"{PIPELINE}/lease").data)["free"]
     return pointer
 
@@ -148,7 +187,7 @@ def killed_then_finished(ready: Ready, source: Path, folder: Path, trap: Trap) -
     store = store_of(config)
     dead = ready.nursery.run(config, ready.night, trap)
     assert dead.killed, f"{trap}: nothing was caught; {dead.told[-2:]}"
-    assert_no_reader_sees_a_part(store, ready.first)
+    assert_no_reader_sees_a_part(ready, store)
     stored = {key for key in store.list(f"{PIPELINE}/work/") if key.endswith("/record.json")}
     last = ready.nursery.run(config, ready.night)
     assert_not_kept_waiting(last)
@@ -166,6 +205,7 @@ def test_the_undisturbed_night_is_promoted_by_its_own_run(ready: Ready) -> None:
 
 def test_a_night_that_is_killed_at_every_boundary_in_turn_does_every_step_once(ready: Ready, tmp_path: Path) -> None:
     """Two deaths per step: its work is done, and its record is not written; its record has just been written."""
+    assert ready.before is not None
     config = moved(ready.config, ready.begun, tmp_path)
     store = store_of(config)
     worked: list[tuple[str, str]] = []
@@ -178,13 +218,14 @@ def test_a_night_that_is_killed_at_every_boundary_in_turn_does_every_step_once(r
             assert dead.worked[-1][0] == step
             worked += dead.worked
             lost += dead.worked[-1:] if when == "before" else []
-            assert_no_reader_sees_a_part(store, ready.first)
+            assert_no_reader_sees_a_part(ready, store)
     last = ready.nursery.run(config, ready.night)
     assert_not_kept_waiting(last)
     assert last.worked == []
     assert set(last.result["reused"].values()) == {True}
     assert Counter(worked) == Counter(set(worked)) + Counter(lost)
-    assert assert_done_once(ready, store, last).fencing_token > 2 * len(STEPS) - 4
+    # Every run took the lease once; the last but one died with the pointer moved and publish's record lacking.
+    assert assert_done_once(ready, store, last).fencing_token == ready.before.fencing_token + 2 * len(STEPS) - 1
 
 
 SHORT = (PUBLISH[1], PUBLISH[4], PUBLISH[5], PUBLISH[7], PUBLISH[8], PUBLISH[10])
@@ -193,6 +234,11 @@ SHORT = (PUBLISH[1], PUBLISH[4], PUBLISH[5], PUBLISH[7], PUBLISH[8], PUBLISH[10]
 @pytest.mark.parametrize("trap", SHORT, ids=str)
 def test_a_publish_that_is_killed_is_finished_by_the_next_run(ready: Ready, tmp_path: Path, trap: Trap) -> None:
     killed_then_finished(ready, ready.exported, tmp_path, trap)
+
+
+@pytest.mark.parametrize("trap", [PUBLISH[7], PUBLISH[8]], ids=str)
+def test_the_first_move_of_a_pointer_is_made_once_too(unpromoted: Ready, tmp_path: Path, trap: Trap) -> None:
+    killed_then_finished(unpromoted, unpromoted.exported, tmp_path, trap)
 
 
 @pytest.mark.soak
@@ -220,7 +266,7 @@ def test_a_night_that_is_killed_after_each_single_write_ends_well(ready: Ready, 
     deaths = 0
     while (outcome := ready.nursery.run(config, ready.night, fresh(trap, store))).killed:
         deaths += 1
-        assert_no_reader_sees_a_part(store, ready.first)
+        assert_no_reader_sees_a_part(ready, store)
         assert deaths < 1000
     assert deaths > 60
     assert_done_once(ready, store, outcome)
@@ -264,8 +310,8 @@ def test_a_run_through_prefect_that_is_killed_is_finished_by_the_next(ready: Rea
     run = ("run", "--config", str(tmp_path / "config.yaml"), "--night", ready.night.isoformat())
     victim, status, said = nightrank(tmp_path, "-m", "tests.faults.victims", str(tmp_path / "trap.json"), *run)
     assert status == -signal.SIGKILL, said[-3000:]
-    assert_no_reader_sees_a_part(store, ready.first)
-    assert read_pointer(store, PIPELINE) is None
+    assert_no_reader_sees_a_part(ready, store)
+    assert read_pointer(store, PIPELINE) == ready.before
     assert json.loads(store.get(f"{PIPELINE}/lease").data)["pid"] == victim
     _, status, said = nightrank(tmp_path, "-c", "from flows.cli import main; main()", *run)
     assert status == 0, said[-3000:]
@@ -318,19 +364,22 @@ class TestTwoAtOnce:
         trap = Trap("before", "^tiny/releases/.*/manifest.json$", wait=pipes(tmp_path / "pipes"))
         running = ready.nursery.start(config, ready.night, trap)
         go = running.reached()
-        earlier = read_manifest(store, PIPELINE, ready.first)
-        promote(store, PIPELINE, ready.first, earlier.night, token=0, reason="by hand")
+        assert ready.before is not None
+        back = ready.finished.results[0].published
+        token = ready.before.fencing_token
+        promote(store, PIPELINE, back.release, back.night, token, force=True, reason="by hand")
         go()
         beaten = running.end()
         assert [line["error"] for line in beaten.of("refused")] == ["PointerMoved"]
         pointer = read_pointer(store, PIPELINE)
         assert pointer is not None
-        assert (pointer.release, pointer.generation) == (ready.first, 1)
+        assert (pointer.release, pointer.generation) == (back.release, ready.before.generation + 1)
         again = ready.nursery.run(config, ready.night)
         assert again.status == 0
         assert [step for step, _ in again.worked] == ["judge", "publish"]
         pointer = read_pointer(store, PIPELINE)
         assert pointer is not None
-        assert (pointer.release, pointer.generation) == (ready.undisturbed.result["release"], 2)
-        assert pointer.previous == ready.first
-        assert len(list(store.list(f"{PIPELINE}/ledger/"))) == 2
+        assert pointer.release == ready.undisturbed.result["release"]
+        assert pointer.generation == ready.before.generation + 2
+        assert pointer.previous == back.release
+        assert len(ledger_of(store)) == len(ready.ledger) + 2

@@ -16,22 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.config import RetrainConfig
-from tasks.clients.workspace import Workspace
+from flows.nightly import NightResult
+from tasks.clients.workspace import StepRecord, Workspace
 from tasks.steps import open_workspace
+from tests.finished import Finished
 from tests.steps.plain import plain_night
-from tests.world import World, write_world
+from tests.world import write_world
 
 ROOT = Path(__file__).resolve().parents[2]
 FROM_ROWS = ("validate", "prepare", "meta-train", "adapt-exam", "evaluate", "adapt-ship", "export")
 OF_THE_NIGHT = (*FROM_ROWS, "judge", "publish")
 OF_EACH = (*FROM_ROWS, "statistics", "history")
-
-
-def small(folder: Path, nights: int) -> World:
-    world = write_world(folder, nights=nights, users=18)
-    world.config["training"] |= {"epochs": 1, "steps_per_epoch": 3, "min_stop_rows": 20}
-    world.config["baselines"] = {"sweeps": 2}
-    return world
 
 
 def cut_and_renamed(lake: Path) -> None:
@@ -71,38 +66,41 @@ class Somewhere:
             text=True,
         )
 
+    def end(self, process: "subprocess.Popen[str]") -> None:
+        """Wait for a night that was begun."""
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-3000:]
+
+    def keep(self, made: NightResult) -> None:
+        """Keep what a night of this process told."""
+        told = {"release": made.published.release, "digests": {step.step: step.digest for step in made.steps}}
+        (self.folder / f"{made.night.isoformat()}.json").write_text(json.dumps(told))
+
     def told(self, night: date) -> dict[str, Any]:
         return dict(json.loads((self.folder / f"{night.isoformat()}.json").read_text()))
 
     def workspace(self) -> Workspace:
         return open_workspace(RetrainConfig.model_validate(self.config).place())
 
-    def contents(self, step: str) -> list[dict[str, Any]]:
-        """Content of every record of a step, in order of the nights that they were made for."""
-        records = sorted(self.workspace().records(step), key=lambda one: str(one.notes["made_from"]["for night"]))
-        return [record.content for record in records]
+    def contents(self, step: str, through: date) -> list[dict[str, Any]]:
+        """Content of every record of a step up to a night, in order of the nights that they were made for."""
+        records = [record for record in self.workspace().records(step) if night_of(record) <= through.isoformat()]
+        return [record.content for record in sorted(records, key=night_of)]
 
 
-def two_places(folder: Path, nights: int) -> tuple[Somewhere, Somewhere, World]:
-    world = small(folder / "one", nights)
+def night_of(record: StepRecord) -> str:
+    """The night that a record was made for."""
+    return str(record.notes["made_from"]["for night"])
+
+
+def elsewhere(config: dict[str, Any], folder: Path) -> Somewhere:
+    """Another place for the same nights, with other files of the same rows."""
     other = folder / "two with blanks" / "deeper"
-    shutil.copytree(folder / "one" / "lake", other / "lake")
+    shutil.copytree(config["data"]["source"], other / "lake")
     cut_and_renamed(other / "lake")
-    config = json.loads(json.dumps(world.config))
-    config |= {"store": "store", "scratch": "../scratch"}  # relative to the working directory
-    config["data"] |= {"source": str(other / "lake")}
-    return Somewhere(folder / "one", world.config), Somewhere(other, config), world
-
-
-def together(here: Somewhere, there: Somewhere, nights: Sequence[date]) -> None:
-    """Carry nights out in order, in this process and in others at once."""
-    for night in nights:
-        process = there.start(night)
-        made = plain_night(RetrainConfig.model_validate(here.config), night)
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said[-3000:]
-        told = {"release": made.published.release, "digests": {step.step: step.digest for step in made.steps}}
-        (here.folder / f"{night.isoformat()}.json").write_text(json.dumps(told))
+    # Relative to the working directory.
+    places = {"store": "store", "scratch": "../scratch"}
+    return Somewhere(other, {**config, **places, "data": {**config["data"], "source": str(other / "lake")}})
 
 
 def assert_equal_nights(one: Somewhere, other: Somewhere, nights: Sequence[date]) -> None:
@@ -119,45 +117,46 @@ def assert_equal_nights(one: Somewhere, other: Somewhere, nights: Sequence[date]
         # Ingest is about the files themselves, and they are not the same.
         assert mine["digests"]["ingest"] != theirs["digests"]["ingest"]
     for step in OF_EACH:
-        contents = one.contents(step)
+        contents = one.contents(step, nights[-1])
         assert contents
-        assert contents == there.contents(step), step
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Somewhere, Somewhere, World]:
-    one, other, world = two_places(tmp_path_factory.mktemp("determinism"), nights=4)
-    together(one, other, world.nights[3:])
-    return one, other, world
+        assert contents == there.contents(step, nights[-1]), step
 
 
 def test_another_folder_process_working_directory_and_cut_of_the_files_give_the_same_bytes(
-    places: tuple[Somewhere, Somewhere, World],
+    finished: Finished, tmp_path: Path
 ) -> None:
-    one, other, world = places
-    assert_equal_nights(one, other, world.nights[3:])
+    made = finished.results[0]
+    one, other = Somewhere(tmp_path, finished.world.config), elsewhere(finished.world.config, tmp_path)
+    one.keep(made)
+    other.end(other.start(made.night))
+    assert_equal_nights(one, other, [made.night])
 
 
-def test_another_setting_of_the_baselines_leaves_the_release_as_it_is(
-    places: tuple[Somewhere, Somewhere, World],
-) -> None:
-    one, _, world = places
-    night = world.nights[3]
-    before = one.told(night)
-    changed = RetrainConfig.model_validate({**one.config, "baselines": {"sweeps": 3, "offset_strength": 9.0}})
-    after = plain_night(changed, night)
+def test_another_setting_of_the_baselines_leaves_the_release_as_it_is(damageable: Finished) -> None:
+    before = damageable.results[-1]
+    baselines = {"sweeps": 3, "offset_strength": 9.0}
+    changed = RetrainConfig.model_validate({**damageable.world.config, "baselines": baselines})
+    after = plain_night(changed, before.night)
     reused = {step.step: step.reused for step in after.steps}
     assert [step for step, again in reused.items() if not again] == ["evaluate", "judge", "publish"]
     # Nothing was decided otherwise about a segment, so what is shipped is what was shipped.
-    records = {record.key: record for record in one.workspace().records("evaluate")}
+    every = open_workspace(changed.place()).records("evaluate")
+    records = [record for record in every if night_of(record) == before.night.isoformat()]
     assert len(records) == 2
-    assert len({json.dumps(record.content["harmful"]) for record in records.values()}) == 1
-    assert after.published.release == before["release"]
-    assert [path.name for path in Path(one.config["store"]).glob("tiny/releases/*")] == [before["release"]]
+    assert len({json.dumps(record.content["harmful"]) for record in records}) == 1
+    assert after.published.release == before.published.release
+    released = {path.name for path in Path(changed.store).glob("tiny/releases/*")}
+    assert released == {made.published.release for made in damageable.results}
 
 
 @pytest.mark.soak
 def test_three_nights_that_descend_from_each_other_give_the_same_bytes(tmp_path: Path) -> None:
-    one, other, world = two_places(tmp_path, nights=6)
-    together(one, other, world.nights[3:])
+    world = write_world(tmp_path / "one", nights=6, users=18)
+    world.config["training"] |= {"epochs": 1, "steps_per_epoch": 3, "min_stop_rows": 20}
+    world.config["baselines"] = {"sweeps": 2}
+    one, other = Somewhere(tmp_path / "one", world.config), elsewhere(world.config, tmp_path)
+    for night in world.nights[3:]:
+        process = other.start(night)
+        one.keep(plain_night(RetrainConfig.model_validate(one.config), night))
+        other.end(process)
     assert_equal_nights(one, other, world.nights[3:])

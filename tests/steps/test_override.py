@@ -1,33 +1,39 @@
 """An operator's word in place of the gate's: recorded, and the only way past a hold."""
 
+import shutil
 from pathlib import Path
 
 from flows.config import RetrainConfig
-from tasks.release.pointer import read_pointer
+from tasks.release.pointer import promote
 from tasks.releases import releases
-from tasks.steps import store_of
+from tests.finished import Finished
 from tests.steps.plain import plain_night
-from tests.world import write_world
 
 REASON = "the market opens tomorrow"
 
 
-def test_a_held_night_is_released_by_override_and_the_pointer_keeps_the_reason(tmp_path: Path) -> None:
-    world = write_world(tmp_path, nights=5, users=24)
+def test_a_held_night_is_released_by_override_and_the_pointer_keeps_the_reason(damageable: Finished) -> None:
+    tree = damageable.world.config
     # With so few users no bound is within a margin of 0, so `hold` holds.
-    config = RetrainConfig.model_validate(world.config | {"gate": {"when_unsure": "hold", "margin": 0.0}})
-    night, place = world.nights[-1], config.place()
+    config = RetrainConfig.model_validate(tree | {"gate": tree["gate"] | {"when_unsure": "hold", "margin": 0.0}})
+    place = config.place()
+    # The last night stands as it did before it was released: its records are there, and readers see the night before.
+    first, last = (made.published for made in damageable.results)
+    token = damageable.pointer.fencing_token
+    before = promote(damageable.store, "tiny", first.release, first.night, token, force=True, reason="by hand")
+    shutil.rmtree(Path(config.store) / "tiny" / "releases" / last.release)
 
-    held = plain_night(config, night)
+    held = plain_night(config, last.night)
     assert (held.verdict.go, held.published.promoted) == (False, False)
     assert "--override" in held.verdict.reasons[-1]
-    assert read_pointer(store_of(place), place.pipeline) is None
+    assert damageable.pointer == before
+    assert [(row.go, row.champion) for row in releases(place)] == [(True, True), (False, False)]
 
-    released = plain_night(config, night, override=REASON)
+    released = plain_night(config, last.night, override=REASON)
     assert released.published.promoted
     assert [step.reused for step in released.steps[:-1]] == [True] * (len(released.steps) - 1)
-    pointer = read_pointer(store_of(place), place.pipeline)
-    assert pointer is not None
-    assert (pointer.release, pointer.generation) == (held.published.release, 1)
+    pointer = damageable.pointer
+    assert (pointer.release, pointer.previous) == (held.published.release, first.release)
+    assert pointer.generation == before.generation + 1
     assert REASON in pointer.reason
-    assert [(row.go, row.champion) for row in releases(place)] == [(True, True)]
+    assert [(row.go, row.champion) for row in releases(place)] == [(True, False), (True, True)]

@@ -18,7 +18,7 @@ from tasks.ingest import ingest
 from tasks.meta_train import meta_train
 from tasks.prepare import prepare
 from tasks.publish import publish
-from tasks.references import PrepareRef, PublishRef, StepRef, ValidateRef, VerdictRef
+from tasks.references import FinishedSteps, PrepareRef, PublishRef, StepRef, ValidateRef, VerdictRef
 from tasks.steps import hold
 from tasks.validate import validate
 
@@ -87,12 +87,12 @@ def nightly_retrain(
         verdict = judge(place, data, segments, gate, ingested, validated, prepared, exam)
         ship = adapt(place, data, segments, adapter, prepared, base, bank="ship", exam=exam)
         exported = export(place, data, segments, config.statistics, ingested, validated, prepared, base, ship)
-        steps = (ingested, validated, prepared, base, bank, exam, verdict, ship, exported)
-        published = publish(
-            *(place, data, gate, ingested, validated, prepared, base, exam, verdict, ship, exported),
-            *(steps, config.digest(), promote, override, lease.token),
-        )
-    shared = [{name: getattr(ref, name) for name in StepRef.model_fields} for ref in (*steps, published)]
+        done = FinishedSteps(
+            ingested=ingested, validated=validated, prepared=prepared, base=base, bank=bank,
+            exam=exam, verdict=verdict, ship=ship, exported=exported,
+        )  # fmt: skip
+        published = publish(place, data, gate, done, config.digest(), promote, override, lease.token)
+    shared = [{name: getattr(ref, name) for name in StepRef.model_fields} for ref in (*done.in_order, published)]
     return NightResult(
         night=night,
         validated=validated,

@@ -1,10 +1,12 @@
 """Adapt: the weights of every segment, all of them in batched passes; once for the exam, once to ship."""
 
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from tasks.clients.workspace import digest_of
 from tasks.data import vocabulary
@@ -12,16 +14,17 @@ from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, SegmentsConfig
 from tasks.data.vocabulary import Vocabularies
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.bank import Bank, fill_bank
+from tasks.learning.bank import Bank, Harmful, fill_bank
 from tasks.learning.exams import segment_names
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import I64, Material
 from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
 from tasks.references import BankRef, BaseRef, ExamRef, Place, PrepareRef
+from tasks.release.segment_gate import LevelHarm
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
 
-VERSION = 1
+VERSION = 2
 
 
 @verb
@@ -45,10 +48,11 @@ def adapt(
         prepared: the columns.
         base: the base.
         bank: `exam` reads the history alone, `ship` the night as well.
-        exam: for `ship`: whose own weights are proven to do harm. They get their parent's.
+        exam: for `ship`: of which segments and support sizes it is proven that own weights do harm. They get their
+            parent's.
     """
     layout = recalled(place, "history", prepared.history) if bank == "exam" else record_of(place, prepared)
-    harmful: list[list[str]] = [] if exam is None else record_of(place, exam).content["harmful"]
+    proven = [] if exam is None else record_of(place, exam).content["harmful"]
     night = record_of(place, prepared).content["nights"][-1]
     device = device_of(place)
     section = {
@@ -66,7 +70,7 @@ def adapt(
         with steady(0, None):
             filled = fill_bank(
                 *(ladder, material, material.scorer(trained.network), trained.table(), trained.kinds, adapter, before),
-                harmful=_keys(rows, vocabularies, harmful) if harmful else None,
+                harmful=refuser(rows, vocabularies, proven) if proven else None,
             )
         filled.save(folder / "bank.safetensors")
         solved = sum(len(level.keys) for level in filled.levels)
@@ -75,13 +79,14 @@ def adapt(
             "names": [" x ".join(level.columns) for level in rows.levels],
             "seen": [level.size for level in rows.levels],
             "levels": [len(level.keys) for level in filled.levels],
+            "refused": [len(level.refused) for level in filled.levels],
             "support": support_histogram(filled),
             "segments": sum(level.size for level in rows.levels),
             "adapted": solved,
         }
         return Product(content, {}, {"bank.safetensors": folder / "bank.safetensors"})
 
-    inputs = {"layout": layout.digest, "base": base.digest, "harmful": digest_of(harmful)}
+    inputs = {"layout": layout.digest, "base": base.digest, "harmful": digest_of(proven)}
     record, shared = carry_out(place, f"adapt-{bank}", VERSION, date.fromisoformat(night), inputs, section, work)
     return BankRef(**shared, bank=bank, segments=record.content["segments"], adapted=record.content["adapted"])
 
@@ -94,11 +99,21 @@ def support_histogram(bank: Bank) -> list[tuple[str, int]]:
     return list(zip(labels, np.histogram(support, edges)[0].tolist(), strict=True))
 
 
-def _keys(rows: Rows, vocabularies: Vocabularies, harmful: list[list[str]]) -> tuple[I64, ...]:
-    """Mixed-radix keys of segments given by their raw names, one array per level."""
-    found = []
-    for level, names in zip(rows.levels, harmful, strict=True):
-        keys = np.asarray(level.keys)
-        raw = segment_names(keys, level.columns, level.radices, vocabularies).to_numpy(zero_copy_only=False)
-        found.append(keys[np.isin(raw.astype(str), np.array(names, dtype=str))])
-    return tuple(found)
+def refuser(rows: Rows, vocabularies: Vocabularies, proven: Sequence[Mapping[str, object]]) -> Harmful:
+    """A function that says which segments of a bank get no weights of their own.
+
+    Args:
+        rows: what the bank is solved from.
+        vocabularies: of the rows.
+        proven: `LevelHarm` of each level as JSON, finest first.
+    """
+    harms = [LevelHarm.model_validate(one) for one in proven]
+
+    def refused(level: int, keys: I64, support: I64) -> npt.NDArray[np.bool_]:
+        harm, whose = harms[level], rows.levels[level]
+        if not harm.proven:
+            return np.zeros(len(keys), bool)
+        names = segment_names(keys, whose.columns, whose.radices, vocabularies).to_numpy(zero_copy_only=False)
+        return harm.refuses(names.astype(str), support)
+
+    return refused

@@ -25,7 +25,6 @@ from tasks.learning.exams import (
     column,
     facts,
     joined,
-    segment_names,
     sit,
 )
 from tasks.learning.intervals import Interval
@@ -41,7 +40,7 @@ from tasks.release.segment_gate import decide_segments
 from tasks.replay import champion_scores
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
 
-VERSION = 1
+VERSION = 2
 TABLE = "exam.parquet"
 ANSWERS = "champion.parquet"
 
@@ -86,26 +85,11 @@ def evaluate(
         pq.write_table(table, folder / TABLE, compression="zstd")
         progress(table.num_rows, table.num_rows, "rows")
         tables = [table, *(exam for exam, _ in earlier_exams(place, ingested, table, lead))]
-        history = rows_of(place, recalled(place, "history", prepared.history))
-        names = [
-            segment_names(own.keys, level.columns, tuple(own.radices.tolist()), vocabularies)
-            .to_numpy(zero_copy_only=False)
-            .astype(str)
-            for own, level in zip(exam_bank.levels, history.levels, strict=True)
-        ]
-        counts = [len(own.keys) for own in exam_bank.levels]
-        verdicts = decide_segments(
-            gate,
-            segment_evidence(tables, lead),
-            np.repeat(np.arange(len(counts), dtype=np.int64), counts),
-            np.concatenate(names) if sum(counts) else np.zeros(0, str),
-            np.concatenate([own.support for own in exam_bank.levels]),
-        )
-        refused = np.split(~verdicts.keep, np.cumsum(counts)[:-1])
+        verdicts = decide_segments(gate, segment_evidence(tables, lead))
         content = {
             "rows": table.num_rows,
             "users": len(np.unique(np.asarray(rows.user)[night.at])),
-            "harmful": [sorted(raw[out].tolist()) for raw, out in zip(names, refused, strict=True)],
+            "harmful": [harm.model_dump(mode="json") for harm in verdicts.harm(len(segments.levels))],
         }
         notes = {"tested": verdicts.table()}
         return Product(content, notes, {TABLE: folder / TABLE})

@@ -2,53 +2,21 @@
 
 import json
 import os
-import platform
 import shutil
-import subprocess
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from getpass import getuser
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from tasks.clients.workspace import canonical_json
 from tasks.data.contract import DataConfig
-from tasks.evaluate import exam_table
 from tasks.ingest import intent_key, released_prefix
-from tasks.learning.intervals import Interval
-from tasks.references import (
-    BankRef,
-    BaseRef,
-    ExamRef,
-    ExportRef,
-    IngestRef,
-    Place,
-    PrepareRef,
-    PublishRef,
-    StepRef,
-    ValidateRef,
-    VerdictRef,
-)
+from tasks.night_report import night_report
+from tasks.references import ExamRef, ExportRef, FinishedSteps, IngestRef, Place, PublishRef, VerdictRef
 from tasks.release.gate import GateConfig, ReleaseVerdict
 from tasks.release.gate import override as overridden
 from tasks.release.interface import Interface, read_interface
 from tasks.release.manifest import Manifest, describe
-from tasks.release.night import (
-    Adapters,
-    Comparison,
-    Epoch,
-    Expectation,
-    HistoryNight,
-    InputFile,
-    Intake,
-    LadderLevel,
-    NightReport,
-    ObjectiveExams,
-    PublishedFile,
-    Step,
-)
 from tasks.release.pointer import promote as move_pointer
 from tasks.release.pointer import publish_release, read_pointer
 from tasks.release.report import render
@@ -57,7 +25,6 @@ from tasks.releases import location
 from tasks.steps import Product, Progress, carry_out, open_workspace, recalled, record_of, still_held, store_of, verb
 
 VERSION = 1
-PACKAGES = ("torch", "onnx", "onnxruntime-gpu", "numpy", "pyarrow", "duckdb", "great-expectations", "prefect")
 
 
 @verb
@@ -65,15 +32,7 @@ def publish(
     place: Place,
     data: DataConfig,
     gate: GateConfig,
-    ingested: IngestRef,
-    validated: ValidateRef,
-    prepared: PrepareRef,
-    base: BaseRef,
-    exam: ExamRef,
-    verdict: VerdictRef,
-    ship: BankRef,
-    exported: ExportRef,
-    steps: tuple[StepRef, ...],
+    done: FinishedSteps,
     config: str,
     promote: bool,
     override: str | None,
@@ -81,24 +40,31 @@ def publish(
 ) -> PublishRef:
     """Make the release visible, then move the pointer if the gate said go and promotion was asked for.
 
+    Args:
+        place: where.
+        data: the contract.
+        gate: the gate's section.
+        done: what the night's steps have left.
+        config: digest of the config, to be kept with the release.
+        promote: whether the pointer may move.
+        override: an operator's reason to release although the gate holds.
+        token: of the lease, for the pointer.
+
     Raises:
         PointerMoved: somebody else moved the pointer since the night began.
         StoreError: the store refused; publishing again is safe.
     """
     store, workspace = store_of(place), open_workspace(place)
-    night = ingested.night
     if override is not None:
-        said = ReleaseVerdict(verdict.go, "hold", verdict.reasons)
-        decision = overridden(said, True, _operator(), override)
-        verdict = verdict.model_copy(
-            update={"go": True, "decided_by": decision.decided_by, "reasons": decision.reasons}
-        )
+        done = done.model_copy(update={"verdict": _overridden(done.verdict, override)})
+    ingested, exported, verdict = done.ingested, done.exported, done.verdict
+    night = ingested.night
     folder_key = f"{place.pipeline}/releases/{exported.release}"
 
     def work(folder: Path, progress: Progress) -> Product:
         release = folder / "release"
         shutil.copytree(workspace.folder(record_of(place, exported), "release"), release)
-        report = _report(place, data, gate, ingested, validated, prepared, base, exam, verdict, ship, exported, steps)
+        report = night_report(place, data, gate, done)
         run = {
             "version": 1,
             "night": night.isoformat(),
@@ -108,13 +74,13 @@ def publish(
             "parent": ingested.parent,
             "champion": ingested.champion,
             "config": config,
-            "exam": exam.key,
+            "exam": done.exam.key,
             "verdict": verdict.key,
             "report": asdict(report),
         }
         pages = {
             name: workspace.file(docs, name).read_bytes()
-            for docs in (recalled(place, "docs", validated.docs),)
+            for docs in (recalled(place, "docs", done.validated.docs),)
             for name in docs.content["files"]
         }
         manifest = Manifest(
@@ -141,7 +107,7 @@ def publish(
     section = {"promote": promote, "config": config, "override": override}
     record, shared = carry_out(place, "publish", VERSION, night, inputs, section, work)
     # Also where the record was there: since then another config may have made this night its own.
-    _note_released(place, ingested, exam, verdict, exported, config)
+    _note_released(place, ingested, done.exam, verdict, exported, config)
     return PublishRef(
         **shared,
         release=exported.release,
@@ -174,6 +140,13 @@ def _promote(
         reason=why,
     )
     return why, True
+
+
+def _overridden(verdict: VerdictRef, reason: str) -> VerdictRef:
+    """The verdict with an operator's word in place of the gate's."""
+    said = ReleaseVerdict(verdict.go, "hold", verdict.reasons)
+    decision = overridden(said, True, _operator(), reason)
+    return verdict.model_copy(update={"go": True, "decided_by": decision.decided_by, "reasons": decision.reasons})
 
 
 def _operator() -> str:
@@ -215,120 +188,3 @@ def _note_released(
 def _interface(path: Path) -> Interface:
     read = Reader(f"the exported {path.name}")
     return read_interface(read, read.document(path.read_bytes(), 2**24))
-
-
-def _report(
-    place: Place,
-    data: DataConfig,
-    gate: GateConfig,
-    ingested: IngestRef,
-    validated: ValidateRef,
-    prepared: PrepareRef,
-    base: BaseRef,
-    exam: ExamRef,
-    verdict: VerdictRef,
-    ship: BankRef,
-    exported: ExportRef,
-    steps: tuple[StepRef, ...],
-) -> NightReport:
-    store = store_of(place)
-    frozen = record_of(place, ingested).content["frozen"]
-    checked, trained, judged = record_of(place, validated), record_of(place, base), record_of(place, verdict)
-    examined = record_of(place, exam)
-    layout = recalled(place, "history", prepared.history)
-    files = record_of(place, exported).content["files"]
-    blobs = f"{place.pipeline}/blobs/"
-    lead = gate.objective or data.objectives[0].name
-    return NightReport(
-        pipeline=place.pipeline,
-        night=ingested.night.isoformat(),
-        release=exported.release,
-        parent=ingested.parent,
-        champion=ingested.champion,
-        go=verdict.go,
-        decided_by=verdict.decided_by,
-        reasons=verdict.reasons,
-        intake=Intake(
-            files=tuple(InputFile(**file) for file in frozen["files"]),
-            rows=validated.rows,
-            clean=validated.clean,
-            bad=validated.bad,
-            limit=data.max_bad_rows,
-            reasons=validated.reasons,
-            examples=tuple(checked.notes["examples"]),
-            expectations=tuple(_expectation(one) for one in checked.notes["expectations"]),
-            data_docs="data_docs/index.html",
-        ),
-        history=(
-            *(HistoryNight(night, None) for night in layout.content["nights"]),
-            *(HistoryNight(night, None, reason) for night, reason in prepared.left_out.items()),
-        ),
-        curve=tuple(Epoch(*point) for point in trained.notes["curve"]),
-        best_epoch=trained.content["epoch"],
-        objectives=tuple(_exams(one, lead, gate) for one in judged.notes["exams"]),
-        adapters=_adapters(place, data, ship, examined.content["harmful"], examined.notes, exam),
-        published=tuple(
-            PublishedFile(
-                name.removeprefix("release/"), about["bytes"], about["sha256"], store.exists(blobs + about["sha256"])
-            )
-            for name, about in sorted(files.items())
-        ),
-        steps=tuple(Step(step.step, step.seconds, step.peak_mib, step.reused) for step in steps),
-        alarms=tuple((name, message) for name, message in judged.notes["alarms"]),
-        provenance=provenance() | {"training": trained.notes["why"], "champion": judged.notes["champion"]["why"]},
-    )
-
-
-def _expectation(one: Mapping[str, Any]) -> Expectation:
-    about = ", ".join(str(value) for name, value in one["kwargs"].items() if name in ("column", "column_list"))
-    found = one["observed"] if one["observed"] is not None else f"{one['unexpected']} unexpected"
-    return Expectation(f"{one['type']}({about})", bool(one["success"]), str(found))
-
-
-def _exams(told: Mapping[str, Any], lead: str, gate: GateConfig) -> ObjectiveExams:
-    return ObjectiveExams(
-        objective=told["objective"],
-        loss="log-loss" if told["kind"] == "binary" else "squared error",
-        nightly=told["nightly"],
-        first_contact={int(k): figures for k, figures in told["first_contact"].items()},
-        comparisons=tuple(
-            Comparison.of(
-                *(one["exam"], one["method"], Interval.from_json(one["interval"])),
-                *(one["k"], one["common_rows"], one["nights"]),
-            )
-            for one in told["comparisons"]
-        ),
-        margin=gate.margin if told["objective"] == lead else None,
-    )
-
-
-def _adapters(
-    place: Place, data: DataConfig, ship: BankRef, harmful: list[list[str]], notes: Mapping[str, Any], exam: ExamRef
-) -> Adapters:
-    record = record_of(place, ship)
-    served = exam_table(place, exam.key)["level"].to_numpy()
-    names = record.content["names"]
-    return Adapters(
-        levels=tuple(
-            LadderLevel(name, seen, adapted, len(harmful[at]), int((served == at).sum()))
-            for at, (name, seen, adapted) in enumerate(
-                zip(names, record.content["seen"], record.content["levels"], strict=True)
-            )
-        ),
-        support=tuple((label, count) for label, count in record.content["support"]),
-        tested=tuple(notes["tested"]),
-    )
-
-
-def provenance() -> dict[str, str]:
-    """What made a release: commit, Python, machine and package versions."""
-    told = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in PACKAGES:
-        try:
-            told[package] = version(package)
-        except PackageNotFoundError:
-            told[package] = "not installed"
-    root = Path(__file__).resolve().parent.parent
-    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    told["commit"] = found.stdout.strip() if found.returncode == 0 else "not a git checkout"
-    return told

@@ -154,6 +154,28 @@ class ExportRef(StepRef):
     """Largest difference between the graph and the network over the golden requests."""
 
 
+class FinishedSteps(Section):
+    """What every step of a night left, up to the release that is to be published."""
+
+    ingested: IngestRef
+    validated: ValidateRef
+    prepared: PrepareRef
+    base: BaseRef
+    bank: BankRef
+    """The bank that was examined."""
+    exam: ExamRef
+    verdict: VerdictRef
+    ship: BankRef
+    """The bank that ships."""
+    exported: ExportRef
+
+    @property
+    def in_order(self) -> tuple[StepRef, ...]:
+        """The steps in the order in which they ran."""
+        before = (self.ingested, self.validated, self.prepared, self.base, self.bank)
+        return (*before, self.exam, self.verdict, self.ship, self.exported)
+
+
 class PublishRef(StepRef):
     """A published release."""
 

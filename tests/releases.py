@@ -14,14 +14,16 @@ import torch
 from tasks.data.contract import DataConfig
 from tasks.data.statistics import StatisticsTables
 from tasks.data.vocabulary import Vocabulary
+from tasks.learning.adapters import AdapterConfig, Precisions
+from tasks.learning.base import Base, save_base
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.release.golden import Golden, Parity, check_parity, draw_requests, examples, make_golden, write_golden
 from tasks.release.graphs import export
-from tasks.release.interface import Interface, LevelSpec
+from tasks.release.interface import Interface, Json, LevelSpec
 from tasks.release.lookups import input_specs, objectives, wires
 from tasks.release.manifest import Manifest, content_digest
 from tasks.release.manifest import describe as describe_files
-from tasks.release.tables import LevelTable, ServingTables, write_base, write_tables
+from tasks.release.tables import LevelTable, ServingTables, write_tables
 
 PIPELINE = "shop"
 NIGHT = date(2026, 3, 1)
@@ -191,16 +193,12 @@ def make_release(folder: Path, kind: str = "full", seed: int = 0, night: date = 
     golden = make_golden(network, bank, tables, data, draw_requests(data, rows))
     write_golden(data, golden, folder)
     parity = check_parity(data, tables, golden, folder)
-    write_base(network, folder)
+    adapter, columns = AdapterConfig(), tuple(level.columns for level in tables.levels)
+    precisions = Precisions(len(columns), len(data.objectives), adapter.width(network.width), adapter)
+    save_base(Base(network, precisions, columns, adapter, night), folder)
     write_tables(tables, folder)
-    manifest = Manifest.of_folder(
-        PIPELINE,
-        folder,
-        describe(data, tables, golden, night),
-        {"largest": parity.model},
-        {"log_loss": 0.5},
-        {"seed": seed},
-    )
+    interface = describe(data, tables, golden, night)
+    manifest = manifest_of(folder, interface, {"largest": parity.model}, {"log_loss": 0.5}, {"seed": seed})
     return Made(data, network, bank, tables, rows, golden, folder, manifest, parity)
 
 
@@ -214,9 +212,15 @@ def next_night(made: Made, folder: Path, night: date, seed: int = 1) -> Made:
     write_golden(made.data, golden, folder)
     parity = check_parity(made.data, made.tables, golden, folder)
     interface = describe(made.data, made.tables, golden, night)
-    (folder / "interface.json").unlink()
-    manifest = Manifest.of_folder(PIPELINE, folder, interface, {}, {}, {})
+    manifest = manifest_of(folder, interface)
     return replace(made, bank=bank, golden=golden, folder=folder, manifest=manifest, parity=parity)
+
+
+def manifest_of(folder: Path, interface: Interface, *told: Json) -> Manifest:
+    """The manifest of a folder that is finished but for its `interface.json`."""
+    (folder / "interface.json").write_bytes(interface.serialise())
+    files = describe_files(folder)
+    return Manifest(PIPELINE, content_digest(files), files, interface, *told)
 
 
 def described_anew(made: Made, folder: Path) -> Manifest:

@@ -3,7 +3,7 @@
 Shapes: G slots, slot 0 the base; K objectives; D adapter features; N rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import I64, Material, Scorer
 
 F32 = npt.NDArray[np.float32]
+Harmful = Callable[[int, I64, I64], npt.NDArray[np.bool_]]
+"""A level's number, keys and support rows of its segments [S], to whether the weights solved from them do harm [S]."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class BankLevel:
         slots: rows of the bank.
         support: rows that the weights were solved from.
         parent: slot of the parent's weights.
+        refused: keys of the segments that had the rows, but whose own weights are proven to do harm.
     """
 
     radices: I64
@@ -39,6 +42,7 @@ class BankLevel:
     slots: I64
     support: I64
     parent: I64
+    refused: I64
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def fill_bank(
     kinds: tuple[ObjectiveKind, ...],
     config: AdapterConfig,
     night: int,
-    harmful: tuple[I64, ...] | None = None,
+    harmful: Harmful | None = None,
 ) -> Bank:
     """Solve every segment from its rows before a night.
 
@@ -103,26 +107,33 @@ def fill_bank(
         kinds: kind of each objective.
         config: how to solve.
         night: ordinal; rows of that night and later are not read.
-        harmful: for each level, finest first, the keys whose own weights are proven to do harm: they get none.
+        harmful: which segments get no weights of their own, by level, key and support; asked once per level, about
+            those that have the rows for them. None refuses nobody.
 
     Returns:
         The bank. Slots are numbered level by level, coarsest first, by key.
     """
     stages, chosen = ladder.bank_stages(night)
     levels = ladder.rows.levels
+    keep: list[npt.NDArray[np.bool_]] = []
+    refused: list[I64] = []
+    for number, (stage, segment) in enumerate(zip(stages, chosen, strict=True)):
+        at = len(levels) - 1 - number
+        keys, support = np.asarray(levels[at].keys)[segment], stage.windows.lengths
+        own = support > 0
+        guilty = np.zeros(len(own), bool)
+        if harmful is not None:
+            guilty[own] = harmful(at, keys[own], support[own])
+        keep.append(own & ~guilty)
+        refused.append(keys[guilty])
     with torch.no_grad():
-        keep: list[npt.NDArray[np.bool_]] = []
-        for number, (stage, segment) in enumerate(zip(stages, chosen, strict=True)):
-            at = len(levels) - 1 - number
-            own = stage.windows.lengths > 0
-            if harmful is not None:
-                own &= ~np.isin(np.asarray(levels[at].keys)[segment], harmful[at])
-            keep.append(own)
         solutions = climb(stages, scorer, material, precisions, kinds, config, keep)
     table = [precisions.new_zeros(1, len(kinds), precisions.shape[-1])]
     made: list[BankLevel] = []
     size, above = 1, np.zeros(1, np.int64)
-    for stage, segment, own, solution, level in zip(stages, chosen, keep, solutions, reversed(levels), strict=True):
+    for stage, segment, own, out, solution, level in zip(
+        stages, chosen, keep, refused, solutions, reversed(levels), strict=True
+    ):
         parent = above[stage.parent]  # -1 picks the last entry, which stands for the base
         slots = np.where(own, size + np.cumsum(own) - 1, parent)
         table.append(solution[torch.from_numpy(own).to(solution.device)])
@@ -133,6 +144,7 @@ def fill_bank(
                 slots[own],
                 stage.windows.lengths[own],
                 parent[own],
+                out,
             )
         )
         size, above = size + int(own.sum()), np.r_[slots, 0]

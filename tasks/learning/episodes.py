@@ -54,7 +54,6 @@ def score_visits(
     kinds: tuple[ObjectiveKind, ...],
     config: AdapterConfig,
     query_rows: int | None = None,
-    personal: bool = True,
 ) -> Scores:
     """Adapt on each visit's support and score its later rows.
 
@@ -68,20 +67,17 @@ def score_visits(
         kinds: kind of each objective.
         config: how to solve.
         query_rows: most query rows of a visit, the earliest; None for all.
-        personal: whether the user has a level of his own.
     """
-    plan = ladder.plan(visits, after, personal)
     border, query = visits.split(after)
     if query_rows is not None:
         query = Windows(query.start, np.minimum(query.stop, border + query_rows))
     rows, visit = query.flat()
     logits, features = scorer(rows)
     width = precisions.shape[-1]
-    if not plan.stages or width == 0:
+    if width == 0:
         return Scores(rows, logits, logits)
-    solution = climb(plan.stages, scorer, material, precisions, kinds, config)[-1]
-    serving = torch.from_numpy(plan.serving[visit]).to(logits.device)
-    weights = solution[serving.clamp_min(0)] * (serving >= 0)[:, None, None]
+    solution = climb(ladder.plan(visits, after), scorer, material, precisions, kinds, config)[-1]
+    weights = solution[torch.from_numpy(visit).to(logits.device)]
     return Scores(rows, logits, apply(logits, features[:, :width], weights))
 
 

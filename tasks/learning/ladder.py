@@ -43,19 +43,6 @@ class Stage:
     parent: I64
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Stages from the coarsest level to the finest, and the segment that serves each visit.
-
-    Attributes:
-        stages: at least one per level that is adapted; empty when nothing is.
-        serving: number in the last stage of each visit's segment, -1 for the base [V].
-    """
-
-    stages: tuple[Stage, ...]
-    serving: I64
-
-
 def learned_levels(segments: SegmentsConfig, user: str) -> tuple[tuple[str, ...], ...]:
     """Levels that have precisions: the config's, below the user's own, which the exam of first contact adapts."""
     return segments.levels if segments.levels[0] == (user,) else ((user,), *segments.levels)
@@ -88,7 +75,7 @@ class Ladder:
         start = np.maximum(np.asarray(self.coarse[at].offsets)[segment], stop - self.segments.max_support)
         return Windows(start, stop.astype(np.int64))
 
-    def plan(self, visits: Visits, support_rows: I64, personal: bool = True) -> Plan:
+    def plan(self, visits: Visits, support_rows: I64) -> list[Stage]:
         """What serves each visit after its first `support_rows` rows: the user's weights over those of his segments.
 
         Coarser segments are supported by rows of earlier nights only, so that no user's night reaches another's. A
@@ -98,16 +85,15 @@ class Ladder:
         Args:
             visits: whose rows are to be scored [V].
             support_rows: rows of the visit itself that are support [V].
-            personal: whether the user has a level of his own.
+
+        Returns:
+            Stages from the coarsest level to the user's own, whose segments are the visits.
         """
         border, _ = visits.split(support_rows)
         start = np.maximum(visits.first, border - self.segments.max_support)
         thin = border - start < self.segments.min_support
         stages, serving = self._coarse_stages(np.where(thin, visits.rows.start, border - 1), visits.night)
-        if not personal:
-            return Plan(tuple(stages), serving)
-        stages.append(Stage(0, None, Windows(np.where(thin, border, start), border), serving))
-        return Plan(tuple(stages), np.arange(len(visits), dtype=np.int64))
+        return [*stages, Stage(0, None, Windows(np.where(thin, border, start), border), serving)]
 
     def bank_stages(self, night: int) -> tuple[list[Stage], list[I64]]:
         """Stages of the config's levels for every segment that has rows before a night (an ordinal).

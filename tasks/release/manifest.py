@@ -88,20 +88,6 @@ class Manifest:
         return json.dumps(written, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
     @classmethod
-    def of_folder(
-        cls, pipeline: str, folder: Path, interface: Interface, parity: Json, metrics: Json, provenance: Json
-    ) -> "Manifest":
-        """Describe a finished release folder; `interface.json` is written into it first.
-
-        Raises:
-            ReleaseRefused: a content file is missing, or there is a file that no release has.
-        """
-        (folder / "interface.json").write_bytes(interface.serialise())
-        _complete({path.name for path in folder.iterdir()}, f"the release folder {folder}")
-        files = describe(folder)
-        return cls(pipeline, content_digest(files), files, interface, parity, metrics, provenance)
-
-    @classmethod
     def parse(cls, data: bytes, pipeline: str, release: str) -> "Manifest":
         """Read a manifest, and trust nothing in it.
 

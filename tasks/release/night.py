@@ -142,7 +142,7 @@ class LadderLevel:
     adapted: int
     """Segments with an adapter of their own."""
     fallen_back: int
-    """Segments whose own adapter was proven harmful."""
+    """Segments with the rows for an adapter that got none, for it is proven to do harm."""
     rows: int | None
     """Tonight's rows served by this level's adapters."""
 

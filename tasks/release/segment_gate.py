@@ -1,4 +1,8 @@
-"""Which segments keep their own adapter: it stays unless evidence pooled over nightly exams shows that it harms."""
+"""Which segments keep their own adapter: it stays unless evidence pooled over nightly exams shows that it harms.
+
+The evidence is of the banks that were examined, the verdict is carried out on the bank that ships: that one knows
+segments that are new on the night, and has seen more rows of the others.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tasks.data.contract import Section
 from tasks.learning.intervals import MIN_CLUSTERS
 from tasks.release.gate import GateConfig
 
@@ -25,7 +30,7 @@ class SegmentEvidence:
     level: I64
     """[E] ladder level, 0 the finest."""
     key: NDArray[Any]
-    """[E] the segment's key; it must mean the same segment in every exam and in the bank (ints or strings)."""
+    """[E] the segment's raw key, which means the same segment in every exam and in every bank."""
     support: I64
     """[E] support rows behind the adapter that was examined."""
     rows: I64
@@ -36,9 +41,41 @@ class SegmentEvidence:
     """[E] sum over those rows of that difference squared."""
 
 
+class LevelHarm(Section):
+    """What is proven about one level: enough to say of any bank which of its segments fall back."""
+
+    convicted: tuple[str, ...] = ()
+    """Segments whose own weights are proven to do harm, by raw key."""
+    buckets: tuple[tuple[int, int | None], ...] = ()
+    """Least and most support rows of weights that are proven to do harm together; None: no limit."""
+    acquitted: tuple[str, ...] = ()
+    """Segments that were tested by themselves and not convicted. None are listed where no bucket is convicted: only
+    there do they need protection. Each has `min_exam_rows` exam rows, so they are few beside the rows of the exams."""
+
+    @property
+    def proven(self) -> bool:
+        """Whether there is anything to refuse."""
+        return bool(self.convicted or self.buckets)
+
+    def refuses(self, key: NDArray[Any], support: I64) -> BoolArray:
+        """Which segments of a bank fall back to their parent's weights or the base.
+
+        A segment's own verdict goes before that of its bucket, and the bucket is that of the weights that would ship.
+
+        Args:
+            key: [S] raw keys.
+            support: [S] rows behind the weights in question.
+        """
+        refused = np.zeros(len(key), bool)
+        for least, most in self.buckets:
+            refused |= (support >= least) & (most is None or support <= most)
+        refused &= ~np.isin(key, np.array(self.acquitted, str))
+        return refused | np.isin(key, np.array(self.convicted, str))
+
+
 @dataclass(frozen=True)
-class Hypotheses:
-    """What was tested: single segments and buckets, one row each."""
+class SegmentVerdicts:
+    """What was tested, single segments and buckets, one row each, and what was found."""
 
     level: I64
     """[H] ladder level."""
@@ -55,44 +92,43 @@ class Hypotheses:
     harmful: BoolArray
     """[H] proven, with false discovery controlled over all of them."""
     segments: I64
-    """[H] segments of the bank that the verdict speaks for."""
+    """[H] segments that were examined, and make up the sample of a bucket."""
 
+    def harm(self, levels: int) -> tuple[LevelHarm, ...]:
+        """What is proven about each level of a ladder of so many, finest first; by key, so that equal is equal."""
+        return tuple(self._harm_of(level) for level in range(levels))
 
-@dataclass(frozen=True)
-class SegmentVerdicts:
-    """Which adapters of a bank ship."""
-
-    keep: BoolArray
-    """[S] False: the segment falls back to its parent's adapter or the base."""
-    hypothesis: I64
-    """[S] row of `tested` that speaks for the segment, -1 if no evidence does (it ships)."""
-    tested: Hypotheses
-    """What was tested."""
+    def _harm_of(self, level: int) -> LevelHarm:
+        here, single = self.level == level, self.bucket < 0
+        buckets = np.unique(self.bucket[here & ~single & self.harmful])
+        acquitted = here & single & ~self.harmful if len(buckets) else np.zeros(len(here), bool)
+        return LevelHarm(
+            convicted=tuple(sorted(map(str, self.key[here & single & self.harmful]))),
+            buckets=tuple(SUPPORT_BUCKETS[bucket] for bucket in buckets),
+            acquitted=tuple(sorted(map(str, self.key[acquitted]))),
+        )
 
     def table(self, limit: int = 20) -> list[dict[str, object]]:
         """Every bucket, then the single segments most suspect of harm, as rows for a report."""
-        tested = self.tested
-        buckets = np.flatnonzero(tested.bucket >= 0)
-        single = np.flatnonzero(tested.bucket < 0)
-        chosen = np.concatenate((buckets, single[np.argsort(tested.p[single], kind="stable")][:limit]))
+        buckets = np.flatnonzero(self.bucket >= 0)
+        single = np.flatnonzero(self.bucket < 0)
+        chosen = np.concatenate((buckets, single[np.argsort(self.p[single], kind="stable")][:limit]))
         return [
             {
-                "level": int(tested.level[row]),
-                "tested": _bucket_name(tested.bucket[row]) if tested.bucket[row] >= 0 else str(tested.key[row]),
-                "rows": int(tested.rows[row]),
-                "estimate": float(tested.estimate[row]),
-                "p": float(tested.p[row]),
-                "harmful": bool(tested.harmful[row]),
-                "segments": int(tested.segments[row]),
+                "level": int(self.level[row]),
+                "tested": _bucket_name(self.bucket[row]) if self.bucket[row] >= 0 else str(self.key[row]),
+                "rows": int(self.rows[row]),
+                "estimate": float(self.estimate[row]),
+                "p": float(self.p[row]),
+                "harmful": bool(self.harmful[row]),
+                "segments": int(self.segments[row]),
             }
             for row in chosen
         ]
 
 
-def decide_segments(
-    config: GateConfig, evidence: SegmentEvidence, level: I64, key: NDArray[Any], support: I64
-) -> SegmentVerdicts:
-    """Which segments of a bank keep their own adapter.
+def decide_segments(config: GateConfig, evidence: SegmentEvidence) -> SegmentVerdicts:
+    """Of which segments, and of which groups of them, it is proven that their own weights do harm.
 
     A segment with `min_exam_rows` pooled rows is tested by itself, its rows being the sample. The others are tested
     together by level and support bucket, the segments being the sample (ratio estimate, variance between segments).
@@ -102,53 +138,39 @@ def decide_segments(
     Args:
         config: the gate's section.
         evidence: pooled over the last nightly exams.
-        level: [S] level of each segment of the bank to ship.
-        key: [S] its key, of the evidence's kind.
-        support: [S] its support rows.
     """
-    exam = len(evidence.level)
-    levels, keys = np.concatenate((evidence.level, level)), np.concatenate((evidence.key, key))
-    segment, example = _groups(levels, np.unique(keys, return_inverse=True)[1])
-    rows, sums, squares = _sums_by(segment[:exam], len(example), evidence.rows, evidence.sums, evidence.squares)
+    segment, example = _groups(evidence.level, np.unique(evidence.key, return_inverse=True)[1])
+    rows, sums, squares = _sums_by(segment, len(example), evidence.rows, evidence.sums, evidence.squares)
     own = np.flatnonzero(rows >= config.min_exam_rows)
     own_rows, own_sums = rows[own], sums[own]
     variance = np.maximum(squares[own] - own_sums**2 / own_rows, 0) / (own_rows - 1)
     own_p = _harm_p(own_sums / own_rows, variance / own_rows, own_rows - 1)
 
-    thin = np.flatnonzero(rows[segment[:exam]] < config.min_exam_rows)
+    thin = np.flatnonzero(rows[segment] < config.min_exam_rows)
     cell = evidence.level[thin] * len(SUPPORT_BUCKETS) + _bucket(evidence.support[thin])
-    cells, cell_rows, cell_estimate, cell_p = _test_cells(cell, segment[thin], evidence.rows[thin], evidence.sums[thin])
-
-    by_own = np.full(len(example), -1)
-    by_own[own] = np.arange(len(own))
-    spoken = by_own[segment[exam:]]
-    wanted = level * len(SUPPORT_BUCKETS) + _bucket(support)
-    place = np.searchsorted(cells, wanted)
-    by_cell = np.where(np.append(cells, -1)[place] == wanted, len(own) + place, -1)
-    hypothesis = np.where(spoken >= 0, spoken, by_cell)
-
+    cells, clusters, cell_rows, cell_estimate, cell_p = _test_cells(
+        cell, segment[thin], evidence.rows[thin], evidence.sums[thin]
+    )
     p = np.concatenate((own_p, cell_p))
-    harmful = benjamini_hochberg(p, config.false_discovery)
-    tested = Hypotheses(
-        level=np.concatenate((levels[example[own]], cells // len(SUPPORT_BUCKETS))),
+    return SegmentVerdicts(
+        level=np.concatenate((evidence.level[example[own]], cells // len(SUPPORT_BUCKETS))),
         bucket=np.concatenate((np.full(len(own), -1), cells % len(SUPPORT_BUCKETS))),
-        key=np.concatenate((keys[example[own]], np.zeros(len(cells), keys.dtype))),
+        key=np.concatenate((evidence.key[example[own]], np.zeros(len(cells), evidence.key.dtype))),
         rows=np.concatenate((own_rows, cell_rows)).astype(np.int64),
         estimate=np.concatenate((own_sums / own_rows, cell_estimate)),
         p=p,
-        harmful=harmful,
-        segments=np.bincount(hypothesis[hypothesis >= 0], minlength=len(p)),
+        harmful=benjamini_hochberg(p, config.false_discovery),
+        segments=np.concatenate((np.ones(len(own)), clusters)).astype(np.int64),
     )
-    return SegmentVerdicts(~np.append(harmful, False)[hypothesis], hypothesis, tested)
 
 
-def _test_cells(cell: I64, segment: I64, rows: I64, sums: F64) -> tuple[I64, F64, F64, F64]:
+def _test_cells(cell: I64, segment: I64, rows: I64, sums: F64) -> tuple[I64, F64, F64, F64, F64]:
     """Tests each cell (level and bucket) by its segments; cells with fewer than `MIN_CLUSTERS` of them are left out.
 
     A cluster is a segment within a cell: one whose support grew from night to night counts in both cells.
 
     Returns:
-        Cells ascending, their rows, difference per row and p value.
+        Cells ascending, their clusters, rows, difference per row and p value.
     """
     cells, index = np.unique(cell, return_inverse=True)
     cluster, first = _groups(index, segment)
@@ -161,7 +183,7 @@ def _test_cells(cell: I64, segment: I64, rows: I64, sums: F64) -> tuple[I64, F64
     judged = clusters >= MIN_CLUSTERS
     cells, clusters, cell_rows, estimate = cells[judged], clusters[judged], cell_rows[judged], estimate[judged]
     variance = clusters / (clusters - 1) * spread[judged] / cell_rows**2
-    return cells, cell_rows, estimate, _harm_p(estimate, variance, clusters - 1)
+    return cells, clusters, cell_rows, estimate, _harm_p(estimate, variance, clusters - 1)
 
 
 def benjamini_hochberg(p: F64, rate: float) -> BoolArray:

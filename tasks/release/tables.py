@@ -1,4 +1,4 @@
-"""What a release knows besides weights: vocabularies, statistics, the slot of every segment; and the base itself.
+"""What a release knows besides weights: vocabularies, statistics, the slot of every segment.
 
 The graphs carry the same numbers for rankers; these files carry them for people, for the next night's warm start and
 for a replay. Equal tables give equal bytes.
@@ -15,16 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from tasks.data import vocabulary
 from tasks.data.contract import DataConfig
 from tasks.data.statistics import StatisticsTables
 from tasks.data.vocabulary import Vocabulary
 from tasks.errors import ObjectCorrupt
-from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
@@ -145,26 +141,3 @@ def _write(table: pa.Table, path: Path) -> None:
 
 def _write_json(value: object, path: Path) -> None:
     path.write_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
-
-
-def write_base(network: Ranker, folder: Path) -> None:
-    """Write the shared network: `base.safetensors` (weights and buffers) and `base.json` (shape and config)."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(state, folder / "base.safetensors")
-    described = {"shape": network.shape.model_dump(mode="json"), "config": network.config.model_dump(mode="json")}
-    _write_json(described, folder / "base.json")
-
-
-def read_base(folder: Path) -> Ranker:
-    """Read what `write_base` wrote, as a network in evaluation mode on the CPU.
-
-    Raises:
-        ObjectCorrupt: the files are damaged or do not fit together.
-    """
-    try:
-        described = json.loads((folder / "base.json").read_bytes())
-        shape = RankerShape.model_validate(described["shape"])
-        config = RankerConfig.model_validate(described["config"])
-        return Ranker.restore(shape, config, load_file(folder / "base.safetensors"))
-    except (OSError, KeyError, ValueError, ValidationError, SafetensorError, RuntimeError) as error:
-        raise ObjectCorrupt(f"the base of the release in {folder} cannot be read: {error}; fetch it again") from error

@@ -14,7 +14,6 @@ from tests.learning.small_rows import FIRST, ladder_of, part, table, told, with_
 
 SEEDS = range(6)
 RIDGE = AdapterConfig()
-NOTHING = np.zeros(0, np.int64)
 
 
 def bank_of(rows, segments, night, scorer=None, harmful=None, config=RIDGE, width=3):
@@ -169,26 +168,40 @@ def test_a_thin_segment_between_hands_its_parents_weights_on():
 def test_harmful_segments_fall_back_to_their_parent_and_children_are_solved_on_that(seed):
     rows, segments, scorer = world(seed), ladder_of(THREE), told(world(seed))
     refused = [(0, (3,)), (1, (1, 1)), (1, (2, 3)), (2, (2,))]
-    harmful = tuple(
-        np.array([key(rows, level, *ids) for at, ids in refused if at == level], np.int64) for level in range(3)
-    )
-    bank = bank_of(rows, segments, 4, scorer, harmful)
+    keys_of = [sorted(key(rows, level, *ids) for at, ids in refused if at == level) for level in range(3)]
+    bank = bank_of(rows, segments, 4, scorer, lambda level, keys, support: np.isin(keys, keys_of[level]))
     oracle = oracle_of(rows, segments, scorer, refused=refused)
-    for at, ids in refused:
-        assert key(rows, at, *ids) not in bank.levels[at].keys
+    everything = bank_of(rows, segments, 4, scorer)
+    for mine, theirs, keys in zip(bank.levels, everything.levels, keys_of, strict=True):
+        assert mine.refused.tolist() == [one for one in keys if one in theirs.keys]
+        assert mine.keys.tolist() == [one for one in theirs.keys if one not in keys]
     slots = bank.slots_of(rows, np.arange(len(rows)))
     for row, slot in enumerate(slots):
         np.testing.assert_allclose(bank.weights[slot], oracle.serving(row, FIRST + 4), atol=2e-6)
-    everything = bank_of(rows, segments, 4, scorer)
     assert len(everything.weights) > len(bank.weights)
     for level in bank.levels:  # nobody stands on a slot that is not there
         assert level.parent.max(initial=0) < len(bank.weights)
 
 
-def test_no_harmful_keys_are_no_change():
+def test_where_nobody_is_refused_nothing_changes():
     plain = bank_of(world(0), ladder_of(THREE), 4)
-    same = bank_of(world(0), ladder_of(THREE), 4, harmful=(NOTHING,) * 3)
+    same = bank_of(world(0), ladder_of(THREE), 4, harmful=lambda level, keys, support: np.zeros(len(keys), bool))
     assert np.array_equal(plain.weights, same.weights)
+    assert [len(level.refused) for level in (*plain.levels, *same.levels)] == [0] * 6
+
+
+def test_it_is_asked_about_segments_that_have_the_rows_with_the_rows_that_are_read():
+    rows = table([1] * 5 + [2] * 3 + [3], [0] * 9, market=[1] * 8 + [2])
+    asked = {}
+
+    def refuse(level, keys, support):
+        asked[level] = dict(zip(keys.tolist(), support.tolist(), strict=True))
+        return support == 3
+
+    bank = bank_of_one(rows, ladder_of(min_support=2, max_support=4), harmful=refuse)
+    assert asked == {0: {1: 4, 2: 3}, 1: {1: 4}}
+    assert [level.keys.tolist() for level in bank.levels] == [[1], [1]]
+    assert [level.refused.tolist() for level in bank.levels] == [[2], []]
 
 
 def test_slots_resolve_the_finest_level_that_knows_the_row():

@@ -108,8 +108,8 @@ def test_visits_of_one_new_segment_keep_their_own_parents():
         labels=np.array([[1, 1.0], [0, -1.0], [0, 0], [0, 0]]),
     )  # fmt: skip
     visits = visits_of(rows).of_nights(FIRST + 1, FIRST + 1)
-    plan = Ladder(rows, ladder_of(CROSSED), "shopper").plan(visits, np.zeros(2, np.int64))
-    weights = climb(plan.stages, told(rows), Material(rows), precisions_of(3), KINDS, RIDGE)[-1][plan.serving]
+    stages = Ladder(rows, ladder_of(CROSSED), "shopper").plan(visits, np.zeros(2, np.int64))
+    weights = climb(stages, told(rows), Material(rows), precisions_of(3), KINDS, RIDGE)[-1]
     oracle = slow(rows, ladder_of(CROSSED), told(rows), precisions_of(3))
     assert not torch.equal(weights[0], weights[1])
     for number, row in enumerate((2, 3)):
@@ -151,7 +151,7 @@ def test_own_support_ends_exactly_before_the_query_and_keeps_the_newest_rows():
     visits = visits_of(rows).of_nights(FIRST + 1, FIRST + 1)
     ladder = Ladder(rows, ladder_of(max_support=4), "shopper")
     for k, window in [(0, (0, 3)), (1, (0, 4)), (2, (1, 5)), (3, (2, 6))]:
-        own = ladder.plan(visits, np.array([k])).stages[-1]
+        own = ladder.plan(visits, np.array([k]))[-1]
         assert (own.level, own.support) == (0, None)
         assert (own.windows.start.tolist(), own.windows.stop.tolist()) == ([window[0]], [window[1]])
 
@@ -160,8 +160,7 @@ def test_coarse_support_is_of_earlier_nights_only_and_keeps_the_newest_rows():
     rows = table([1, 2, 3, 1, 2, 3, 4], [0, 0, 1, 2, 2, 2, 3])
     ladder = Ladder(rows, ladder_of(max_support=2), "shopper")
     visits = visits_of(rows)
-    plan = ladder.plan(visits, np.full(len(visits), 1))
-    market, own = plan.stages
+    market, own = ladder.plan(visits, np.full(len(visits), 1))
     assert (market.level, own.level) == (1, 0)
     for number in range(len(visits)):
         at = own.parent[number]
@@ -175,7 +174,7 @@ def test_fewer_rows_than_min_support_are_no_support():
     rows = table([1, 1, 1, 2], [0, 1, 1, 1])
     visits = visits_of(rows).of_nights(FIRST + 1, FIRST + 1)
     ladder = Ladder(rows, ladder_of(min_support=2), "shopper")
-    lengths = [ladder.plan(visits, np.full(2, k)).stages[-1].windows.lengths.tolist() for k in (0, 1, 2)]
+    lengths = [ladder.plan(visits, np.full(2, k))[-1].windows.lengths.tolist() for k in (0, 1, 2)]
     assert lengths == [[0, 0], [2, 0], [3, 0]]
 
 
@@ -183,8 +182,8 @@ def test_fewer_rows_than_min_support_are_no_support():
 def test_a_segment_with_an_unknown_value_gets_nothing(key):
     levels = (("shopper",), ("market", "region"))
     rows = table([1, 2, 3, 4], [0, 0, 0, 1], market=[key[0]] * 4, region=[key[1]] * 4, levels=levels)
-    plan = Ladder(rows, ladder_of(levels), "shopper").plan(visits_of(rows), np.zeros(4, np.int64))
-    assert plan.stages[0].windows.lengths.max() == 0
+    stages = Ladder(rows, ladder_of(levels), "shopper").plan(visits_of(rows), np.zeros(4, np.int64))
+    assert stages[0].windows.lengths.max() == 0
 
 
 def test_the_parent_is_that_of_the_newest_support_row_even_if_the_user_moves_on_the_exam_night():
@@ -193,7 +192,7 @@ def test_the_parent_is_that_of_the_newest_support_row_even_if_the_user_moves_on_
     ladder = Ladder(rows, ladder_of(), "shopper")
 
     def market_of(k):
-        market, own = ladder.plan(visits, np.array([k])).stages
+        market, own = ladder.plan(visits, np.array([k]))
         at = own.parent[0]
         newest = market.support[market.windows.stop[at] - 1]
         return rows.request_ids[newest, 0]
@@ -205,41 +204,16 @@ def test_the_parent_is_that_of_the_newest_support_row_even_if_the_user_moves_on_
 def test_a_user_without_support_is_served_by_the_segment_of_his_first_row():
     rows = table([1, 2, 3, 3], [0, 0, 1, 1], market=[1, 2, 2, 1])
     visits = visits_of(rows).of_nights(FIRST + 1, FIRST + 1)
-    market, own = Ladder(rows, ladder_of(), "shopper").plan(visits, np.array([0])).stages
+    market, own = Ladder(rows, ladder_of(), "shopper").plan(visits, np.array([0]))
     assert own.windows.lengths.tolist() == [0]
     assert rows.user[market.support[market.windows.start[own.parent[0]]]] == 2
 
 
 def test_visits_of_one_segment_and_night_share_its_solve():
     rows = table([1, 2, 3, 1, 2, 3], [0, 0, 0, 1, 1, 1])
-    market, own = Ladder(rows, ladder_of(), "shopper").plan(visits_of(rows), np.zeros(6, np.int64)).stages
+    market, own = Ladder(rows, ladder_of(), "shopper").plan(visits_of(rows), np.zeros(6, np.int64))
     assert len(market.windows) == 2  # one market, two nights
     assert len(own.windows) == 6
-
-
-def test_without_a_level_of_his_own_the_user_is_served_by_his_segment():
-    rows = world(0)
-    ladder, visits = Ladder(rows, ladder_of(THREE), "shopper"), visits_of(rows)
-    after = np.ones(len(visits), np.int64)
-    plan = ladder.plan(visits, after, personal=False)
-    assert [stage.level for stage in plan.stages] == [2, 1]
-    scorer, precisions = told(rows), precisions_of(3)
-    scores = score_visits(ladder, visits, after, scorer, Material(rows), precisions, KINDS, RIDGE, personal=False)
-    oracle = slow(rows, ladder_of(THREE), scorer, precisions)
-    border, query = visits.split(after)
-    expected = [
-        oracle.logits[row] + oracle.coarse(1, border[number] - 1, visits.night[number], set()) @ oracle.features[row]
-        for number in range(len(visits))
-        for row in range(query.start[number], query.stop[number])
-    ]
-    np.testing.assert_allclose(scores.adapted.numpy(), np.array(expected), atol=2e-6)
-
-
-def test_only_the_base_serves_a_ladder_of_users_without_users():
-    rows = table([1, 1, 2], [0, 1, 1], levels=(("shopper",),))
-    plan = Ladder(rows, ladder_of((("shopper",),)), "shopper").plan(visits_of(rows), np.zeros(3, np.int64), False)
-    assert plan.stages == ()
-    assert plan.serving.tolist() == [-1] * 3
 
 
 def test_a_ladder_without_the_user_is_learned_with_him_below():
@@ -248,18 +222,18 @@ def test_a_ladder_without_the_user_is_learned_with_him_below():
     rows = world(1, THREE[1:])
     segments = ladder_of(THREE[1:])
     ladder, visits = Ladder(rows, segments, "shopper"), visits_of(rows)
-    plan = ladder.plan(visits, np.ones(len(visits), np.int64))
-    assert [stage.level for stage in plan.stages] == [2, 1, 0]
+    stages = ladder.plan(visits, np.ones(len(visits), np.int64))
+    assert [stage.level for stage in stages] == [2, 1, 0]
 
 
 def test_a_segment_without_support_has_exactly_its_parents_weights():
     rows = world(2)
     ladder, visits = Ladder(rows, ladder_of(THREE), "shopper"), visits_of(rows)
-    plan = ladder.plan(visits, np.zeros(len(visits), np.int64))
-    *_, region, own = climb(plan.stages, told(rows), Material(rows), precisions_of(3), KINDS, RIDGE)
-    empty = np.flatnonzero(plan.stages[-1].windows.lengths == 0)
+    stages = ladder.plan(visits, np.zeros(len(visits), np.int64))
+    *_, region, own = climb(stages, told(rows), Material(rows), precisions_of(3), KINDS, RIDGE)
+    empty = np.flatnonzero(stages[-1].windows.lengths == 0)
     assert len(empty) > 0
-    assert torch.equal(own[empty], region[plan.stages[-1].parent[empty]])
+    assert torch.equal(own[empty], region[stages[-1].parent[empty]])
 
 
 # Gradients

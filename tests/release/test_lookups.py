@@ -8,7 +8,7 @@ import pytest
 from tasks.data.statistics import StatisticsTables
 from tasks.data.vocabulary import Vocabulary
 from tasks.release.lookups import encode, input_specs, lookup_graph, wires
-from tasks.release.tables import LevelTable, ServingTables, read_base, read_tables
+from tasks.release.tables import LevelTable, ServingTables, read_tables
 from tests.releases import Made, contract, make_parts
 
 
@@ -124,7 +124,7 @@ def test_missing_markers_and_shapes_are_stated():
     assert specs["member"].dtype == specs["year"].dtype == "float32"
 
 
-def test_tables_and_base_read_back_as_they_were_written(made: Made):
+def test_tables_read_back_as_they_were_written(made: Made):
     read = read_tables(made.data, made.folder)
     assert {name: one.keys for name, one in read.vocabularies.items()} == {
         name: one.keys for name, one in made.tables.vocabularies.items()
@@ -138,9 +138,3 @@ def test_tables_and_base_read_back_as_they_were_written(made: Made):
         assert (ours.columns, ours.radices) == (theirs.columns, theirs.radices)
         np.testing.assert_array_equal(ours.keys, theirs.keys)
         np.testing.assert_array_equal(ours.slots, theirs.slots)
-    base = read_base(made.folder)
-    assert base.shape == made.network.shape
-    assert base.config == made.network.config
-    assert not base.training
-    for name, tensor in made.network.state_dict().items():
-        assert bool((base.state_dict()[name] == tensor).all()), name

@@ -1,4 +1,4 @@
-"""`nightrank ...`: the flows by hand, and the questions an operator asks. Each prints the Prefect command it equals."""
+"""`nightrank ...`: the flows by hand, and an operator's questions. What has a deployment prints its Prefect command."""
 
 import argparse
 import json
@@ -70,6 +70,22 @@ def parser() -> argparse.ArgumentParser:
     back.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
     back.set_defaults(command=_backfill)
 
+    again = commands.add_parser(
+        "replay",
+        help="examine the nights of a range without publishing, and compare every method over them",
+        description="Examines the nights of a range in order without publishing, and compares every method over them: "
+        "per night and pooled, by support and by what is new. Each night starts from what the replay made of the one "
+        "before; the gate plays no part. Examined nights are remembered: run it again to resume.",
+    )
+    again.add_argument("--config", required=True, help="config file")
+    again.add_argument("--start", type=_night, required=True, help="first night, YYYY-MM-DD")
+    again.add_argument("--end", type=_night, required=True, help="last night, included")
+    again.add_argument("--min-rows", type=int, default=0, metavar="N", help="leave out nights with fewer rows")
+    again.add_argument("--warm", action="store_true", help="start from the newest release before the first night")
+    again.add_argument("--out", metavar="FOLDER", help="where table and page go (default: below var/replay)")
+    again.add_argument("--seed", type=_seed, default=0, help="of the bootstrap (default: 0)")
+    again.set_defaults(command=_replay)
+
     listing = commands.add_parser("releases", help="list the releases of a pipeline")
     listing.add_argument("--config", required=True, help="config file")
     listing.set_defaults(command=_releases)
@@ -92,6 +108,12 @@ def _night(text: str) -> date:
         return date.fromisoformat(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no date; give YYYY-MM-DD") from error
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 on")
+    return int(text)
 
 
 def prefect_command(deployment: str, parameters: dict[str, object]) -> str:
@@ -177,6 +199,20 @@ def _backfill(options: argparse.Namespace, console: "Console") -> None:
     finally:
         if nights.outcomes:
             show_backfill(console, nights.outcomes)
+
+
+def _replay(options: argparse.Namespace, console: "Console") -> None:
+    from flows.config import load_config
+    from flows.display import ReplayScreen, Screen, show_replay
+    from flows.replay import replay, replay_told_to
+    from tasks.release.slices import load
+    from tasks.steps import watched_by
+
+    config = load_config(options.config)
+    given = {name: getattr(options, name) for name in ("start", "end", "min_rows", "warm", "out", "seed")}
+    with _embedded(), Screen(console) as screen, watched_by(screen), replay_told_to(ReplayScreen(console)):
+        result = replay(config, **given)
+    show_replay(console, load(Path(result.written.table)), (result.written.table, result.written.page))
 
 
 def _releases(options: argparse.Namespace, console: "Console") -> None:

@@ -18,7 +18,9 @@ from tasks.errors import NightrankError
 if TYPE_CHECKING:  # their modules load Prefect and torch, which a ranked list needs no more than an error does
     from flows.backfill import NightOutcome, PlannedNight
     from flows.nightly import NightResult
+    from flows.replay import ReplayedNight
     from tasks.references import ReleaseRow, ScoreRow
+    from tasks.release.slices import Line
     from tasks.serving.ranker import Ranked
 
 
@@ -93,6 +95,18 @@ class BackfillScreen:
         self._console.print(table)
 
 
+class ReplayScreen:
+    """One line per replayed night."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __call__(self, place: int, of: int, outcome: "ReplayedNight") -> None:
+        """Print the line of a night."""
+        shown = f"[bold]{outcome.night}[/bold] {outcome.state} ({place} of {of}): {escape(outcome.why)}"
+        self._console.print(shown, soft_wrap=True)
+
+
 @contextmanager
 def errors_to(console: Console) -> Iterator[None]:
     """Print an error of our family as one block, and leave with exit code 2."""
@@ -147,6 +161,38 @@ def show_backfill(console: Console, outcomes: Sequence["NightOutcome"]) -> None:
     console.print(table)
 
 
+def show_replay(console: Console, lines: Sequence["Line"], written: Sequence[str]) -> None:
+    """The pooled tables at the end of a replay: every method on all rows, then the candidate on each slice of them."""
+    from tasks.release.replay_page import EXAMS
+    from tasks.release.slices import ADAPTED, EVERYTHING, POOLED, SLICES
+
+    nights = len({line.night for line in lines} - {POOLED})
+    for objective in dict.fromkeys(line.objective for line in lines):
+        for exam in EXAMS:
+            mine = [line for line in lines if (line.objective, line.exam, line.night) == (objective, exam, POOLED)]
+            if not mine:
+                console.print(f"{exam}, {objective}: no rows")
+                continue
+            numbers = ("rows", "loss", "adapted minus it, 95 %", "AUC", "NDCG")
+            table = _table(f"{exam}, {objective}, {nights} nights", ("method", *numbers), numbers, folds="method")
+            whole = [line for line in mine if line.slice == EVERYTHING]
+            for line in sorted(whole, key=lambda line: (line.method != ADAPTED, line.loss)):
+                figures = (_number(line.loss), _gap(line), _number(line.auc), _number(line.ndcg))
+                style = "bold" if line.method == ADAPTED else None
+                table.add_row(escape(line.method), f"{line.rows:,}", *figures, style=style)
+            console.print(table)
+            headings = ("slice", "rows", "loss", "best other", "adapted minus it, 95 %")
+            table = _table(f"{exam}, {objective}, adapted by slice", headings, headings[1:3], folds="best other")
+            for name in SLICES[1:]:
+                rows = {line.method: line for line in mine if line.slice == name}
+                if (own := rows.pop(ADAPTED, None)) is not None:
+                    best = min(rows.values(), key=lambda line: line.loss, default=own)
+                    table.add_row(name, f"{own.rows:,}", _number(own.loss), escape(best.method), _gap(best))
+            console.print(table)
+    for path in written:
+        console.print(escape(path), soft_wrap=True)
+
+
 def show_releases(console: Console, rows: Sequence["ReleaseRow"]) -> None:
     """The releases of a pipeline, oldest night first."""
     table = _table(None, ("night", "release", "gate", "champion", "parent", "created"))
@@ -198,6 +244,13 @@ def _table(title: str | None, headings: Sequence[str], numbers: Sequence[str] = 
         justify: JustifyMethod = "right" if heading in numbers else "left"
         table.add_column(escape(heading), justify=justify, no_wrap=heading != folds)
     return table
+
+
+def _gap(line: "Line") -> str:
+    if line.difference is None:
+        return ""
+    bounded = line.low is not None and line.high is not None
+    return f"{line.difference:+.4f} " + (f"[{line.low:+.4f}, {line.high:+.4f}]" if bounded else "(too few users)")
 
 
 def _number(value: float | None) -> str:

@@ -75,6 +75,7 @@ def nightly_retrain(
         NightrankError: one of the family; the last good release stays in place.
     """
     config = resolve(config)
+    config.baselines.check()  # now, not after the training that they are to be compared with
     night = night or night_of(runtime.flow_run.scheduled_start_time, config)
     place, data, segments, adapter, gate = config.place(), config.data, config.segments, config.adapter, config.gate
     with hold(place) as lease:

@@ -19,6 +19,7 @@
     │   ├── ConditionsIgnored      the store does not honour conditional writes: not safe to publish to
     │   ├── ObjectMissing          a key that must exist does not
     │   ├── ObjectCorrupt          bytes do not match their digest
+    │   ├── FormatUnknown          an object is whole, but of a format of another version of nightrank
     │   ├── Conflict               a conditional write lost: the object changed under us
     │   └── OutcomeUnknown         a conditional write may or may not have happened
     ├── LeaseHeld                  another run of this pipeline is alive (transient)
@@ -115,6 +116,10 @@ class ObjectMissing(StoreError):
 
 class ObjectCorrupt(StoreError):
     """Stored bytes do not match their digest."""
+
+
+class FormatUnknown(StoreError):
+    """An object is whole, but of a format that this version of nightrank does not read."""
 
 
 class Conflict(StoreError):

@@ -1,6 +1,6 @@
 """Evaluate: both exams on the newest night, which nothing has seen; then the gate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tasks.champion import champion_scores
 from tasks.clients.workspace import digest_of
 from tasks.data import vocabulary
 from tasks.data.contract import DataConfig, ObjectiveConfig, SegmentsConfig
@@ -37,10 +38,9 @@ from tasks.release.alarms import Alarm, harmful, inert, leaking, vanished
 from tasks.release.evidence import both_exams, compare, segment_evidence
 from tasks.release.gate import GateConfig, decide_release
 from tasks.release.segment_gate import decide_segments
-from tasks.replay import champion_scores
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
 
-VERSION = 2
+VERSION = 3
 TABLE = "exam.parquet"
 ANSWERS = "champion.parquet"
 
@@ -84,7 +84,7 @@ def evaluate(
             table = joined(facts(night, exam_bank, vocabularies), sit(night, trained, exam_bank, rivals))
         pq.write_table(table, folder / TABLE, compression="zstd")
         progress(table.num_rows, table.num_rows, "rows")
-        tables = [table, *(exam for exam, _ in earlier_exams(place, ingested, table, lead))]
+        tables = [table, *(exam for _, exam in earlier_exams(place, ingested.exams, table, lead))]
         verdicts = decide_segments(gate, segment_evidence(tables, lead))
         content = {
             "rows": table.num_rows,
@@ -133,9 +133,9 @@ def judge(
             table = joined(table, scores)
         pq.write_table(pa.table(scores), folder / ANSWERS, compression="zstd")
         progress(table.num_rows, table.num_rows, "rows")
-        earlier = [
-            joined(exam, _answers(place, verdict)) for exam, verdict in earlier_exams(place, ingested, table, lead)
-        ]
+        verdicts = dict(zip(ingested.exams, ingested.verdicts, strict=True))
+        pooled = earlier_exams(place, ingested.exams, table, lead)
+        earlier = [joined(exam, _answers(place, verdicts[key])) for key, exam in pooled]
         told = both_exams([table, *earlier], data, seed=0)
         against = {name: vs for name, (vs, _) in compare([table, *earlier], "nightly", lead, seed=0).items()}
         against.pop(PARENT, None)
@@ -172,17 +172,17 @@ def exam_table(place: Place, key: str) -> pa.Table:
 
 
 def earlier_exams(
-    place: Place, ingested: IngestRef, tonight: pa.Table, lead: ObjectiveConfig
-) -> Iterator[tuple[pa.Table, str]]:
-    """The exam tables that are pooled with tonight's, newest first, each with the key of its verdict.
+    place: Place, keys: Sequence[str], tonight: pa.Table, lead: ObjectiveConfig
+) -> Iterator[tuple[str, pa.Table]]:
+    """Of the exams of these keys, in their order, those that can be pooled with tonight's.
 
     An exam of another ladder, or one that did not ask for the lead objective, is left out.
     """
-    for key, verdict in zip(ingested.exams, ingested.verdicts, strict=True):
+    for key in keys:
         table = exam_table(place, key)
         asked = f"label/{lead.name}" in table.column_names
         if asked and table.schema.metadata[LADDER] == tonight.schema.metadata[LADDER]:
-            yield table, verdict
+            yield key, table
 
 
 def _answers(place: Place, key: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from tasks.clients.workspace import StepRecord, canonical_json
 from tasks.data.contract import DataConfig
 from tasks.data.interactions import FrozenFile, FrozenNight, Source, freeze, partition
 from tasks.errors import Conflict
-from tasks.references import IngestRef, Place
+from tasks.parents import released_parent
+from tasks.references import IngestRef, ParentRef, Place
 from tasks.release.gate import GateConfig
 from tasks.release.manifest import Pointer
 from tasks.release.pointer import read_pointer
@@ -40,12 +41,8 @@ def ingest(place: Place, data: DataConfig, gate: GateConfig, night: date, config
     settled = _settle(place, gate, night, frozen.digest, config)
     return IngestRef(
         **shared,
-        night=night,
-        rows=frozen.rows,
-        files=len(frozen.files),
-        bytes=sum(file.bytes for file in frozen.files),
-        frozen=frozen.digest,
-        parent=settled["parent"],
+        **_counted(frozen),
+        parent=None if settled["parent"] is None else released_parent(place, settled["parent"]),
         champion=settled["champion"],
         champion_night=None if settled["champion_night"] is None else date.fromisoformat(settled["champion_night"]),
         generation=settled["generation"],
@@ -54,12 +51,64 @@ def ingest(place: Place, data: DataConfig, gate: GateConfig, night: date, config
     )
 
 
+@verb
+def ingest_replayed(
+    place: Place, data: DataConfig, night: date, parent: ParentRef | None, exams: tuple[str, ...]
+) -> IngestRef:
+    """Freeze a night that is replayed. What it starts from is told, and not looked up; there is no champion.
+
+    Args:
+        place: where.
+        data: the contract.
+        night: the night.
+        parent: what the replay made of the night before.
+        exams: keys of the replay's earlier exams, newest first.
+
+    Raises:
+        DataRejected: as `ingest`.
+    """
+    record, shared = freeze_night(place, data, night, replayed=True)
+    return IngestRef(
+        **shared,
+        **_counted(thawed(record.content)),
+        parent=parent,
+        champion=None,
+        champion_night=None,
+        generation=0,
+        exams=exams,
+        verdicts=(),
+        replayed=True,
+    )
+
+
+def released_before(place: Place, gate: GateConfig, night: date) -> tuple[ParentRef | None, tuple[str, ...]]:
+    """What a night would start from now: the newest gate-passed release before it, and the exams that are pooled.
+
+    Raises:
+        ReleaseRefused: the release's manifest is damaged.
+    """
+    found = _released_before(store_of(place), place, gate, night)
+    return None if found.parent is None else released_parent(place, found.parent), tuple(found.exams)
+
+
+def _counted(frozen: FrozenNight) -> dict[str, Any]:
+    return {
+        "night": frozen.night,
+        "rows": frozen.rows,
+        "files": len(frozen.files),
+        "bytes": sum(file.bytes for file in frozen.files),
+        "frozen": frozen.digest,
+    }
+
+
 def lake(data: DataConfig) -> Source:
     """The lake, opened for reading."""
     return open_store(data.source)
 
 
-def freeze_night(place: Place, data: DataConfig, night: date) -> tuple[StepRecord, dict[str, object]]:
+def freeze_night(
+    place: Place, data: DataConfig, night: date, replayed: bool = False
+) -> tuple[StepRecord, dict[str, object]]:
     """Freeze a night by its bytes; the record of equal bytes under an equal contract is reused."""
     source = lake(data)
     listing = _listing(data, night, source)
@@ -70,25 +119,26 @@ def freeze_night(place: Place, data: DataConfig, night: date) -> tuple[StepRecor
         return Product({"frozen": _as_json(frozen)})
 
     record, shared = carry_out(place, "ingest", VERSION, night, {"files": frozen.digest}, schema_section(data), work)
-    _note(place, night, {"listing": listing, "schema": schema_section(data), "key": record.key})
+    state = {"listing": listing, "schema": schema_section(data), "key": record.key}
+    _note(place, _replay_key(place, night) if replayed else _state_key(place, night), state)
     return record, shared
 
 
-def frozen_before(place: Place, data: DataConfig, night: date) -> StepRecord:
+def frozen_before(place: Place, data: DataConfig, night: date, replayed: bool = False) -> StepRecord:
     """The freeze of a night of history: the last one, while its listing is the same; else a new one.
 
     Files of history are not read again each night: a lake's files are taken to be written once, and a file that
     changes without changing its size is noticed when its own night is run.
     """
-    found = store_of(place).find(_state_key(place, night))
-    if found is not None:
+    notes = (_state_key(place, night), *([_replay_key(place, night)] if replayed else []))
+    for found in filter(None, map(store_of(place).find, notes)):
         state = json.loads(found.data)
         now = {"listing": _listing(data, night, lake(data)), "schema": json.loads(canonical_json(schema_section(data)))}
         if all(state.get(name) == value for name, value in now.items()):
             record = open_workspace(place).recall("ingest", str(state["key"]))
             if record is not None:
                 return record
-    return freeze_night(place, data, night)[0]
+    return freeze_night(place, data, night, replayed)[0]
 
 
 def thawed(content: Mapping[str, object]) -> FrozenNight:
@@ -116,9 +166,14 @@ def _state_key(place: Place, night: date) -> str:
     return f"{place.pipeline}/state/night={night.isoformat()}.json"
 
 
-def _note(place: Place, night: date, state: Mapping[str, object]) -> None:
+def _replay_key(place: Place, night: date) -> str:
+    """Where a replay keeps the same: production's word on a night is not its to write."""
+    return f"{place.pipeline}/work/replay/night={night.isoformat()}.json"
+
+
+def _note(place: Place, key: str, state: Mapping[str, object]) -> None:
     """Remember which freeze of a night was the last."""
-    store, key = store_of(place), _state_key(place, night)
+    store = store_of(place)
     before, after = store.find(key), canonical_json(state)
     if before is None or before.data != after:
         store.swap(key, after, None if before is None else before.etag)
@@ -159,6 +214,33 @@ def _resolved(
     if pointer is None:
         # Before a pipeline's first publish: a store that ignores conditions would let two runs both win.
         store.check()
+    earlier = _released_before(store, place, gate, night)
+    champion, champion_night = earlier.parent, earlier.night
+    if pointer is None:
+        champion, champion_night = None, None
+    elif pointer.night < night:
+        champion, champion_night = pointer.release, pointer.night.isoformat()
+    return {
+        "parent": earlier.parent,
+        "champion": champion,
+        "champion_night": champion_night,
+        "generation": 0 if pointer is None else pointer.generation,
+        "exams": earlier.exams,
+        "verdicts": earlier.verdicts,
+    }
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """The newest gate-passed release before a night, its night, and the newest exams with their verdicts."""
+
+    parent: str | None
+    night: str | None
+    exams: list[str]
+    verdicts: list[str]
+
+
+def _released_before(store: ObjectStore, place: Place, gate: GateConfig, night: date) -> _Earlier:
     parent: str | None = None
     parent_night: str | None = None
     exams: list[str] = []
@@ -176,16 +258,4 @@ def _resolved(
             parent, parent_night = made["release"], then
         if parent is not None and len(exams) >= gate.pool_nights - 1:
             break
-    champion, champion_night = parent, parent_night
-    if pointer is None:
-        champion, champion_night = None, None
-    elif pointer.night < night:
-        champion, champion_night = pointer.release, pointer.night.isoformat()
-    return {
-        "parent": parent,
-        "champion": champion,
-        "champion_night": champion_night,
-        "generation": 0 if pointer is None else pointer.generation,
-        "exams": exams,
-        "verdicts": verdicts,
-    }
+    return _Earlier(parent, parent_night, exams, verdicts)

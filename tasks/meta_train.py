@@ -6,16 +6,17 @@ from tasks.clients.workspace import StepRecord
 from tasks.data import vocabulary
 from tasks.data.columns import Rows, open_rows
 from tasks.data.contract import DataConfig, SegmentsConfig
+from tasks.errors import FormatUnknown
 from tasks.learning import training as learning
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base, save_base, shape_of
 from tasks.learning.networks import RankerConfig
 from tasks.learning.training import TrainingConfig
-from tasks.parents import base_of
-from tasks.references import BaseRef, IngestRef, Place, PrepareRef
+from tasks.parents import parent_base
+from tasks.references import BaseRef, IngestRef, ParentRef, Place, PrepareRef
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
 
-VERSION = 1
+VERSION = 2
 
 
 @verb
@@ -49,7 +50,7 @@ def meta_train(
     def work(folder: Path, progress: Progress) -> Product:
         rows = rows_of(place, history)
         vocabularies = vocabulary.load(data, open_workspace(place).file(history, "vocabulary.parquet"))
-        parent = None if ingested.parent is None else base_of(place, ingested.parent)
+        parent, why = _parent(place, ingested.parent)
         trained = learning.meta_train(
             *(data, segments, ranker, adapter, training, rows, shape_of(data, rows, vocabularies), ingested.night),
             parent=parent,
@@ -62,9 +63,9 @@ def meta_train(
             "parameters": trained.base.parameters(),
             "trained_through": trained.base.trained_through.isoformat(),
         }
-        return Product(content, {"curve": [list(point) for point in trained.curve], "why": trained.why}, files)
+        return Product(content, {"curve": [list(point) for point in trained.curve], "why": why + trained.why}, files)
 
-    inputs = {"history": history.digest, "parent": ingested.parent or "none"}
+    inputs = {"history": history.digest, "parent": ingested.parent.digest if ingested.parent else "none"}
     record, shared = carry_out(place, "meta-train", VERSION, ingested.night, inputs, section, work)
     curve = record.notes["curve"]
     kept = [point[2] for point in curve if point[0] == record.content["epoch"]]
@@ -74,6 +75,16 @@ def meta_train(
         stop_loss=kept[0] if kept else None,
         parameters=record.content["parameters"],
     )
+
+
+def _parent(place: Place, parent: ParentRef | None) -> tuple[Base | None, str]:
+    """The base to start from, and what there is to say if one of another version cannot give it."""
+    if parent is None:
+        return None, ""
+    try:
+        return parent_base(place, parent), ""
+    except FormatUnknown as error:
+        return None, f"{parent.name} gives no start ({error}); "
 
 
 def rows_of(place: Place, layout: StepRecord) -> Rows:

@@ -54,7 +54,7 @@ def night_report(place: Place, data: DataConfig, gate: GateConfig, done: Finishe
         pipeline=place.pipeline,
         night=ingested.night.isoformat(),
         release=done.exported.release,
-        parent=ingested.parent,
+        parent=None if ingested.parent is None else ingested.parent.release,
         champion=ingested.champion,
         go=verdict.go,
         decided_by=verdict.decided_by,

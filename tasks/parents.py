@@ -1,13 +1,60 @@
-"""Earlier releases as a night reads them: single files, and the base."""
+"""What a night builds on: the base and the vocabulary of an earlier one, from its release or from its step records."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from tasks.clients.workspace import digest_of
 from tasks.errors import ObjectCorrupt
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base
-from tasks.references import Place
+from tasks.references import BaseRef, ParentRef, Place, PrepareRef
 from tasks.release.manifest import blob_key, sha256_of
 from tasks.release.pointer import read_manifest
-from tasks.steps import store_of
+from tasks.steps import open_workspace, recalled, record_of, store_of
+
+VOCABULARY = "vocabulary.parquet"
+
+
+def released_parent(place: Place, release: str) -> ParentRef:
+    """A release as a parent.
+
+    Raises:
+        ObjectMissing: there is no such release.
+        ReleaseRefused: its manifest is damaged.
+    """
+    files = {file.name: file.sha256 for file in read_manifest(store_of(place), place.pipeline, release).files}
+    return ParentRef(digest=_digest(files), release=release)
+
+
+def replayed_parent(place: Place, prepared: PrepareRef, base: BaseRef) -> ParentRef:
+    """The same of a night that has no release: equal files have an equal digest, wherever they lie."""
+    records = (record_of(place, ref).content["files"] for ref in (prepared, base))
+    files: dict[str, dict[str, Any]] = {name: about for found in records for name, about in found.items()}
+    digest = _digest({name: about["sha256"] for name, about in files.items()})
+    return ParentRef(digest=digest, base=base.key, layout=prepared.key)
+
+
+def parent_file(place: Place, parent: ParentRef, name: str) -> Path:
+    """A verified local copy of the parent's vocabulary, or of a file of its base.
+
+    Raises:
+        ObjectMissing: the release, or the record, is gone.
+        ObjectCorrupt: the file is damaged.
+    """
+    if parent.release is not None:
+        return release_file(place, parent.release, name)
+    step, key = ("prepare", parent.layout) if name == VOCABULARY else ("meta-train", parent.base)
+    assert key is not None
+    return open_workspace(place).file(recalled(place, step, key), name)
+
+
+def parent_base(place: Place, parent: ParentRef) -> Base:
+    """The base of a parent.
+
+    Raises:
+        FormatUnknown: a version of nightrank wrote it whose bases are others.
+    """
+    return load_base({name: parent_file(place, parent, name) for name in (WEIGHTS, DESCRIPTION)})
 
 
 def release_file(place: Place, release: str, name: str) -> Path:
@@ -37,3 +84,8 @@ def release_file(place: Place, release: str, name: str) -> Path:
 def base_of(place: Place, release: str) -> Base:
     """The base of a release."""
     return load_base({name: release_file(place, release, name) for name in (WEIGHTS, DESCRIPTION)})
+
+
+def _digest(files: Mapping[str, str]) -> str:
+    """Digest over what a night reads of its parent, by name and SHA-256."""
+    return digest_of({name: files[name] for name in (WEIGHTS, DESCRIPTION, VOCABULARY)})

@@ -10,8 +10,8 @@ from tasks.data.contract import DataConfig, SegmentsConfig, StatisticsConfig
 from tasks.data.interactions import nights as nights_of
 from tasks.errors import DataRejected, NotEnoughHistory
 from tasks.ingest import frozen_before, lake, thawed
-from tasks.parents import release_file
-from tasks.references import IngestRef, Place, PrepareRef, ValidateRef
+from tasks.parents import VOCABULARY, parent_file
+from tasks.references import IngestRef, ParentRef, Place, PrepareRef, ValidateRef
 from tasks.steps import Product, Progress, carry_out, open_workspace, quietly, record_of, verb
 from tasks.validate import clean_file, validate_night
 
@@ -36,7 +36,7 @@ def prepare(
         NotEnoughHistory: fewer clean nights before this one than `data.min_history_nights`.
     """
     night = ingested.night
-    past, left_out = _history(place, data, night)
+    past, left_out = _history(place, data, night, ingested.replayed)
     if len(past) < data.min_history_nights:
         raise NotEnoughHistory(_too_early(data, night, len(past), left_out))
     past_states = [_state(place, data, statistics, record) for record in past]
@@ -60,7 +60,7 @@ def prepare(
     )
 
 
-def _history(place: Place, data: DataConfig, night: date) -> tuple[list[StepRecord], dict[str, str]]:
+def _history(place: Place, data: DataConfig, night: date, replayed: bool) -> tuple[list[StepRecord], dict[str, str]]:
     """Validations of the window's nights before this one, oldest first, and why some are left out."""
     begin = night - timedelta(days=data.window_nights)
     present = [one for one in nights_of(data, lake(data)) if begin <= one < night]
@@ -69,7 +69,7 @@ def _history(place: Place, data: DataConfig, night: date) -> tuple[list[StepReco
     with quietly("history") as progress:
         for done, one in enumerate(present, start=1):
             try:
-                frozen = thawed(frozen_before(place, data, one).content)
+                frozen = thawed(frozen_before(place, data, one, replayed).content)
                 records.append(validate_night(place, data, frozen)[0])
             except DataRejected as error:
                 left_out[one.isoformat()] = f"{type(error).__name__}: {error}"
@@ -126,7 +126,7 @@ def _lay_out(
     statistics: StatisticsConfig,
     night: date,
     step: str,
-    parent: str | None,
+    parent: ParentRef | None,
     validations: list[StepRecord],
     night_states: list[StepRecord],
     after: StepRecord | None = None,
@@ -140,13 +140,17 @@ def _lay_out(
         "levels": [list(level) for level in segments.levels],
         "statistics": statistics.model_dump(mode="json"),
     }
-    inputs = {"parent": parent or "none", "nights": _digest(validations), "statistics": _digest(night_states)}
+    inputs = {
+        "parent": parent.digest if parent else "none",
+        "nights": _digest(validations),
+        "statistics": _digest(night_states),
+    }
 
     def work(folder: Path, progress: Progress) -> Product:
         if after is not None:
             known = vocabulary.load(data, workspace.file(after, "vocabulary.parquet"))
         elif parent is not None:
-            known = vocabulary.load(data, release_file(place, parent, "vocabulary.parquet"))
+            known = vocabulary.load(data, parent_file(place, parent, VOCABULARY))
         else:
             known = vocabulary.empty(data)
         clean = [clean_file(place, record) for record in validations]

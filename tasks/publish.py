@@ -71,7 +71,7 @@ def publish(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "go": verdict.go,
             "decided_by": verdict.decided_by,
-            "parent": ingested.parent,
+            "parent": None if ingested.parent is None else ingested.parent.release,
             "champion": ingested.champion,
             "config": config,
             "exam": done.exam.key,

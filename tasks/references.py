@@ -42,6 +42,27 @@ class StepRef(Section):
     """Peak resident memory of that run, in MiB."""
 
 
+class ParentRef(Section):
+    """What a night starts from: the base and the vocabulary that an earlier night left.
+
+    A release holds both. A night that was only replayed has no release, and left them in two step records.
+    """
+
+    digest: str
+    """Digest over the files that are read; the keys of the steps that read them are made from it."""
+    release: str | None = None
+    """The release that holds them."""
+    base: str | None = None
+    """Else: key of the `meta-train` record."""
+    layout: str | None = None
+    """And key of the `prepare` record."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return f"release {self.release[:12]}" if self.release else f"replayed base {(self.base or '')[:12]}"
+
+
 class IngestRef(StepRef):
     """A frozen night, and what it will be compared with."""
 
@@ -51,8 +72,8 @@ class IngestRef(StepRef):
     bytes: int
     frozen: str
     """Digest over the night's files."""
-    parent: str | None
-    """Release that the night starts from."""
+    parent: ParentRef | None
+    """What the night starts from."""
     champion: str | None
     """Release to be examined beside the candidate: the pointer's if its night is earlier, else the parent."""
     champion_night: date | None
@@ -61,7 +82,9 @@ class IngestRef(StepRef):
     exams: tuple[str, ...]
     """Keys of the earlier exams that the gate pools, newest first."""
     verdicts: tuple[str, ...]
-    """Keys of the verdicts on the same nights, which hold their champions' answers."""
+    """Keys of the verdicts on the same nights, which hold their champions' answers; none where a night is replayed."""
+    replayed: bool = False
+    """Whether the night is replayed: it leaves step records, and not a word where production looks."""
 
 
 class ValidateRef(StepRef):
@@ -73,7 +96,7 @@ class ValidateRef(StepRef):
     reasons: dict[str, int]
     """Rows in quarantine by reason code."""
     docs: str
-    """Key of the step record that holds the Data Docs."""
+    """Key of the step record that holds the Data Docs; empty where a night is replayed, which has no report."""
 
 
 class PrepareRef(StepRef):

@@ -1,146 +1,71 @@
-"""Replay: what the champion would have said about tonight's rows, through its own published graph."""
+"""Replay: the exams of replayed nights side by side, as a table and as a page on this host; the store sees nothing."""
 
-import shutil
-import tempfile
+import os
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from tasks.data.contract import DataConfig, Section, SegmentsConfig
+from tasks.errors import StoreUnwritable
+from tasks.evaluate import exam_table
+from tasks.references import ExamRef, ParentRef, Place
+from tasks.release.replay_page import render
+from tasks.release.slices import compared, save
+from tasks.steps import looked_at, verb
 
-from tasks.data import vocabulary
-from tasks.data.columns import Rows
-from tasks.data.contract import DataConfig, SegmentsConfig
-from tasks.data.vocabulary import Vocabularies
-from tasks.errors import NightrankError, ReleaseRefused
-from tasks.learning.base import shape_of
-from tasks.learning.exams import CHAMPION, Night, column, sit_contact
-from tasks.learning.ladder import Ladder, learned_levels
-from tasks.learning.material import I64, Dialect, Material
-from tasks.learning.training import steady
-from tasks.meta_train import rows_of
-from tasks.parents import base_of, release_file
-from tasks.references import IngestRef, Place, PrepareRef, ValidateRef
-from tasks.release.manifest import Manifest
-from tasks.release.pointer import read_manifest
-from tasks.serving.loaded import LoadedRelease, load
-from tasks.serving.requests import read_request
-from tasks.steps import device_of, open_workspace, record_of, store_of
-from tasks.validate import clean_file
-
-F32 = npt.NDArray[np.float32]
-BATCH = 8192
-"""Rows asked of the champion's graph at a time, each a request with one candidate."""
+TABLE, PAGE = "replay.parquet", "replay.html"
 
 
-def champion_scores(
+class ReplayRef(Section):
+    """What a replay left for people."""
+
+    table: str
+    """Path of the long table: a line per exam, slice, method, objective and night (`tasks.release.slices.Line`)."""
+    page: str
+    """Path of the page."""
+
+
+@verb
+def compare_nights(
     place: Place,
     data: DataConfig,
     segments: SegmentsConfig,
-    ingested: IngestRef,
-    validated: ValidateRef,
-    prepared: PrepareRef,
-) -> tuple[dict[str, F32], str]:
-    """The champion's predictions in both exams, as columns of the exam table, and what was or was not compared.
+    exams: Mapping[date, ExamRef],
+    left_out: Sequence[tuple[date, str]],
+    start: ParentRef | None,
+    seed: int,
+    out: str,
+) -> ReplayRef:
+    """Compare every method over the nights, and write what was found.
 
-    In the nightly exam the champion answers through its published ONNX, with its own vocabularies, statistics and bank.
-    In first contact its own base is adapted by its own solver on the same support as the candidate.
+    Args:
+        place: where the exams are.
+        data: the contract.
+        segments: the ladder's limits.
+        exams: the nights' exams, in order.
+        left_out: nights that were not examined, with the reason.
+        start: what the first night started from.
+        seed: of the bootstrap by user.
+        out: folder for both files; it is made.
 
-    Returns:
-        Columns; empty where the champion is not comparable, and one sentence that says why. That is never a win.
+    Raises:
+        ObjectMissing: an exam is gone.
+        StoreUnwritable: the folder cannot be written.
     """
-    release = ingested.champion
-    assert release is not None
-    rows = rows_of(place, record_of(place, prepared))
-    vocabularies = vocabulary.load(data, open_workspace(place).file(record_of(place, prepared), "vocabulary.parquet"))
-    device = device_of(place)
-    ladder = Ladder(rows, segments, data.user)
-    night = Night.among(data, ladder, Material(rows, device), ingested.night.toordinal())
+    tables = {night.isoformat(): exam_table(place, exam.key) for night, exam in exams.items()}
+    with looked_at("compare", f"{len(tables)} {'night' if len(tables) == 1 else 'nights'}, by slice") as progress:
+        lines = compared(tables, data, segments.max_support, seed, progress)
+    began = "the first one started cold" if start is None else f"the first one started from {start.name}"
+    missing = [(night.isoformat(), why) for night, why in left_out]
+    folder = Path(out)
     try:
-        manifest = read_manifest(store_of(place), place.pipeline, release)
-        scores = _nightly(
-            place, data, manifest, clean_file(place, record_of(place, validated)), rows, night, vocabularies
-        )
-        base = base_of(place, release)
-        dialect = _dialect(
-            data, vocabularies, vocabulary.load(data, release_file(place, release, "vocabulary.parquet"))
-        )
-    except NightrankError as error:
-        return {}, f"release {release[:12]} is not comparable: {error}"
-    if (
-        base.levels != learned_levels(segments, data.user)
-        or base.network.shape.names != shape_of(data, rows, vocabularies).names
-    ):
-        return (
-            scores,
-            f"release {release[:12]} has another ladder or other inputs: compared in the nightly exam only",
-        )
-    own = Night(data, ladder, Material(rows, device, dialect), night.ordinal, night.visits)
-    with steady(0, None):
-        scores |= sit_contact(own, base.to(device), CHAMPION)
-    return scores, f"release {release[:12]} was compared in both exams"
-
-
-def _nightly(
-    place: Place,
-    data: DataConfig,
-    manifest: Manifest,
-    clean: Path,
-    rows: Rows,
-    night: Night,
-    vocabularies: Vocabularies,
-) -> dict[str, F32]:
-    room = Path(place.scratch) / "steps"
-    room.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=room, prefix="champion-"))
-    try:
-        for file in manifest.files:
-            shutil.copyfile(release_file(place, manifest.release, file.name), folder / file.name)
-        champion = load(folder, manifest, "cpu")
-    finally:
-        shutil.rmtree(folder)
-    names = [objective.name for objective in manifest.interface.objectives]
-    table = pq.read_table(clean)
-    answers = [_ask(champion, table.slice(start, BATCH)) for start in range(0, table.num_rows, BATCH)]
-    # Clean rows are in order of time; the exam's are by user, then time.
-    user = vocabularies[data.user].encode(table[data.user])
-    order = np.argsort(user, kind="stable")
-    said: F32 = np.concatenate(answers)[order]
-    return {
-        column("nightly", CHAMPION, objective.name): said[:, names.index(objective.name)]
-        for objective in data.objectives
-        if objective.name in names
-    }
-
-
-def _ask(champion: LoadedRelease, table: pa.Table) -> F32:
-    """Scores [N, K] of rows, each as a request with one candidate."""
-    request: dict[str, object] = {}
-    for spec in champion.manifest.interface.inputs:
-        if spec.name not in table.column_names:
-            raise ReleaseRefused(f"it asks for the column {spec.name!r}, which the contract no longer has")
-        values = table[spec.name]
-        if spec.dtype == "float32":
-            raw = pc.fill_null(values.cast(pa.float64()), float("nan")).to_numpy().astype(np.float32)
-        elif spec.dtype == "int64":
-            raw = pc.fill_null(values.cast(pa.int64()), spec.missing).to_numpy()
-        else:
-            raw = pc.fill_null(values.cast(pa.string()), spec.missing).to_numpy(zero_copy_only=False)
-        request[spec.name] = raw if spec.per == "request" else raw[:, None]
-    inputs, shape = read_request(champion.manifest.interface.inputs, request)
-    return champion.run(inputs, shape)[:, 0]
-
-
-def _dialect(data: DataConfig, ours: Vocabularies, theirs: Vocabularies) -> Dialect:
-    """Our ids to the champion's, column by column, by raw key."""
-
-    def table(name: str) -> I64:
-        ids: I64 = np.r_[np.zeros(1, np.int64), theirs[name].encode(ours[name].keys)]
-        return ids
-
-    return Dialect(
-        tuple(table(name) for name in data.named("request", "categorical")),
-        tuple(table(name) for name in (data.item, *data.named("candidate", "categorical"))),
-    )
+        folder.mkdir(parents=True, exist_ok=True)
+        save(lines, folder / f".{TABLE}")
+        (folder / f".{PAGE}").write_text(render(place.pipeline, began, lines, missing, seed), encoding="utf-8")
+        for name in (TABLE, PAGE):  # whole or not at all: a reader may have the last one open
+            os.replace(folder / f".{name}", folder / name)
+    except OSError as error:
+        raise StoreUnwritable(
+            f"cannot write {error.filename or folder}: {error.strerror}; give another --out"
+        ) from error
+    return ReplayRef(table=str(folder / TABLE), page=str(folder / PAGE))

@@ -96,6 +96,15 @@ def quietly(step: str) -> Iterator[Progress]:
         _watcher.reset(token)
 
 
+@contextmanager
+def looked_at(step: str, why: str) -> Iterator[Progress]:
+    """Let the watcher look on at something that leaves no record."""
+    watcher, begun = _watcher.get(), time.perf_counter()
+    watcher.started(step, why)
+    yield lambda done, total, unit: watcher.progressed(step, done, total, unit)
+    watcher.finished(step, False, time.perf_counter() - begun)
+
+
 class _Silent:
     def started(self, step: str, why: str) -> None:
         """Say nothing."""

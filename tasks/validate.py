@@ -26,7 +26,7 @@ def validate(place: Place, data: DataConfig, ingested: IngestRef) -> ValidateRef
     """
     frozen = thawed(record_of(place, ingested).content)
     record, shared = validate_night(place, data, frozen)
-    docs, _ = _build_docs(place, data, frozen)
+    docs = "" if ingested.replayed else _build_docs(place, data, frozen)[0].key
     content = record.content
     return ValidateRef(
         **shared,
@@ -34,7 +34,7 @@ def validate(place: Place, data: DataConfig, ingested: IngestRef) -> ValidateRef
         clean=content["clean"],
         bad=content["bad"],
         reasons=content["reasons"],
-        docs=docs.key,
+        docs=docs,
     )
 
 

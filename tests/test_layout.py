@@ -33,6 +33,7 @@ HOMES = {
     "onnxruntime": ("tasks/release/", "tasks/serving/"),
     "boto3": ("tasks/clients/",),
     "botocore": ("tasks/clients/",),
+    "lightgbm": ("tasks/learning/trees.py",),
     "safetensors": ("tasks/learning/", "tasks/release/"),
     "yaml": ("flows/",),
     "rich": ("flows/",),

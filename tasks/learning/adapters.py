@@ -29,11 +29,14 @@ class AdapterConfig(Section):
     """`none`: the base serves everybody. `bias`: one number per segment and objective. `ridge`: a linear head on the
     ranker's adapter features, solved in closed form on the residuals of its parent's scores."""
     precision: Annotated[float, Field(gt=0)] = 4.0
-    """Precision that the finest level starts from, in rows: the evidence at which a weight moves half-way."""
+    """Precision that factors are solved with, and the least that a segment's constant and its weights on factors are
+    held with; in rows: the evidence at which a weight moves half-way. The history estimates all others."""
     coarse_precision: Annotated[float, Field(gt=0)] = 150.0
-    """Precision that the coarser levels start from. They stand for people they have never seen, so it is larger."""
-    steps: Annotated[int, Field(ge=1, le=10)] = 1
-    """Newton steps of a solve. One is the classical ridge on residuals; a rating needs no more."""
+    """Precision that the coarser levels start from; the stop nights scale it. They stand for people they have never
+    seen, so it is larger."""
+    steps: Annotated[int, Field(ge=1, le=10)] = 2
+    """Newton steps of a solve. One is the classical ridge on residuals, and a rating needs no more; where clicks are
+    nearly certain from a segment's taste, a second one matters."""
 
     def width(self, features: int) -> int:
         """How many of the ranker's ``features`` are used (the constant 1 is the first)."""
@@ -91,22 +94,66 @@ def solve(
     >>> solve(ones, torch.zeros(1, 4, 1), ones, torch.ones(1, 4), torch.ones(1, 1), ["binary"])
     tensor([[[1.]]])
     """
+    solution = features.new_zeros(features.shape[0], labels.shape[-1], features.shape[-1])
+    for _ in range(steps):
+        gradient, factor = _newton(features, offsets, labels, weights, precision, kinds, solution)
+        solution = solution + torch.cholesky_solve(gradient[..., None], factor)[..., 0]
+    return solution
+
+
+def variances(
+    features: Tensor,
+    offsets: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    precision: Tensor,
+    kinds: Sequence[ObjectiveKind],
+    solution: Tensor,
+) -> Tensor:
+    """How unsure each solved weight is: the diagonal of the inverse Hessian at a solution (Laplace's approximation).
+
+    Args:
+        features: ``[B, S, D]``; this and the next five as for `solve`.
+        offsets: ``[B, S, K]``.
+        labels: ``[B, S, K]``.
+        weights: ``[B, S]``.
+        precision: ``[K, D]``.
+        kinds: of the objectives.
+        solution: the solved weights ``[B, K, D]``.
+
+    Returns:
+        Variances ``[B, K, D]``; ``1 / precision`` for a segment without support.
+
+    >>> ones = torch.ones(1, 4, 1)
+    >>> variances(ones, ones, ones, torch.ones(1, 4), torch.ones(1, 1), ["rating"], torch.zeros(1, 1, 1))
+    tensor([[[0.2000]]])
+    """
+    _, factor = _newton(features, offsets, labels, weights, precision, kinds, solution)
+    return torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1)
+
+
+def _newton(
+    features: Tensor,
+    offsets: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    precision: Tensor,
+    kinds: Sequence[ObjectiveKind],
+    solution: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradient ``[B, K, D]`` and Cholesky factor of the Hessian ``[B, K, D, D]`` of the penalised likelihood."""
     given = ~torch.isnan(labels)
     mass = weights[..., None] * given
     targets = torch.where(given, labels, torch.zeros_like(labels))
     binary = torch.tensor([kind == "binary" for kind in kinds], device=features.device)
-    solution = features.new_zeros(features.shape[0], labels.shape[-1], features.shape[-1])
-    for _ in range(steps):
-        scores = offsets + torch.einsum("bsd,bkd->bsk", features, solution)
-        chance = torch.sigmoid(scores)
-        expected = torch.where(binary, chance, scores)
-        curvature = torch.where(binary, (chance * (1 - chance)).clamp_min(SMALLEST_CURVATURE), torch.ones_like(chance))
-        gradient = torch.einsum("bsd,bsk->bkd", features, mass * (targets - expected)) - precision * solution
-        scaled = features[:, :, None, :] * (mass * curvature)[..., None]
-        hessian = torch.einsum("bskd,bse->bkde", scaled, features) + torch.diag_embed(precision)
-        factor = torch.linalg.cholesky(hessian)
-        solution = solution + torch.cholesky_solve(gradient[..., None], factor)[..., 0]
-    return solution
+    scores = offsets + torch.einsum("bsd,bkd->bsk", features, solution)
+    chance = torch.sigmoid(scores)
+    expected = torch.where(binary, chance, scores)
+    curvature = torch.where(binary, (chance * (1 - chance)).clamp_min(SMALLEST_CURVATURE), torch.ones_like(chance))
+    gradient = torch.einsum("bsd,bsk->bkd", features, mass * (targets - expected)) - precision * solution
+    scaled = features[:, :, None, :] * (mass * curvature)[..., None]
+    hessian = torch.einsum("bskd,bse->bkde", scaled, features) + torch.diag_embed(precision)
+    return gradient, torch.linalg.cholesky(hessian)
 
 
 def apply(logits: Tensor, features: Tensor, solution: Tensor) -> Tensor:
@@ -127,10 +174,10 @@ def check_width(config: AdapterConfig, features: int) -> None:
     """Refuse a ridge that has no features but the constant.
 
     Raises:
-        InvalidConfig: `ridge` over a ranker without factors and features.
+        InvalidConfig: `ridge` over a ranker without adapter features.
     """
     if config.kind == "ridge" and features < 2:
         raise InvalidConfig(
-            "adapter.kind is 'ridge', but ranker.factors and ranker.features are both 0: there is nothing to bend but "
-            "the constant; set ranker.features to 1 or more, or adapter.kind to 'bias'"
+            "adapter.kind is 'ridge', but the ranker has no adapter features (no factors, no numbers of candidates): "
+            "there is nothing to bend but the constant; set ranker.factors to 1 or more, or adapter.kind to 'bias'"
         )

@@ -18,11 +18,12 @@ from torch import Tensor
 from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig
 from tasks.data.vocabulary import Vocabularies
-from tasks.errors import ObjectCorrupt
+from tasks.errors import FormatUnknown, ObjectCorrupt
 from tasks.learning.adapters import AdapterConfig, ObjectiveKind, Precisions
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 
-FORMAT = 1
+FORMAT = 2
+"""2: tables of factors for every categorical candidate column, and numbers of candidates as adapter features."""
 WEIGHTS, DESCRIPTION = "base.safetensors", "base.json"
 
 
@@ -116,12 +117,15 @@ def load_base(files: Mapping[str, Path]) -> Base:
         files: paths of `base.safetensors` and `base.json`, by these names.
 
     Raises:
-        ObjectCorrupt: the files are of another format, or do not fit each other.
+        FormatUnknown: the files were written by a version of nightrank whose bases are others.
+        ObjectCorrupt: the files do not fit each other.
     """
     try:
         description = json.loads(files[DESCRIPTION].read_text())
         if description["format"] != FORMAT:
-            raise ObjectCorrupt(f"{files[DESCRIPTION]} has format {description['format']}, expected {FORMAT}")
+            raise FormatUnknown(
+                f"{files[DESCRIPTION]} has format {description['format']}, and this version of nightrank reads {FORMAT}"
+            )
         shape, config = RankerShape(**description["shape"]), RankerConfig(**description["ranker"])
         adapter = AdapterConfig(**description["adapter"])
         levels = tuple(tuple(level) for level in description["levels"])

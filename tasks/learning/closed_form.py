@@ -20,7 +20,7 @@ def _chunks(count: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
 
 
-def _residual(offset: Tensor, label: Tensor, weight: Tensor, kind: ObjectiveKind) -> tuple[Tensor, Tensor]:
+def weighted_residual(offset: Tensor, label: Tensor, weight: Tensor, kind: ObjectiveKind) -> tuple[Tensor, Tensor]:
     """Weighted residual and curvature of each row; both 0 where the label is missing."""
     given = ~torch.isnan(label)
     target = torch.where(given, label, torch.zeros_like(label))
@@ -63,7 +63,9 @@ def calibrate(
             for part in _chunks(len(inputs)):
                 rows = torch.cat([inputs[part], torch.ones_like(inputs[part, :1])], dim=1).double()
                 score = offsets[part, objective].double() + rows @ solution[objective]
-                residual, curvature = _residual(score, labels[part, objective].double(), weights[part].double(), kind)
+                residual, curvature = weighted_residual(
+                    score, labels[part, objective].double(), weights[part].double(), kind
+                )
                 gradient = gradient + rows.T @ residual
                 hessian = hessian + rows.T @ (rows * curvature[:, None])
             solution[objective] += torch.linalg.solve(hessian, gradient)
@@ -105,7 +107,7 @@ def factorise(
     Returns:
         Item factors ``[I, F]``.
     """
-    residual, curvature = _residual(offsets.double(), labels.double(), weights.double(), kind)
+    residual, curvature = weighted_residual(offsets.double(), labels.double(), weights.double(), kind)
     factors = factors.double().clone()
     factors[0] = 0.0
     width = factors.shape[1]

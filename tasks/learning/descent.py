@@ -43,7 +43,7 @@ def optimiser_of(
     """
     groups: dict[str, list[nn.Parameter]] = {"embeddings": [], "factors": [], "layers": []}
     for name, parameter in network.named_parameters():
-        kind = "factors" if name.startswith("factor_table") else "embeddings" if "_tables." in name else "layers"
+        kind = "factors" if name.startswith("factor_tables") else "embeddings" if "_tables." in name else "layers"
         groups[kind].append(parameter)
     return torch.optim.AdamW(
         [

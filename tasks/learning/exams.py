@@ -97,8 +97,9 @@ class Night:
 def facts(night: Night, bank: Bank, vocabularies: Vocabularies) -> pa.Table:
     """Who each row of the night is, what its labels are and which segment of the bank serves it, in raw keys.
 
-    Columns: `user` (string), `tie`, `at` (the row's number in the user's night), `history` (the user's earlier rows in
-    the window), `label/<objective>`, `level` (that serves it, -1 for the base), `segment` (its raw key), `support`.
+    Columns: `user` (string), `tie`, `at` (the row's number in the user's night), `history` and `item_history` (rows of
+    the user, and of the item, on earlier nights of the window), `label/<objective>`, `level` (that serves it, -1 for
+    the base), `segment` (its raw key), `support`.
     """
     rows, at = night.ladder.rows, night.at
     first = np.repeat(night.visits.rows.start, night.visits.rows.lengths)
@@ -109,6 +110,9 @@ def facts(night: Night, bank: Bank, vocabularies: Vocabularies) -> pa.Table:
         "at": pa.array((at - first).astype(np.int32)),
         "history": pa.array((first - np.repeat(night.visits.first, night.visits.rows.lengths)).astype(np.int32)),
     }
+    item, earlier = np.asarray(rows.item), np.asarray(rows.night) < night.ordinal
+    before = np.bincount(item[earlier], minlength=int(item.max(initial=0)) + 1)
+    columns["item_history"] = pa.array(before[item[at]].astype(np.int32))
     for number, objective in enumerate(night.data.objectives):
         columns[f"label/{objective.name}"] = pa.array(np.asarray(rows.labels)[at, number])
     slots = bank.slots_of(rows, at)

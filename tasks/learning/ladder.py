@@ -6,7 +6,7 @@ Solutions are cumulative: a segment's weights include its parent's.
 Shapes: E segments of a level, V visits, K objectives, D adapter features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,18 +186,76 @@ def climb(
     Returns:
         One tensor ``[E, K, D]`` per stage. A segment without support has exactly its parent's weights.
     """
-    width = precisions.shape[-1]
     solutions: list[Tensor] = []
     for number, stage in enumerate(stages):
-        inherited = precisions.new_zeros(len(stage.parent), len(kinds), width)
-        if solutions:
-            parent = torch.from_numpy(stage.parent).to(precisions.device)
-            inherited = solutions[-1][parent.clamp_min(0)] * (parent >= 0)[:, None, None]
+        inherited = inherit(stage, solutions, precisions, kinds)
         own = _solve_stage(stage, inherited, scorer, material, precisions[stage.level], kinds, config)
         if keep is not None:
             own = own * torch.from_numpy(keep[number]).to(own.device)[:, None, None]
         solutions.append(inherited + own)
     return solutions
+
+
+@dataclass(frozen=True)
+class Support:
+    """Support rows of some segments of a stage, padded to the longest.
+
+    Attributes:
+        segments: numbers of the segments in their stage [B].
+        features: ``[B, S, D]``.
+        offsets: scores under the weights that the segments inherit ``[B, S, K]``.
+        labels: ``[B, S, K]``, NaN where missing.
+        weights: row weights ``[B, S]``, 0 for padding.
+    """
+
+    segments: I64
+    features: Tensor
+    offsets: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+def supports(stage: Stage, inherited: Tensor, scorer: Scorer, material: Material) -> Iterator[Support]:
+    """The support of a stage's segments, batch by batch; segments without any are left out.
+
+    Args:
+        stage: the segments.
+        inherited: weights that each starts from ``[E, K, D]``.
+        scorer: logits and features of positions, before adaptation.
+        material: labels and weights of positions.
+    """
+    lengths = stage.windows.lengths
+    supported = np.flatnonzero(lengths > 0)
+    # Segments of like size share a batch, so that little of it is padding.
+    supported = supported[np.argsort(lengths[supported], kind="stable")]
+    for chosen in _batches(supported, lengths[supported]):
+        windows = stage.windows.take(chosen)
+        at, window = windows.flat()
+        rows = at if stage.support is None else stage.support[at]
+        slot = at - windows.start[window]
+        shape = (len(chosen), int(windows.lengths.max()))
+        logits, features = scorer(rows)
+        features = features[:, : inherited.shape[-1]]
+        where = (torch.from_numpy(window).to(features.device), torch.from_numpy(slot).to(features.device))
+        number = torch.from_numpy(chosen).to(features.device)
+        offsets = apply(logits, features, inherited[number][where[0]])
+        labels, weights = material.labels(rows), material.weights(rows)
+        yield Support(
+            chosen,
+            features.new_zeros(*shape, features.shape[-1]).index_put(where, features),
+            offsets.new_zeros(*shape, offsets.shape[-1]).index_put(where, offsets),
+            labels.new_zeros(*shape, labels.shape[-1]).index_put(where, labels),
+            weights.new_zeros(shape).index_put(where, weights),
+        )
+
+
+def inherit(stage: Stage, above: Sequence[Tensor], precisions: Tensor, kinds: Sequence[ObjectiveKind]) -> Tensor:
+    """Weights ``[E, K, D]`` that a stage's segments start from: their parents', given the stages' before (`climb`)."""
+    if not above:
+        return precisions.new_zeros(len(stage.parent), len(kinds), precisions.shape[-1])
+    parent = torch.from_numpy(stage.parent).to(precisions.device)
+    inherited: Tensor = above[-1][parent.clamp_min(0)] * (parent >= 0)[:, None, None]
+    return inherited
 
 
 def _solve_stage(
@@ -209,35 +267,15 @@ def _solve_stage(
     kinds: Sequence[ObjectiveKind],
     config: AdapterConfig,
 ) -> Tensor:
-    lengths = stage.windows.lengths
-    supported = np.flatnonzero(lengths > 0)
     own = torch.zeros_like(inherited)
-    if len(supported) == 0 or inherited.shape[-1] == 0:
+    if inherited.shape[-1] == 0:
         return own
-    # Segments of like size share a batch, so that little of it is padding.
-    supported = supported[np.argsort(lengths[supported], kind="stable")]
-    for chosen in _batches(supported, lengths[supported]):
-        windows = stage.windows.take(chosen)
-        at, window = windows.flat()
-        rows = at if stage.support is None else stage.support[at]
-        slot = at - windows.start[window]
-        shape = (len(chosen), int(windows.lengths.max()))
-        logits, features = scorer(rows)
-        features = features[:, : precision.shape[-1]]
-        where = (torch.from_numpy(window).to(features.device), torch.from_numpy(slot).to(features.device))
-        number = torch.from_numpy(chosen).to(features.device)
-        offsets = apply(logits, features, inherited[number][where[0]])
-        labels, weights = material.labels(rows), material.weights(rows)
+    for given in supports(stage, inherited, scorer, material):
         solution = solve(
-            features.new_zeros(*shape, features.shape[-1]).index_put(where, features),
-            offsets.new_zeros(*shape, offsets.shape[-1]).index_put(where, offsets),
-            labels.new_zeros(*shape, labels.shape[-1]).index_put(where, labels),
-            weights.new_zeros(shape).index_put(where, weights),
-            precision,
-            kinds,
+            *(given.features, given.offsets, given.labels, given.weights, precision, kinds),
             config.steps,
         )
-        own = own.index_put((number,), solution)
+        own = own.index_put((torch.from_numpy(given.segments).to(own.device),), solution)
     return own
 
 

@@ -145,3 +145,15 @@ class Material:
     def scorer(self, network: Ranker) -> Scorer:
         """The network as a function of positions."""
         return lambda at: network(*self.inputs(at))
+
+
+def remembered(scorer: Scorer, count: int, part: int = 65_536) -> Scorer:
+    """A scorer that has asked another one for all positions below `count` already, and looks its answers up."""
+    asked = [scorer(at.astype(np.int64)) for at in np.array_split(np.arange(count), max(1, -(-count // part)))]
+    logits, features = (torch.cat(answers) for answers in zip(*asked, strict=True))
+
+    def look_up(at: I64) -> tuple[Tensor, Tensor]:
+        here = torch.from_numpy(at).to(logits.device)
+        return logits[here], features[here]
+
+    return look_up

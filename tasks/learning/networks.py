@@ -4,6 +4,7 @@ Shapes: ``...`` any leading axes, Cr/Cc ids per request/candidate, Fr/Fc numbers
 D adapter features, E embedding width, H hidden width.
 """
 
+from itertools import accumulate
 from typing import Annotated, Literal, Self
 
 import torch
@@ -24,9 +25,14 @@ class RankerConfig(Section):
     """Width of the hidden layers and of the towers' outputs."""
     factors: Annotated[int, Field(ge=0, le=256)] = 4
     """Adapter features that are free factors of the item, started in closed form from the history."""
-    features: Annotated[int, Field(ge=0, le=256)] = 11
-    """Adapter features that the candidate tower computes. With the factors and the constant 1 they are what an
-    adapter's weights multiply."""
+    category_factors: Annotated[int, Field(ge=0, le=256)] = 4
+    """Adapter features that are free factors of a category, for each categorical candidate column, started likewise."""
+    direct: bool = True
+    """Whether the candidate's numbers, normalised, are adapter features as they stand: what a segment likes about a
+    column is then learned from its own rows, whether or not the towers have found the column useful."""
+    features: Annotated[int, Field(ge=0, le=256)] = 0
+    """Adapter features that the candidate tower computes: tastes that are no straight line in a number, at the price
+    of weights that every segment has to learn. All these and the constant 1 are what an adapter's weights multiply."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Dropout of hidden units in training."""
     request_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.8
@@ -130,10 +136,14 @@ class Ranker(nn.Module):
         )
         self.wide = nn.Linear(shape.statistics, len(shape.kinds))
         self.head = nn.Linear(hidden, config.features) if config.features else None
-        items = shape.candidate_vocabularies[0]
-        self.factor_table = nn.Embedding(items, config.factors) if config.factors else None
-        if self.factor_table is not None:
-            nn.init.zeros_(self.factor_table.weight)
+        sizes = (config.factors, *(config.category_factors for _ in shape.candidate_vocabularies[1:]))
+        self.factored = tuple(at for at, size in enumerate(sizes) if size)
+        self.factor_tables = nn.ModuleList(
+            nn.Embedding(shape.candidate_vocabularies[at], sizes[at]) for at in self.factored
+        )
+        for table in self.factor_tables:
+            assert isinstance(table, nn.Embedding)
+            nn.init.zeros_(table.weight)
         self.dropout = nn.Dropout(config.dropout)
         read = [config.user_statistics or at not in shape.request_statistics for at in range(shape.statistics)]
         self.register_buffer("read", torch.tensor(read, dtype=torch.float32), persistent=False)
@@ -147,8 +157,21 @@ class Ranker(nn.Module):
 
     @property
     def width(self) -> int:
-        """D: adapter features per row; the first is the constant 1, then the factors, then the tower's."""
-        return 1 + self.config.factors + self.config.features
+        """D: adapter features per row."""
+        return next(reversed(self.parts.values())).stop  # type: ignore[no-any-return]
+
+    @property
+    def parts(self) -> dict[str, slice]:
+        """What the adapter features are, in their order: name to positions. None is empty."""
+        sizes = {
+            "constant": 1,
+            "item factors": self.config.factors,
+            "category factors": self.config.category_factors * (len(self.shape.candidate_vocabularies) - 1),
+            "numbers": self.shape.candidate_numbers if self.config.direct else 0,
+            "tower features": self.config.features,
+        }
+        ends = accumulate(sizes.values())
+        return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True) if sizes[name]}
 
     def _known(self, ids: Tensor, rows: int) -> Tensor:
         """Ids that the table has; newer ones, and in training a random share, become the unknown row 0."""
@@ -195,10 +218,11 @@ class Ranker(nn.Module):
             ],
             dim=-1,
         )
+        numbers = self.candidate_normaliser(candidate_numbers)
         candidate = torch.cat(
             [
                 *self._embed(self.candidate_tables, shape.candidate_vocabularies, candidate_ids),
-                self.candidate_normaliser(candidate_numbers),
+                numbers,
                 _columns(normal, shape.candidate_statistics),
             ],
             dim=-1,
@@ -209,8 +233,10 @@ class Ranker(nn.Module):
         joint = torch.cat([left, right, left * right, _columns(normal, shape.joint_statistics)], dim=-1)
         logits = _columns(statistics, shape.offsets) + self.wide(normal) + self.joint(joint)
         features = [torch.ones_like(logits[..., :1])]
-        if self.factor_table is not None:
-            features.append(self.factor_table(self._known(candidate_ids[..., 0], shape.candidate_vocabularies[0])))
+        for at, table in zip(self.factored, self.factor_tables, strict=True):
+            features.append(table(self._known(candidate_ids[..., at], shape.candidate_vocabularies[at])))
+        if self.config.direct and shape.candidate_numbers:
+            features.append(numbers[..., : shape.candidate_numbers])
         if self.head is not None:
             features.append(self.head(right))
         return logits, torch.cat(features, dim=-1)

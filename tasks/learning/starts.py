@@ -63,7 +63,7 @@ def normalise(network: Ranker, data: DataConfig, rows: Rows, at: I64) -> None:
 
 
 def solve_start(network: Ranker, material: Material, at: I64, adapter: AdapterConfig, sweeps: int) -> None:
-    """Solve the calibration of the statistics, then the item factors, with the rest of the network as it is.
+    """Solve the calibration of the statistics, then every table of factors, with the rest of the network as it is.
 
     Args:
         network: is changed.
@@ -83,27 +83,28 @@ def solve_start(network: Ranker, material: Material, at: I64, adapter: AdapterCo
         solution = calibrate(normal, scores, labels, weights, kinds).float()
         wide.weight.copy_(solution[:, :-1])
         wide.bias.copy_(solution[:, -1])
-        if network.factor_table is None:
-            return
         scores = scores + wide(normal)
         users, user = np.unique(np.asarray(material.rows.user)[at], return_inverse=True)
-        table = network.factor_table.weight
-        items = torch.from_numpy(np.asarray(material.rows.item)[at]).to(table.device)
-        begin = table if table.abs().sum() > 0 else torch.randn_like(table) * 0.1
-        factors = factorise(
-            torch.from_numpy(user.astype(np.int64)).to(table.device),
-            torch.where(items < len(table), items, torch.zeros_like(items)),
-            scores[:, 0],
-            labels[:, 0],
-            weights,
-            kinds[0],
-            len(users),
-            begin,
-            strength=adapter.precision,
-            bias_strength=adapter.precision,
-            sweeps=sweeps,
-        )
-        table.copy_(factors)
+        ids = np.asarray(material.rows.candidate_ids)[at]
+        for column, module in zip(network.factored, network.factor_tables, strict=True):
+            table = module.weight
+            assert isinstance(table, Tensor)
+            keys = torch.from_numpy(np.ascontiguousarray(ids[:, column])).to(table.device)
+            begin = table if table.abs().sum() > 0 else torch.randn_like(table) * 0.1
+            factors = factorise(
+                torch.from_numpy(user.astype(np.int64)).to(table.device),
+                torch.where(keys < len(table), keys, torch.zeros_like(keys)),
+                scores[:, 0],
+                labels[:, 0],
+                weights,
+                kinds[0],
+                len(users),
+                begin,
+                strength=adapter.precision,
+                bias_strength=adapter.precision,
+                sweeps=sweeps,
+            )
+            table.copy_(factors)
 
 
 def _scores(network: Ranker, material: Material, at: I64) -> tuple[Tensor, Tensor]:

@@ -25,14 +25,22 @@ from tasks.learning.descent import blend, optimiser_of
 from tasks.learning.descent import steady as steady  # other verbs compute under it as well
 from tasks.learning.episodes import QUERY_ROWS, draw, row_loss, score_visits
 from tasks.learning.ladder import Ladder, learned_levels
-from tasks.learning.material import I64, Material, Visits, visits_of
+from tasks.learning.material import I64, Material, Scorer, Visits, remembered, visits_of
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.priors import MOST_USERS, estimate, scaled
 from tasks.learning.starts import newest, normalise, solve_start
 
 STOP_SUPPORT = (0, 5, 20)
 """Same-night support rows at which the stop nights are scored: those of the exams."""
 SWEEPS, MORE_SWEEPS = 10, 3
 """Passes of the factorisation from nothing, and from the parent's factors."""
+FITTED = frozenset({"item factors", "category factors"})
+"""Parts of the adapter features that are solved from the history: its rows overstate what they are worth, so training
+leaves their precisions alone, night after night, and only later rows may change them."""
+DRIFTING = frozenset({"constant"})
+"""Parts whose weights change from night to night more than the evidence of all nights together knows."""
+REMEMBERED = 500_000
+"""Most rows of a history whose scores are kept in memory while the precisions are looked for."""
 REFRESHED = "its closed forms were solved once more on the whole history"
 Report = Callable[[float, float | None, str], None]
 
@@ -215,6 +223,8 @@ class _Run:
             curve.append((-1, None, self._stop_loss(network, precisions, stop)))
         best, kept = (copy.deepcopy(network), copy.deepcopy(precisions)), -1
         solve_start(network, self.material, at, self.adapter, SWEEPS if start is None else MORE_SWEEPS)
+        if start is None:
+            how = f"{how}; {self._hold(network, precisions, fit, stop, random)}"
         curve.append((0, None, self._stop_loss(network, precisions, stop)))
         if start is None or curve[-1][2] < curve[0][2]:
             best, kept = (copy.deepcopy(network), copy.deepcopy(precisions)), 0
@@ -243,6 +253,32 @@ class _Run:
         end = {-1: "kept the parent's base, which did best", 0: "kept the closed-form start, which did best"}
         why = f"{how}; {end.get(kept, f'kept epoch {kept}')} on the stop nights; {REFRESHED}"
         return Trained(self._refreshed(best[0], best[1], through), tuple(curve), kept, why)
+
+    def _hold(
+        self, network: Ranker, precisions: Precisions, fit: Visits, stop: Visits, random: np.random.Generator
+    ) -> str:
+        """Estimate how strongly adapters are held; says what the stop nights changed about it."""
+        if precisions.logarithm.shape[-1] == 0:
+            return "nothing is adapted"
+        network.eval()
+        with torch.no_grad():
+            scorer = self.material.scorer(network)
+            if len(self.rows) <= REMEMBERED:
+                scorer = remembered(scorer, len(self.rows))
+            found = estimate(
+                *(self.ladder, fit, self.material, scorer, precisions(), self.shape.kinds, self.adapter, random)
+            )
+            width = found.shape[-1]
+            parts = {name: part for name, part in network.parts.items() if part.stop <= width}
+            for name in sorted((FITTED | DRIFTING).intersection(parts)):
+                found[0, :, parts[name]] = found[0, :, parts[name]].clamp_min(self.adapter.precision)
+            few = stop
+            if len(stop) > MOST_USERS:
+                few = stop.take(np.sort(random.choice(len(stop), MOST_USERS, replace=False)))
+            found, scales = scaled(found, parts, lambda tried: self._mean_stop_loss(scorer, tried, few))
+            precisions.logarithm.copy_(found.log())
+        changed = ", ".join(f"{name} by {scale:g}" for name, scale in scales.items() if scale != 1)
+        return "precisions by evidence" + (f", scaled on the stop nights ({changed})" if changed else "")
 
     def _refreshed(self, network: Ranker, precisions: Precisions, through: date) -> Base:
         """The base with its closed forms solved once more on every night of the history.
@@ -283,6 +319,9 @@ class _Run:
             )
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        if precisions.logarithm.grad is not None:
+            for name in FITTED.intersection(network.parts):
+                precisions.logarithm.grad[:, :, network.parts[name]] = 0.0
         nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
         optimiser.step()
         return float(adapted.detach())
@@ -295,20 +334,23 @@ class _Run:
     def _stop_loss(self, network: Ranker, precisions: Precisions, stop: Visits) -> float:
         """Adapted loss on the stop nights, averaged over the supports of the exams."""
         network.eval()
-        losses: list[float] = []
         with torch.no_grad():
-            for support in STOP_SUPPORT:
-                longer = stop.take(np.flatnonzero(stop.rows.lengths > support))
-                if len(longer) == 0:
-                    continue
-                scores = score_visits(
-                    *(self.ladder, longer, np.full(len(longer), support), self.material.scorer(network)),
-                    *(self.material, precisions(), self.shape.kinds, self.adapter),
-                )
-                losses.append(float(self._loss(scores.adapted, scores.rows)))
-        loss = sum(losses) / len(losses)
+            loss = self._mean_stop_loss(self.material.scorer(network), precisions(), stop)
         if not np.isfinite(loss):
             raise TrainingDiverged(
                 f"the stop loss of night {self.night} is {loss}; look for extreme numbers in the data"
             )
         return loss
+
+    def _mean_stop_loss(self, scorer: Scorer, precisions: torch.Tensor, stop: Visits) -> float:
+        losses: list[float] = []
+        for support in STOP_SUPPORT:
+            longer = stop.take(np.flatnonzero(stop.rows.lengths > support))
+            if len(longer) == 0:
+                continue
+            scores = score_visits(
+                *(self.ladder, longer, np.full(len(longer), support), scorer),
+                *(self.material, precisions, self.shape.kinds, self.adapter),
+            )
+            losses.append(float(self._loss(scores.adapted, scores.rows)))
+        return sum(losses) / len(losses)

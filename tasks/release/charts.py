@@ -1,10 +1,10 @@
 """Pictures as inline SVG that keeps its text size at any width: positions in per cent, sizes in pixels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, isfinite, log10
 
-from tasks.release.page import Markup, el, joined
+from tasks.release.page import Markup, el, joined, swatch
 
 ROW_HEIGHT = 26
 """Pixels of one interval."""
@@ -12,6 +12,8 @@ CURVE_HEIGHT = 200
 """Pixels of a curve."""
 BARS_HEIGHT = 120
 """Pixels of a histogram."""
+HUES = 10
+"""Colours for lines side by side (`--hue0` and so on in the page's style); more lines begin again."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,56 @@ def _runs(series: Sequence[tuple[int, float | None]]) -> list[list[tuple[int, fl
         else:
             runs[-1].append((epoch, value))
     return [run for run in runs if run]
+
+
+def lines(steps: Sequence[str], series: Mapping[str, Sequence[float | None]], marked: str) -> Markup:
+    """Several series over the same steps as lines on one scale, with a legend.
+
+    Args:
+        steps: what the values belong to, in order, such as nights.
+        series: name to one value per step; None leaves a gap.
+        marked: the series that is drawn strong, in the accent.
+    """
+    values = [value for one in series.values() for value in one if value is not None and isfinite(value)]
+    if not values:
+        return el("p", "There is nothing to draw.", class_="soft")
+    pad = (max(values) - min(values)) * 0.06 or 0.01
+    low, high = min(values) - pad, max(values) + pad
+
+    def place(step: int, value: float) -> tuple[float, float]:
+        return 100 * (step + 0.5) / len(steps), 100 * (high - value) / (high - low)
+
+    drawn: list[Markup] = []
+    dots: list[Markup] = []
+    legend: list[Markup] = []
+    quiet = [name for name in series if name != marked]
+    for name in (*quiet, marked) if marked in series else quiet:  # the marked one last, above the others
+        colour = "--accent" if name == marked else f"--hue{quiet.index(name) % HUES}"
+        legend.append(swatch(name, colour))
+        for run in _runs(list(enumerate(series[name]))):
+            path = " ".join("{:.3f},{:.3f}".format(*place(step, value)) for step, value in run)
+            width = 2.5 if name == marked else 1.2
+            drawn.append(
+                el("polyline", points=path, class_="train", style=f"stroke:var({colour});stroke-width:{width}")
+            )
+            for step, value in run:
+                x, y = (f"{part:.3f}%" for part in place(step, value))
+                dot = el("circle", cx=x, cy=y, r=1.6 * width, style=f"fill:var({colour})")
+                dots.append(el("g", el("title", f"{name}, {steps[step]}: {value:.4f}"), dot))
+    plot = el(
+        "svg",
+        *(el("line", x1=0, x2="100%", y1=f"{y}%", y2=f"{y}%", class_="grid") for y in (0, 50, 100)),
+        el("svg", *drawn, viewBox="0 0 100 100", preserveAspectRatio="none", width="100%", height="100%"),
+        *dots,
+        width="100%",
+        height=CURVE_HEIGHT,
+        role="img",
+        aria_label=f"{', '.join(series)}: from {steps[0]} to {steps[-1]}",
+    )
+    scale = el("div", *(el("span", f"{value:.4f}") for value in (high, (low + high) / 2, low)), class_="scale")
+    ends = el("div", *(el("span", step) for step in dict.fromkeys((steps[0], steps[-1]))), class_="ends")
+    chart = el("div", scale, el("div", plot), el("span"), ends, class_="curve")
+    return el("div", el("div", *reversed(legend), class_="key"), chart)
 
 
 def histogram(bars: Sequence[tuple[str, int]]) -> Markup:

@@ -54,8 +54,9 @@ def decide_release(
 ) -> ReleaseVerdict:
     """The release's verdict.
 
-    The candidate must hold against the champion and against the best baseline, which is the one with the lowest
-    pooled log-loss: all are paired over the same rows, so it is the one that the candidate gains least on.
+    The candidate must hold against the champion and against the best baseline: the one that it gains least on. All are
+    paired over the same rows, so that has the lowest pooled log-loss; only one that earlier exams did not have yet is
+    paired over fewer nights.
 
     Args:
         config: the gate's section.

@@ -116,6 +116,8 @@ STYLE = """
 @media (prefers-color-scheme:dark){:root{--paper:#0e1116;--card:#161b22;--ink:#e7ebf1;--soft:#9ca7b5;--line:#2a313b;
 --fill:#212832;--accent:#8ea4ff;--good:#3fd0b6;--good-soft:#11312c;--bad:#ff9166;--bad-soft:#3a1c12;--warn:#f0c264;
 --warn-soft:#352a10;--dim:#8390a0}}
+:root{--hue0:#d1495b;--hue1:#d9822b;--hue2:#a89200;--hue3:#4c9f38;--hue4:#1b998b;
+--hue5:#2e86ab;--hue6:#8e5bd6;--hue7:#c45bb3;--hue8:#8a7565;--hue9:#6b7a8f}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
 "Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%;overflow-wrap:anywhere}

@@ -222,6 +222,14 @@ def test_rank_without_a_place_says_what_to_give(tmp_path: Path, capsys: pytest.C
     assert "give --config, or --store and --pipeline" in capsys.readouterr().err
 
 
+def test_the_readme_tells_of_every_command() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = cli.parser().format_help().split("COMMAND", 2)[2]
+    commands = {line.split()[0] for line in shown.splitlines() if line.startswith("    ") and line[4] != " "}
+    assert commands >= {"run", "backfill", "replay", "releases", "doctor", "rank", "demo-data"}
+    assert [name for name in sorted(commands) if f"nightrank {name}" not in text] == []
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys; from flows.cli import parser; parser().format_help();"

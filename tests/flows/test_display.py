@@ -7,10 +7,21 @@ import pytest
 from rich.console import Console
 
 from flows.backfill import NightOutcome
-from flows.display import Screen, errors_to, show_backfill, show_night, show_ranked, show_releases
+from flows.display import (
+    ReplayScreen,
+    Screen,
+    errors_to,
+    show_backfill,
+    show_night,
+    show_ranked,
+    show_releases,
+    show_replay,
+)
 from flows.nightly import NightResult
+from flows.replay import ReplayedNight
 from tasks.errors import ExpectationsFailed, NightrankError, StoreUnavailable
 from tasks.references import PrepareRef, PublishRef, ReleaseRow, ScoreRow, ValidateRef, VerdictRef
+from tasks.release.slices import ADAPTED, POOLED, SLICES, Line
 from tasks.serving.ranker import Ranked
 
 NIGHT = date(2026, 3, 5)
@@ -100,6 +111,29 @@ def test_releases_fit_80_columns(console: Console) -> None:
     shown = shown_on(console)
     for fact in ("b" * 12, "2026-03-06 04:30", "yes", "none", str(row["report"])):
         assert fact in shown
+
+
+def test_a_replay_fits_80_columns_and_says_where_its_page_is(console: Console) -> None:
+    lines = [
+        Line(
+            exam, name, method, "clicked", night, 123_456, 789, 999, 0.5 + 0.01 * place, None, 0.7, 0.8, 0.01,
+            None if method == ADAPTED else -0.01 * place, -0.5, None if name == "new item" else 0.25,
+        )
+        for exam in ("nightly", "contact 0", "contact 5", "contact 20")
+        for night in (NIGHT.isoformat(), POOLED)
+        for name in SLICES
+        for place, method in enumerate(METHODS)
+    ]  # fmt: skip
+    show_replay(console, lines, [f"/{'long/' * 30}replay.html"])
+    ReplayScreen(console)(1, 60, ReplayedNight(night=NIGHT, state="rejected", why="[bold]"))
+    shown = shown_on(console).splitlines()
+    for fact in (
+        "nightly, clicked, 1 nights", "-0.0100 [-0.5000, +0.2500]", "(too few users)", "123,456", "replay.html",
+        "2026-03-05 rejected (1 of 60): [bold]", *(name for name in SLICES if name != "all"),
+    ):  # fmt: skip
+        assert any(fact in line for line in shown), fact
+    assert max(len(line) for line in shown if "long/" not in line) <= 80
+    assert not any("…" in line or "contact 0" in line for line in shown)
 
 
 def test_a_ranked_list_takes_items_literally(console: Console) -> None:

@@ -163,7 +163,8 @@ def test_adaptation_beats_zero_steps_in_both_exams(result: NightResult) -> None:
 def test_every_baseline_and_the_champion_are_examined(result: NightResult) -> None:
     methods = {row.method for row in result.verdict.scores if row.exam == "nightly"}
     assert methods == {
-        "adapted", "zero steps", "global rate", "popularity", "bias + offset", "matrix factorisation", "champion",
+        "adapted", "zero steps", "global rate", "popularity", "bias + offset", "matrix factorisation", "item-kNN",
+        "logistic regression", "champion",
     }  # fmt: skip
 
 

@@ -40,10 +40,12 @@ class SlowLadder:
         precisions: [L, K, D], finest level first, the user's own in front.
         kinds: of the objectives.
         refused: (level, raw ids) of segments that may not leave their parent.
+        steps: Newton steps of a solve.
     """
 
-    def __init__(self, rows: Rows, segments: SegmentsConfig, logits, features, precisions, kinds, refused=()):
-        self.rows, self.segments, self.kinds, self.refused = rows, segments, kinds, set(refused)
+    def __init__(self, rows: Rows, segments: SegmentsConfig, logits, features, precisions, kinds, refused=(),
+                 steps=2):  # fmt: skip
+        self.rows, self.segments, self.kinds, self.refused, self.steps = rows, segments, kinds, set(refused), steps
         self.logits, self.features, self.precisions = (np.asarray(a) for a in (logits, features, precisions))
         columns = {"shopper": rows.user, "market": rows.request_ids[:, 0], "region": rows.request_ids[:, 1]}
         self.ids = [
@@ -57,17 +59,18 @@ class SlowLadder:
         return sorted(mine, key=lambda r: (self.rows.time[r], self.rows.tie[r]))[-self.segments.max_support :]
 
     def ridge(self, support: list[int], inherited, level: int):
-        """What one Newton step adds to the inherited weights [K, D]."""
+        """What the Newton steps add to the inherited weights [K, D]."""
         phi, weight = self.features[support], self.rows.weights[support].astype(np.float64)
         own = np.zeros_like(inherited)
-        for k, kind in enumerate(self.kinds):
-            score = self.logits[support, k] + phi @ inherited[k]
+        for k, kind in [pair for pair in enumerate(self.kinds) for _ in range(self.steps)]:
+            score = self.logits[support, k] + phi @ (inherited[k] + own[k])
             label = self.rows.labels[support, k].astype(np.float64)
             chance = 1 / (1 + np.exp(-score))
             residual, curve = (label - chance, chance * (1 - chance)) if kind == "binary" else (label - score, 1.0)
             known = weight * ~np.isnan(label)
             hessian = phi.T @ (phi * (known * curve)[:, None]) + np.diag(self.precisions[level, k])
-            own[k] = np.linalg.solve(hessian, phi.T @ np.nan_to_num(known * residual))
+            slope = phi.T @ np.nan_to_num(known * residual) - self.precisions[level, k] * own[k]
+            own[k] += np.linalg.solve(hessian, slope)
         return own
 
     def coarse(self, level: int, row: int, night: int, used: set[int]):

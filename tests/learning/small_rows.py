@@ -21,7 +21,7 @@ LADDER = (("shopper",), ("market",))
 STATISTICS = StatisticsConfig(cohort=("market",))
 
 
-def contract(*kinds: str) -> DataConfig:
+def contract(*kinds: str, prices: int = 1) -> DataConfig:
     """One objective per kind: binary or rating. Without any, one binary objective."""
     kinds = kinds or ("binary",)
     columns = [
@@ -32,7 +32,10 @@ def contract(*kinds: str) -> DataConfig:
         {"name": "region", "role": "request", "dtype": "int64", "kind": "categorical"},
         {"name": "age", "role": "request", "dtype": "float64", "kind": "numeric", "nullable": True},
         {"name": "genre", "role": "candidate", "dtype": "int64", "kind": "categorical"},
-        {"name": "price", "role": "candidate", "dtype": "float64", "kind": "numeric"},
+        *(
+            {"name": f"price{at or ''}", "role": "candidate", "dtype": "float64", "kind": "numeric"}
+            for at in range(prices)
+        ),
         *({"name": f"label{at}", "role": "label", "dtype": "float64"} for at in range(len(kinds))),
     ]
     objectives = [{"name": f"aim{at}", "column": f"label{at}", "kind": kind} for at, kind in enumerate(kinds)]
@@ -55,13 +58,14 @@ def table(
     weights: Sequence[float] | None = None,
     age: Sequence[float] | None = None,
     genre: Sequence[int] | None = None,
-    price: Sequence[float] | None = None,
+    price: Sequence[float] | np.ndarray | None = None,
     levels: Sequence[Sequence[str]] = LADDER,
     radices: dict[str, int] | None = None,
 ) -> Rows:
     """Rows in order of (user, time); `night` counts from 0, and equal (user, night) keep the order given.
 
     Ids are vocabulary ids, 0 unknown. What is not given is one market, item and region, label 0 and nothing else.
+    Several prices a row are as many numeric columns.
     """
     count = len(user)
     kinds = 1 if labels is None else np.asarray(labels).reshape(count, -1).shape[1]
@@ -86,7 +90,7 @@ def table(
         "request_ids": np.stack([ids["market"], ids["region"]], axis=1),
         "candidate_ids": np.stack([ids["product"], ids["genre"]], axis=1),
         "request_numbers": column(age, np.nan, np.float32)[:, None],
-        "candidate_numbers": column(price, 1.0, np.float32)[:, None],
+        "candidate_numbers": column(price, 1.0, np.float32).reshape(count, -1 if count else 1),
         "statistics": np.zeros((count, width), np.float32) if statistics is None else statistics.astype(np.float32),
         "labels": np.zeros((count, 1), np.float32) if labels is None else np.asarray(labels).reshape(count, -1),
         "weights": column(weights, 1.0, np.float32),
@@ -139,7 +143,7 @@ def vocabularies_of(rows: Rows, more: int = 0) -> dict[str, Vocabulary]:
 
 
 def shape(rows: Rows, *kinds: str, more: int = 0):
-    return shape_of(contract(*kinds), rows, vocabularies_of(rows, more))
+    return shape_of(contract(*kinds, prices=rows.candidate_numbers.shape[1]), rows, vocabularies_of(rows, more))
 
 
 def opposed(seed: int = 0, nights: int = 6, users: int = 60, items: int = 12, each: int = 10) -> Rows:

@@ -6,7 +6,7 @@ import torch
 from scipy import optimize
 
 from tasks.errors import InvalidConfig
-from tasks.learning.adapters import AdapterConfig, Precisions, apply, check_width, solve
+from tasks.learning.adapters import AdapterConfig, Precisions, apply, check_width, solve, variances
 
 SEEDS = range(5)
 KINDS = ("binary", "rating")
@@ -154,6 +154,29 @@ def test_the_query_loss_flows_back_through_the_solve(steps):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_variances_are_the_diagonal_of_the_inverse_hessian_at_the_solution(seed):
+    features, offsets, labels, weights, precision = segments(seed)
+    labels[:, 2, 0] = torch.nan
+    solution = solve(features, offsets, labels, weights, precision, KINDS, 3)
+    said = variances(features, offsets, labels, weights, precision, KINDS, solution).numpy()
+    for at, (k, kind) in [(at, pair) for at in range(len(features)) for pair in enumerate(KINDS)]:
+        phi, held = features[at].numpy(), np.diag(precision[k].numpy())
+        mass = weights[at].numpy() * ~np.isnan(labels[at, :, k].numpy())
+        chance = sigmoid(offsets[at, :, k].numpy() + phi @ solution[at, k].numpy())
+        curve = chance * (1 - chance) if kind == "binary" else np.ones_like(chance)
+        expected = np.diag(np.linalg.inv(phi.T @ np.diag(mass * curve) @ phi + held))
+        np.testing.assert_allclose(said[at, k], expected, rtol=1e-9)
+
+
+def test_without_support_a_weight_is_as_unsure_as_its_precision_says():
+    features, offsets, labels, weights, precision = segments(0)
+    nothing = torch.zeros(4, 2, 3, dtype=torch.float64)
+    for given, mass in ((labels, 0 * weights), (labels * torch.nan, weights)):
+        said = variances(features, offsets, given, mass, precision, KINDS, nothing)
+        torch.testing.assert_close(said, (1 / precision).expand(4, 2, 3))
+
+
 def test_applying_is_a_product_per_row_and_objective():
     features, offsets, *_ = segments(4)
     weights = torch.randn(4, 9, 2, 3, dtype=torch.float64)
@@ -181,7 +204,7 @@ def test_the_kind_says_how_many_features_are_used(kind, width):
 
 
 def test_a_ridge_over_nothing_but_the_constant_is_refused():
-    with pytest.raises(InvalidConfig, match=r"ranker\.features to 1 or more"):
+    with pytest.raises(InvalidConfig, match=r"ranker\.factors to 1 or more"):
         check_width(AdapterConfig(), 1)
     check_width(AdapterConfig(kind="bias"), 1)
     check_width(AdapterConfig(), 2)

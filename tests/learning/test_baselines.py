@@ -4,16 +4,20 @@ import numpy as np
 import pytest
 import torch
 
+from tasks.errors import InvalidConfig
 from tasks.learning.baselines import Baselines, BaselinesConfig
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
+from tasks.learning.trees import library
 from tests.learning.slow_ladder import SlowLadder
 from tests.learning.small_rows import FIRST, ladder_of, one_aim, opposed, part, with_labels
 
 NIGHT = 3
 KINDS = ("binary", "rating")
 CONFIG = BaselinesConfig(offset_strength=3.0, factors=2, factor_strength=2.0)
-NAMES = ["global rate", "popularity", "bias + offset", "matrix factorisation"]
+WITHOUT_SUPPORT = ("global rate", "popularity", "logistic regression", "boosted trees")
+"""Those that no row of the night can change."""
+NAMES = ["global rate", "popularity", "bias + offset", "matrix factorisation", "item-kNN", "logistic regression"]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +33,14 @@ def rows():
 def baselines(rows, config=CONFIG, kinds=KINDS, levels=None):
     segments = ladder_of() if levels is None else ladder_of(levels)
     return Baselines(config, Ladder(rows, segments, "shopper"), Material(rows), kinds, FIRST + NIGHT)
+
+
+def lightgbm_is_there():
+    try:
+        library()
+    except InvalidConfig:
+        return False
+    return True
 
 
 def visits(rows):
@@ -78,8 +90,8 @@ def test_popularity_is_the_item_s_smoothed_rate_of_earlier_nights():
 
 @pytest.mark.parametrize("levels", [None, (("market",),)])
 @pytest.mark.parametrize("k", [0, 5])
-def test_the_offset_is_the_user_s_shrunk_mean_residual(rows, k, levels):
-    """Also where the ladder has no level of the user's own."""
+def test_the_offset_is_the_user_s_shrunk_mean_residual_twice_over(rows, k, levels):
+    """The residuals are taken once more behind the first step. Also where the ladder has no level of the user's own."""
     if levels is not None:
         rows = type(rows)(**{**vars(rows), "levels": rows.levels[1:]})
     at, said = scores(rows, k, levels=levels)["bias + offset"]
@@ -91,10 +103,12 @@ def test_the_offset_is_the_user_s_shrunk_mean_residual(rows, k, levels):
         for aim, kind in enumerate(KINDS):
             known = support[~np.isnan(rows.labels[support, aim])]
             rate, label, weight = rows.statistics[known, aim], rows.labels[known, aim], rows.weights[known]
-            chance = sigmoid(rate)
-            residual = label - (chance if kind == "binary" else rate)
-            curve = chance * (1 - chance) if kind == "binary" else np.ones(len(known))
-            offset = (weight * residual).sum() / ((weight * curve).sum() + 3.0)
+            offset = 0.0
+            for _ in range(2):
+                chance = sigmoid(rate + offset)
+                residual = label - (chance if kind == "binary" else rate + offset)
+                curve = chance * (1 - chance) if kind == "binary" else np.ones(len(known))
+                offset += ((weight * residual).sum() - 3.0 * offset) / ((weight * curve).sum() + 3.0)
             score = rows.statistics[row, aim] + offset
             assert values[aim] == pytest.approx(sigmoid(score) if kind == "binary" else score, abs=2e-5)
 
@@ -125,38 +139,83 @@ def test_a_user_without_support_is_told_the_popularity():
     new = tonight.take(np.flatnonzero(tonight.first == tonight.rows.start))
     assert len(new) > 3
     said = baselines(rows).score(new, np.zeros(len(new), np.int64))
-    for name in ("bias + offset", "matrix factorisation"):
+    for name in ("bias + offset", "matrix factorisation", "item-kNN"):
         torch.testing.assert_close(said[name][1], said["popularity"][1], rtol=0, atol=1e-6)
 
 
-def test_support_of_the_night_serves_users_and_never_others(rows):
+def test_a_candidate_that_is_seen_for_the_first_time_is_told_the_popularity(rows):
+    """By item-kNN, which knows nothing alike: as if its id were unknown, or newer than all others."""
+    tonight = rows.night >= FIRST + NIGHT
+    for strange in (0, 99):
+        fresh = type(rows)(**{**vars(rows), "item": np.where(tonight & (rows.item == 12), strange, rows.item)})
+        said = scores(fresh, 5)
+        at, values = said["item-kNN"]
+        here = fresh.item[at] == strange
+        assert here.any()
+        torch.testing.assert_close(values[here], said["popularity"][1][here], rtol=0, atol=1e-6)
+        assert (values[~here] != said["popularity"][1][~here]).any()
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_support_of_the_night_serves_users_and_never_others(rows, trees):
     """Labels of the night behind the first k, and of later nights, change nothing."""
+    if trees and not lightgbm_is_there():
+        pytest.skip("LightGBM cannot be loaded")
     k, tonight = 5, visits(rows)
+    more = {"config": CONFIG.model_copy(update={"trees": trees, "tree_leaf_rows": 10})}
+    assert list(scores(rows, k, **more)) == [*NAMES, *(["boosted trees"] if trees else [])]
     border, _ = tonight.split(np.full(len(tonight), k))
     given = rows.night < FIRST + NIGHT
     given[np.concatenate([np.arange(a, b) for a, b in zip(tonight.rows.start, border, strict=True)])] = True
     other = with_labels(rows, np.where(given[:, None], rows.labels, 1.0 - rows.labels))
-    for (at, mine), (also, theirs) in zip(scores(rows, k).values(), scores(other, k).values(), strict=True):
+    for (at, mine), (also, theirs) in zip(
+        scores(rows, k, **more).values(), scores(other, k, **more).values(), strict=True
+    ):
         assert np.array_equal(at, also)
         assert torch.equal(mine, theirs)
+    # Nor does a row of the night that is there no more: the last of each visit.
+    stop = np.unique(tonight.rows.stop[tonight.rows.lengths > k + 1]) - 1
+    without = part(rows, ~np.isin(np.arange(len(rows)), stop))
+    for (at, mine), (also, theirs) in zip(
+        scores(rows, k, **more).values(), scores(without, k, **more).values(), strict=True
+    ):
+        stayed = np.isin(rows.tie[at], without.tie[also])
+        assert np.count_nonzero(~stayed) > 0
+        torch.testing.assert_close(mine[stayed], theirs, rtol=0, atol=2e-6)
     # One user's support moves his own scores and nobody else's.
     moved = rows.labels.copy()
     moved[tonight.rows.start[0] : border[0], :] = 1.0 - np.nan_to_num(moved[tonight.rows.start[0] : border[0], :])
-    changed = scores(with_labels(rows, moved), k)
+    changed = scores(with_labels(rows, moved), k, **more)
     his = rows.user[changed["popularity"][0]] == rows.user[tonight.rows.start[0]]
-    for name, (_, values) in scores(rows, k).items():
+    for name, (_, values) in scores(rows, k, **more).items():
         assert torch.equal(values[~his], changed[name][1][~his])
-        assert torch.equal(values[his], changed[name][1][his]) == (name in ("global rate", "popularity"))
+        assert torch.equal(values[his], changed[name][1][his]) == (name in WITHOUT_SUPPORT)
 
 
-def test_opposed_tastes_are_seen_by_the_factorisation_alone():
-    """Rows of the night behind the first five; popularity and an offset know nothing of who likes what."""
+def test_opposed_tastes_are_seen_by_the_factorisation_and_by_neighbours_alone():
+    """Rows of the night behind the first five; the others know nothing of who likes what."""
     rows = one_aim(opposed(nights=5, users=60))
     loss = {}
     for name, (at, said) in scores(rows, 5, kinds=("binary",)).items():
         label, chance = rows.labels[at, 0], said[:, 0].numpy()
         loss[name] = -(label * np.log(chance) + (1 - label) * np.log(1 - chance)).mean()
-    assert loss["matrix factorisation"] < 0.8 * min(loss[name] for name in NAMES[:3])
+    blind = min(loss[name] for name in NAMES if name not in ("matrix factorisation", "item-kNN"))
+    assert loss["matrix factorisation"] < 0.8 * blind
+    assert loss["item-kNN"] < 0.8 * blind
+
+
+def test_the_newest_rows_are_those_that_neighbours_and_trees_are_fitted_on(rows):
+    """Of as many as `most_rows`, in the order of the table; the others see all of them."""
+    earlier = np.flatnonzero(rows.night < FIRST + NIGHT)
+    fitted = baselines(rows, CONFIG.model_copy(update={"most_rows": 100}))
+    chosen = fitted._newest()
+    assert len(chosen) == 100
+    assert (np.diff(chosen) > 0).all()
+    assert rows.time[chosen].min() > rows.time[np.setdiff1d(earlier, chosen)].max()
+    assert np.array_equal(baselines(rows)._newest(), earlier)
+    same = part(rows, np.isin(np.arange(len(rows)), chosen) | (rows.night >= FIRST + NIGHT))
+    for one, other in zip(fitted._knn.neighbours, baselines(same)._knn.neighbours, strict=True):
+        assert torch.equal(one.keys, other.keys)
 
 
 def test_the_seed_decides_the_factors_and_items_first_seen_tonight_have_none(rows):

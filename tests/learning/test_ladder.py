@@ -7,7 +7,7 @@ import torch
 from tasks.learning import ladder as module
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.episodes import score_visits
-from tasks.learning.ladder import Ladder, climb, learned_levels
+from tasks.learning.ladder import Ladder, climb, inherit, learned_levels, supports
 from tasks.learning.material import Material, visits_of
 from tests.learning.slow_ladder import CROSSED, KINDS, THREE, SlowLadder, precisions_of, world
 from tests.learning.small_rows import FIRST, Told, ladder_of, table, told
@@ -141,6 +141,46 @@ def test_batches_hold_every_segment_once_and_little_padding(monkeypatch):
         longest = lengths[batch - 1000].max()
         assert len(batch) == 1 or len(batch) * longest <= 64
         assert longest < 2 * lengths[batch - 1000].min() or longest == 1
+
+
+@pytest.mark.parametrize("limits", [{}, {"min_support": 3}, {"max_support": 4}])
+@pytest.mark.parametrize("padded", [16, 131_072])
+@pytest.mark.parametrize("seed", range(3))
+def test_supports_are_each_segment_s_rows_once_and_padding_of_no_weight(monkeypatch, seed, padded, limits):
+    monkeypatch.setattr(module, "PADDED_ROWS", padded)
+    rows, segments = world(seed), ladder_of(THREE, **limits)
+    scorer, precisions, visits = told(rows, seed=seed), precisions_of(3), visits_of(rows)
+    after = np.random.default_rng(seed).integers(0, 4, len(visits))
+    stages = Ladder(rows, segments, "shopper").plan(visits, after)
+    solved = climb(stages, scorer, Material(rows), precisions, KINDS, RIDGE)
+    oracle, (border, _) = slow(rows, segments, scorer, precisions), visits.split(after)
+    expected = [{}, {}, {}]  # rows of every segment by stage
+    for number in range(len(visits)):
+        own = list(range(visits.first[number], border[number]))[-segments.max_support :]
+        thin = len(own) < segments.min_support
+        expected[2][number] = [] if thin else own
+        row, at = visits.rows.start[number] if thin else border[number] - 1, stages[2].parent[number]
+        for level in (1, 2):
+            earlier = oracle.earlier(level, row, visits.night[number])
+            used = min(oracle.ids[level][row]) > 0 and len(earlier) >= segments.min_support
+            assert expected[2 - level].setdefault(at, earlier if used else []) == (earlier if used else [])
+            row, at = earlier[-1] if earlier else row, stages[2 - level].parent[at]
+    for number, stage in enumerate(stages):
+        inherited = inherit(stage, solved[:number], precisions, KINDS).numpy()
+        found = {}
+        for given in supports(stage, torch.from_numpy(inherited), scorer, Material(rows)):
+            for place, segment in enumerate(given.segments):
+                mine = expected[number][segment]
+                rest = len(mine)
+                assert segment not in found
+                found[segment] = mine
+                np.testing.assert_array_equal(given.weights[place, :rest], rows.weights[mine])
+                assert not given.weights[place, rest:].any()
+                np.testing.assert_array_equal(given.features[place, :rest], scorer.features[mine])
+                np.testing.assert_array_equal(given.labels[place, :rest], rows.labels[mine])
+                offsets = scorer.logits[mine].numpy() + scorer.features[mine].numpy() @ inherited[segment].T
+                np.testing.assert_allclose(given.offsets[place, :rest], offsets, atol=1e-12)
+        assert found == {segment: mine for segment, mine in expected[number].items() if mine}
 
 
 # Windows, by hand

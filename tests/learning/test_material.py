@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.learning.material import Dialect, Material, Windows, visits_of
+from tasks.learning.material import Dialect, Material, Windows, remembered, visits_of
 from tasks.learning.networks import Ranker, RankerConfig
-from tests.learning.small_rows import FIRST, opposed, shape, table
+from tests.learning.small_rows import FIRST, opposed, shape, table, told
 
 SEEDS = range(5)
 
@@ -83,3 +83,21 @@ def test_a_scorer_is_the_network_on_the_rows_inputs_and_labels_are_no_input():
     )  # fmt: skip
     assert torch.equal(logits, again[0])
     assert torch.equal(features, again[1])
+
+
+@pytest.mark.parametrize("part", [1, 7, 80, 1000])
+def test_what_is_remembered_was_asked_once_for_every_position(part):
+    rows = random_table(0)
+    scorer, asked = told(rows), []
+
+    def counted(at):
+        asked.append(at)
+        return scorer(at)
+
+    known = remembered(counted, len(rows), part)
+    assert np.concatenate(asked).tolist() == list(range(80))
+    assert max(map(len, asked)) <= part
+    times = len(asked)
+    at = np.array([3, 79, 3, 0])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(known(at), scorer(at), strict=True))
+    assert len(asked) == times

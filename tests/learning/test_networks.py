@@ -10,7 +10,7 @@ SHAPE = RankerShape(
     request_vocabularies=(4, 3), candidate_vocabularies=(6, 5), request_numbers=2, candidate_numbers=1,
     request_statistics=(2, 3), candidate_statistics=(0, 1), joint_statistics=(4,), offsets=(0,), kinds=("binary",),
 )  # fmt: skip
-SMALL = RankerConfig(embedding=3, hidden=4, factors=2, features=3)
+SMALL = RankerConfig(embedding=3, hidden=4, factors=2, category_factors=1, features=3)
 
 
 def inputs(*lead, seed=0):
@@ -65,7 +65,8 @@ def test_logits_and_features_by_hand():
     expected = statistics[:1] + layer("wide", heard) + joint
     logits, features = network(request, candidate, first, second, statistics)
     torch.testing.assert_close(logits, expected)
-    wanted = torch.cat([torch.ones(1), state["factor_table.weight"][candidate[0]], layer("head", right)])
+    factors = [state[f"factor_tables.{at}.weight"][candidate[at]] for at in (0, 1)]
+    wanted = torch.cat([torch.ones(1), *factors, second.clamp(-5, 5), layer("head", right)])
     torch.testing.assert_close(features, wanted)
 
 
@@ -73,8 +74,8 @@ def test_a_fresh_network_says_the_item_rate_and_gives_features_of_its_width():
     network, batch = Ranker(SHAPE, SMALL).eval(), inputs(7)
     logits, features = network(*batch)
     assert torch.equal(logits, batch[4][..., :1])
-    assert features.shape == (7, network.width) == (7, 6)
-    assert torch.equal(features[:, :3], torch.tensor([1.0, 0.0, 0.0]).expand(7, 3))
+    assert features.shape == (7, network.width) == (7, 8)
+    assert torch.equal(features[:, :4], torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(7, 4))
 
 
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
@@ -85,7 +86,7 @@ def test_any_leading_axes_give_what_single_rows_give(lead):
     flat = [part.reshape(-1, part.shape[-1]) for part in batch]
     singly = [network(*(part[row] for part in flat)) for row in range(len(flat[0]))]
     torch.testing.assert_close(logits.reshape(-1, 1), torch.stack([logit for logit, _ in singly]))
-    torch.testing.assert_close(features.reshape(-1, 6), torch.stack([feature for _, feature in singly]))
+    torch.testing.assert_close(features.reshape(-1, 8), torch.stack([feature for _, feature in singly]))
 
 
 def test_ids_beyond_the_table_are_the_unknown_row():
@@ -113,11 +114,66 @@ def test_adapter_features_know_the_candidate_and_nothing_of_the_request():
     assert not torch.equal(network(*batch)[0], network(*mixed)[0])
 
 
-@pytest.mark.parametrize(("factors", "features", "width"), [(0, 0, 1), (2, 0, 3), (0, 3, 4), (2, 3, 6)])
-def test_the_width_counts_constant_factors_and_tower_features(factors, features, width):
-    network = Ranker(SHAPE, SMALL.model_copy(update={"factors": factors, "features": features})).eval()
-    assert network.width == width
-    assert network(*inputs(2))[1].shape == (2, width)
+ROOMY = SHAPE.model_copy(update={"candidate_vocabularies": (6, 5, 3), "candidate_numbers": 2})
+"""Two categorical candidate columns besides the item, and two numeric ones."""
+
+
+def roomy(*lead):
+    request, candidate, first, _, statistics = inputs(*lead)
+    third = torch.randint(0, 3, (*lead, 1), generator=torch.Generator().manual_seed(1))
+    return request, torch.cat([candidate, third], dim=-1), first, torch.randn(*lead, 2), statistics
+
+
+@pytest.mark.parametrize("factors", [0, 2])
+@pytest.mark.parametrize("category", [0, 3])
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("features", [0, 4])
+def test_the_parts_are_what_comes_out_feature_by_feature(factors, category, direct, features):
+    changed = {"factors": factors, "category_factors": category, "direct": direct, "features": features}
+    torch.manual_seed(2)
+    network = Ranker(ROOMY, SMALL.model_copy(update=changed)).eval()
+    with torch.no_grad():
+        for table in network.factor_tables:
+            table.weight.normal_()
+    network.candidate_normaliser.mean.copy_(torch.tensor([1.0, -2.0]))
+    network.candidate_normaliser.scale.copy_(torch.tensor([0.5, 4.0]))
+    batch = roomy(7)
+    batch[3][3] = torch.tensor([torch.nan, 1e6])
+    said = network(*batch)[1]
+    tables = iter(network.factor_tables)
+    expected = {"constant": torch.ones(7, 1)}
+    if factors:
+        expected["item factors"] = next(tables).weight[batch[1][:, 0]]
+    if category:
+        expected["category factors"] = torch.cat([next(tables).weight[batch[1][:, at]] for at in (1, 2)], dim=1)
+    assert next(tables, None) is None
+    if direct:
+        expected["numbers"] = ((batch[3] - torch.tensor([1.0, -2.0])) / torch.tensor([0.5, 4.0])).clamp(-5, 5)
+        expected["numbers"][3] = torch.tensor([0.0, 5.0])  # a missing number is the mean
+    if features:
+        expected["tower features"] = said[:, -features:]
+    assert list(network.parts) == list(expected)
+    width = 1 + factors + 2 * category + 2 * direct + features
+    assert network.width == said.shape[1] == width
+    assert [at for part in network.parts.values() for at in range(width)[part]] == list(range(width))
+    for name, part in network.parts.items():
+        torch.testing.assert_close(said[:, part], expected[name], msg=name)
+
+
+def test_without_categories_and_numbers_there_are_no_parts_of_them():
+    bare = SHAPE.model_copy(update={"candidate_vocabularies": (6,), "candidate_numbers": 0})
+    network = Ranker(bare, RankerConfig()).eval()
+    assert list(network.parts) == ["constant", "item factors"]
+    request, candidate, first, _, statistics = inputs(3)
+    assert network(request, candidate[:, :1], first, torch.zeros(3, 0), statistics)[1].shape == (3, 5)
+
+
+def test_an_unknown_category_has_the_factors_of_the_unknown_row():
+    network, (request, candidate, *rest) = ranker(), inputs(5)
+    candidate[:, 1] = torch.tensor([0, 1, 4, 5, 99])
+    part = network.parts["category factors"]
+    rows = network.factor_tables[1].weight[[0, 1, 4, 0, 0]]
+    assert torch.equal(network(request, candidate, *rest)[1][:, part], rows)
 
 
 def test_dropout_of_ids_requests_and_units_is_for_training_only():
@@ -126,7 +182,7 @@ def test_dropout_of_ids_requests_and_units_is_for_training_only():
     network.train()
     assert not torch.equal(network(*batch)[0], network(*batch)[0])
     factors = network(*batch)[1][:, 1:3]
-    known, unknown = network.factor_table.weight[batch[1][:, 0]], network.factor_table.weight[0]
+    known, unknown = network.factor_tables[0].weight[batch[1][:, 0]], network.factor_tables[0].weight[0]
     dropped = (factors == unknown).all(dim=1)
     assert ((factors == known).all(dim=1) | dropped).all()
     assert 5 < int(dropped.sum()) < 45

@@ -8,12 +8,12 @@ import torch
 
 from tasks.learning import starts
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.closed_form import calibrate
+from tasks.learning.closed_form import calibrate, factorise
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import Ranker, RankerConfig
 from tests.learning.small_rows import contract, one_aim, opposed, shape
 
-SMALL = RankerConfig(embedding=4, hidden=8, factors=2, features=3)
+SMALL = RankerConfig(embedding=4, hidden=8, factors=2, category_factors=2, features=3)
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +74,40 @@ def test_solving_the_start_again_gives_the_same_linear_layer(history):
 def test_nothing_but_the_linear_layer_and_the_factors_is_touched(history):
     fresh, network = started(history)
     for (name, before), after in zip(fresh.state_dict().items(), network.state_dict().values(), strict=True):
-        moved = name in ("wide.weight", "wide.bias", "factor_table.weight")
+        moved = name in ("wide.weight", "wide.bias", "factor_tables.0.weight", "factor_tables.1.weight")
         assert torch.equal(before, after) != moved, name
 
 
 def test_unknown_items_and_items_beyond_the_table_have_no_factors(history):
     sized = shape(history)
-    smaller = sized.model_copy(update={"candidate_vocabularies": (9, sized.candidate_vocabularies[1])})
+    smaller = sized.model_copy(update={"candidate_vocabularies": (9, sized.candidate_vocabularies[1] - 1)})
     network = Ranker(smaller, SMALL)
     starts.solve_start(network, Material(history), np.arange(len(history)), AdapterConfig(), 1)
-    assert not network.factor_table.weight[0].any()
-    assert network.factor_table.weight[1:].any(dim=1).all()
+    for table in network.factor_tables:
+        assert not table.weight[0].any()
+        assert table.weight[1:].any(dim=1).all()
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_every_table_is_the_factorisation_of_its_own_column(history, column):
+    """By the residuals behind the calibration, from the factors of the pass before."""
+    _, network = started(history)
+    material, at = Material(history), np.arange(len(history))
+    before = [table.weight.detach().clone() for table in network.factor_tables]
+    with torch.no_grad():
+        network.wide.weight.zero_()
+        network.wide.bias.zero_()
+        offsets = material.scorer(network)(at)[0]
+        normal = network.normal_statistics(material.inputs(at)[4])
+    solved = calibrate(normal, offsets, material.labels(at), material.weights(at), ["binary"]).float()
+    scores = offsets[:, 0] + normal @ solved[0, :-1] + solved[0, -1]
+    starts.solve_start(network, material, at, AdapterConfig(precision=3.0), 2)
+    users = torch.from_numpy(np.unique(history.user, return_inverse=True)[1])
+    expected = factorise(
+        *(users, torch.from_numpy(history.candidate_ids[:, column].copy()), scores, material.labels(at)[:, 0]),
+        *(material.weights(at), "binary", int(users.max()) + 1, before[column], 3.0, 3.0, 2),
+    )
+    torch.testing.assert_close(network.factor_tables[column].weight.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_parts_of_the_rows_leave_no_trace(history, monkeypatch):
@@ -92,9 +115,10 @@ def test_parts_of_the_rows_leave_no_trace(history, monkeypatch):
     monkeypatch.setattr(starts, "PART", 100)
     _, cut = started(history)
     torch.testing.assert_close(cut.wide.weight, whole.wide.weight, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(cut.factor_table.weight, whole.factor_table.weight, rtol=1e-4, atol=1e-5)
+    for one, other in zip(cut.factor_tables, whole.factor_tables, strict=True):
+        torch.testing.assert_close(one.weight, other.weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_without_factors_is_calibrated_all_the_same(history):
-    fresh, network = started(history, ranker=SMALL.model_copy(update={"factors": 0}))
+    fresh, network = started(history, ranker=SMALL.model_copy(update={"factors": 0, "category_factors": 0}))
     assert not torch.equal(network.wide.weight, fresh.wide.weight)

@@ -129,7 +129,8 @@ def test_other_weights_change_only_what_holds_them(full: Made, tmp_path: Path):
     data, network, bank, tables, _ = make_parts("full")
     with torch.no_grad():
         network.head.bias.zero_()  # equal and zero tensors are what optimisers fold away
-        network.factor_table.weight.zero_()
+        for table in network.factor_tables:
+            table.weight.zero_()
     export(network, bank, tables, data, tmp_path)
     changed = {path.name for path in tmp_path.iterdir() if path.read_bytes() != (full.folder / path.name).read_bytes()}
     assert changed == {"base.bin"}
@@ -141,7 +142,7 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_written(what: str,
     broken = {
         "shape": bank[:, :1],
         "dtype": bank.astype(np.float64),
-        "nan": np.where(np.arange(5) == 2, np.float32("nan"), bank),
+        "nan": np.where(np.arange(network.width) == 2, np.float32("nan"), bank),
         "slots": bank[:3],
         "empty": bank[:0],
     }[what]

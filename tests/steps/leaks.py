@@ -138,7 +138,7 @@ def assert_nightly_scores_stand(one: Examined, other: Examined, tolerance: float
     _, at, where = np.intersect1d(mine["tie"].to_numpy(), theirs["tie"].to_numpy(), return_indices=True)
     assert len(at) > 10
     names = [name for name in mine.column_names if name.startswith("nightly/")]
-    assert len(names) == 7 * len(one.config.data.objectives), names
+    assert len(names) == 9 * len(one.config.data.objectives), names
     assert set(names) <= set(theirs.column_names)
     for name in [*names, "history", "support", "level", "segment"]:
         here, there = (

@@ -1,0 +1,165 @@
+"""Nights run again and compared, and nothing published: each starts from what the replay made of the one before.
+
+There is no gate between them. A replay tells how a config would have fared, and where an unpublished night leads next
+is part of that; so every replayed night's base is the next one's parent, whatever a gate would have said.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+from prefect import flow
+
+from flows.config import RetrainConfig
+from flows.nightly import resolve
+from tasks.adapt import adapt
+from tasks.clients.object_store import open_store
+from tasks.data.contract import Section
+from tasks.data.interactions import nights as nights_of
+from tasks.errors import DataRejected, InvalidConfig, NotEnoughHistory
+from tasks.evaluate import evaluate
+from tasks.ingest import ingest_replayed, released_before
+from tasks.meta_train import meta_train
+from tasks.parents import replayed_parent
+from tasks.prepare import prepare
+from tasks.references import ExamRef, ParentRef, PrepareRef
+from tasks.replay import ReplayRef, compare_nights
+from tasks.steps import hold
+from tasks.validate import validate
+
+log = logging.getLogger("nightrank.replay")
+
+
+class ReplayedNight(Section):
+    """What became of one night."""
+
+    night: date
+    state: Literal["examined", "skipped", "rejected"]
+    why: str
+    prepared: PrepareRef | None = None
+    exam: ExamRef | None = None
+
+
+class ReplayResult(Section):
+    """What a replay came to."""
+
+    nights: tuple[ReplayedNight, ...]
+    written: ReplayRef
+
+
+Onlooker = Callable[[int, int, ReplayedNight], None]
+"""Called as ``onlooker(place, of, outcome)`` when a night is done with."""
+
+
+def _log(place: int, of: int, outcome: ReplayedNight) -> None:
+    log.info("%d of %d, %s %s: %s", place, of, outcome.night, outcome.state, outcome.why)
+
+
+_onlooker: ContextVar[Onlooker] = ContextVar("onlooker of a replay", default=_log)
+
+
+@contextmanager
+def replay_told_to(onlooker: Onlooker) -> Iterator[None]:
+    """Tell ``onlooker`` each night's outcome as it comes."""
+    token = _onlooker.set(onlooker)
+    try:
+        yield
+    finally:
+        _onlooker.reset(token)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """What the next night starts from, and the exams that it pools, newest first."""
+
+    parent: ParentRef | None
+    exams: tuple[str, ...]
+
+
+@flow(name="replay", validate_parameters=True, persist_result=False)
+def replay(
+    config: RetrainConfig | str,
+    start: date,
+    end: date,
+    min_rows: int = 0,
+    warm: bool = False,
+    out: str | None = None,
+    seed: int = 0,
+) -> ReplayResult:
+    """Examine the nights of a range in order, without publishing, and compare every method over all of them.
+
+    It writes step records and takes the lease; releases, pointer and ledger stay as they are. A night that was examined
+    before from the same start, in a replay or to be published, is not examined again.
+
+    Args:
+        config: the pipeline's config, or the path of its file.
+        start: the first night.
+        end: the last night, included.
+        min_rows: nights with fewer rows are left out, and are nobody's parent; they still count as history.
+        warm: start from the newest gate-passed release before `start`; else from nothing.
+        out: folder for the table and the page; none: `var/replay/<pipeline>-<start>-<end>`.
+        seed: of the bootstrap by user.
+
+    Raises:
+        InvalidConfig: the range is empty.
+        DataRejected: no night of the range could be examined; the message says why not.
+        NightrankError: at once, for anything that is not about one night's data.
+    """
+    config, tell = resolve(config), _onlooker.get()
+    config.baselines.check()  # now, not after the training that they are to be compared with
+    present = _nights(config, start, end)
+    parent, exams = released_before(config.place(), config.gate, start) if warm else (None, ())
+    began = parent
+    chain = _Chain(parent, exams)
+    outcomes: list[ReplayedNight] = []
+    for number, night in enumerate(present, start=1):
+        outcome, chain = _one_night(config, night, chain, min_rows)
+        outcomes.append(outcome)
+        tell(number, len(present), outcome)
+    found = {outcome.night: outcome.exam for outcome in outcomes if outcome.exam is not None}
+    left_out = [(outcome.night, outcome.why) for outcome in outcomes if outcome.exam is None]
+    if not found:
+        listed = "".join(f"\n{night}: {why}" for night, why in left_out)
+        raise DataRejected(f"replay from {start} to {end}: no night could be examined:{listed}")
+    folder = out or str(Path("var/replay") / f"{config.pipeline}-{start}-{end}")
+    written = compare_nights(config.place(), config.data, config.segments, found, left_out, began, seed, folder)
+    return ReplayResult(nights=tuple(outcomes), written=written)
+
+
+def _nights(config: RetrainConfig, start: date, end: date) -> list[date]:
+    """The nights of the range that the lake has."""
+    if start > end:
+        raise InvalidConfig(f"replay from {start} to {end}: start lies after end; allowed: start on or before end")
+    present = sorted(night for night in nights_of(config.data, open_store(config.data.source)) if start <= night <= end)
+    if not present:
+        raise InvalidConfig(f"replay from {start} to {end}: the lake {config.data.source} has no night of this range")
+    return present
+
+
+def _one_night(config: RetrainConfig, night: date, chain: _Chain, min_rows: int) -> tuple[ReplayedNight, _Chain]:
+    """Examine a night, up to the exam. Returns what became of it, and what the next one starts from."""
+    place, data, segments, adapter, gate = config.place(), config.data, config.segments, config.adapter, config.gate
+    try:
+        with hold(place):
+            ingested = ingest_replayed(place, data, night, chain.parent, chain.exams)
+            if ingested.rows < min_rows:
+                why = f"{ingested.rows:,} rows, fewer than {min_rows:,}"
+                return ReplayedNight(night=night, state="skipped", why=why), chain
+            validated = validate(place, data, ingested)
+            prepared = prepare(place, data, segments, config.statistics, ingested, validated)
+            base = meta_train(place, data, segments, config.ranker, config.training, adapter, ingested, prepared)
+            bank = adapt(place, data, segments, adapter, prepared, base, bank="exam")
+            exam = evaluate(place, data, segments, config.baselines, gate, ingested, prepared, base, bank)
+            parent = replayed_parent(place, prepared, base)
+    except NotEnoughHistory as error:
+        return ReplayedNight(night=night, state="skipped", why=str(error)), chain
+    except DataRejected as error:
+        return ReplayedNight(night=night, state="rejected", why=f"{type(error).__name__}: {error}"), chain
+    why = f"{exam.rows:,} rows of {exam.users:,} users{', as examined before' if exam.reused else ''}"
+    outcome = ReplayedNight(night=night, state="examined", why=why, prepared=prepared, exam=exam)
+    return outcome, replace(chain, parent=parent, exams=(exam.key, *chain.exams)[: gate.pool_nights - 1])

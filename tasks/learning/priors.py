@@ -1,0 +1,116 @@
+"""How strongly adapters are held: precisions estimated from the history, then scaled by what later nights say.
+
+The precision of a weight is one over the variance of that taste among segments. Guessed, it is wrong by orders of
+magnitude on a new data set, and everything that adaptation could do is lost or drowned; the history tells it.
+
+Shapes: L levels, K objectives, D adapter features.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.learning.adapters import AdapterConfig, ObjectiveKind, solve, variances
+from tasks.learning.ladder import Ladder, climb, inherit, supports
+from tasks.learning.material import Material, Scorer, Visits
+
+MOST_USERS = 2048
+"""Users whose rows the estimate reads."""
+ROUNDS = 8
+"""Passes of the estimate; it settles within a few."""
+LEAST, MOST = 0.05, 1e5
+"""Bounds of a precision, in rows."""
+FACTOR, MOST_STEPS = 4.0, 5
+"""How far one step of the scaling goes, and how many it takes at most."""
+GAIN = 1e-5
+"""Loss that a step of the scaling has to save."""
+
+
+def estimate(
+    ladder: Ladder,
+    visits: Visits,
+    material: Material,
+    scorer: Scorer,
+    precisions: Tensor,
+    kinds: Sequence[ObjectiveKind],
+    config: AdapterConfig,
+    random: np.random.Generator,
+) -> Tensor:
+    r"""Precisions of the users' own level by evidence maximisation, the coarser levels as they are.
+
+    With each user's weights w and their variances v under the current precisions, per objective and feature:
+
+        precision <- sum over users of (1 - precision v) / sum over users of w^2
+
+    Source: MacKay, Bayesian Interpolation, 1992; Tipping, Sparse Bayesian Learning, 2001. What a feature does not
+    explain drives its precision up, so a useless one costs little.
+
+    Args:
+        ladder: the segments.
+        visits: the history to read: of each user, the rows up to the end of his last visit.
+        material: labels and weights.
+        scorer: the base.
+        precisions: where to start ``[L, K, D]``.
+        kinds: kind of each objective.
+        config: how adapters are solved.
+        random: draws the users that are read, where there are many.
+
+    Returns:
+        Precisions ``[L, K, D]``.
+    """
+    last = np.flatnonzero(np.append(visits.first, -1)[1:] != visits.first)
+    if len(last) > MOST_USERS:
+        last = np.sort(random.choice(last, MOST_USERS, replace=False))
+    newest = visits.take(last)
+    stages = ladder.plan(newest, newest.rows.lengths)
+    above = climb(stages[:-1], scorer, material, precisions, kinds, config)
+    given = list(supports(stages[-1], inherit(stages[-1], above, precisions, kinds), scorer, material))
+    if not given:
+        return precisions
+    own = precisions[0]
+    for _ in range(ROUNDS):
+        known, spread = torch.zeros_like(own), torch.zeros_like(own)
+        for part in given:
+            rows = (part.features, part.offsets, part.labels, part.weights, own, kinds)
+            weights = solve(*rows, config.steps)
+            known = known + (1 - own * variances(*rows, weights)).sum(dim=0)
+            spread = spread + (weights**2).sum(dim=0)
+        own = (known.clamp_min(LEAST) / spread.clamp_min(1.0 / MOST)).clamp(LEAST, MOST)
+    return torch.cat([own[None], precisions[1:]])
+
+
+def scaled(
+    precisions: Tensor, parts: Mapping[str, slice], loss: Callable[[Tensor], float]
+) -> tuple[Tensor, dict[str, float]]:
+    """Precisions whose parts are scaled, one after the other, for as long as a loss on later rows falls.
+
+    Evidence is blind to how tastes change with time, and to factors that were solved from the very same rows.
+
+    Args:
+        precisions: ``[L, K, D]``.
+        parts: of the features at the users' own level; every coarser level is one part of its own.
+        loss: of precisions, on rows that neither they nor the network were solved from.
+
+    Returns:
+        Precisions ``[L, K, D]``, and by how much each part was scaled.
+    """
+    scales: dict[str, float] = {}
+    least = loss(precisions)
+    places = {name: (slice(0, 1), part) for name, part in reversed(list(parts.items()))}
+    places |= {f"level {at}": (slice(at, at + 1), slice(None)) for at in range(1, len(precisions))}
+    for name, (level, part) in places.items():
+        scales[name] = 1.0
+        for factor in (FACTOR, 1 / FACTOR):
+            for _ in range(MOST_STEPS):
+                tried = precisions.clone()
+                tried[level, :, part] = (tried[level, :, part] * factor).clamp(LEAST, MOST)
+                now = loss(tried)
+                if not now < least - GAIN:
+                    break
+                precisions, least = tried, now
+                scales[name] *= factor
+            if scales[name] != 1.0:
+                break
+    return precisions, scales

@@ -1,0 +1,293 @@
+"""A replay: the same exams as nights that are published, nothing published, and no night examined twice."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from flows import cli
+from flows.config import RetrainConfig
+from flows.nightly import NightResult
+from flows.replay import ReplayedNight, ReplayResult, replay_told_to
+from tasks.clients.object_store import ObjectStore
+from tasks.errors import DataRejected, InvalidConfig
+from tasks.evaluate import exam_table
+from tasks.ingest import released_before
+from tasks.release.slices import ADAPTED, POOLED, SLICES, load
+from tasks.steps import recalled, watched_by
+from tests.finished import DONE, Finished
+from tests.steps.plain import plain_night, plain_replay
+from tests.world import World, write_world
+
+ROOT = Path(__file__).parent.parent.parent
+FIRST, LAST = DONE[0], DONE[1] + 1
+"""The nights that are replayed, counted from 0: two that were released, and one that was not."""
+KILLED = """
+import json, sys
+from datetime import date
+from flows.config import RetrainConfig
+from tests.faults.victims import Trap, spring
+from tests.steps.plain import plain_replay
+spring(Trap("before", "^tiny/work/evaluate/.*/record.json$", 2))
+config = RetrainConfig.model_validate(json.loads(sys.argv[1]))
+plain_replay(config, date.fromisoformat(sys.argv[2]), date.fromisoformat(sys.argv[3]), out=sys.argv[4])
+"""
+"""A replay that dies just before its second exam is on record."""
+
+
+@dataclass
+class Seen:
+    """A replay with what was told on the way."""
+
+    config: RetrainConfig
+    result: ReplayResult
+    told: list[tuple[int, int, ReplayedNight]] = field(default_factory=list)
+    worked: Counter[str] = field(default_factory=Counter)
+    """Steps that were not reused."""
+
+    @property
+    def exams(self) -> dict[date, str]:
+        """The key of each examined night's exam."""
+        return {one.night: one.exam.key for one in self.result.nights if one.exam is not None}
+
+
+class _Worked:
+    def __init__(self) -> None:
+        self.steps: Counter[str] = Counter()
+
+    def started(self, step: str, why: str) -> None:
+        self.steps[step] += 1
+
+    def progressed(self, step: str, done: float, total: float | None, unit: str) -> None:
+        pass
+
+    def finished(self, step: str, reused: bool, seconds: float) -> None:
+        pass
+
+
+def replayed(config: RetrainConfig, start: date, end: date, out: Path, **options: Any) -> Seen:
+    told: list[tuple[int, int, ReplayedNight]] = []
+    watcher = _Worked()
+    with watched_by(watcher), replay_told_to(lambda *event: told.append(event)):
+        result = plain_replay(config, start, end, out=str(out), **options)
+    return Seen(config, result, told, watcher.steps)
+
+
+def outside(store: ObjectStore) -> dict[str, bytes]:
+    """Everything in the store but step records and the lease."""
+    keys = [key for key in store.list("tiny/") if not key.startswith("tiny/work/") and key != "tiny/lease"]
+    return {key: store.get(key).data for key in keys}
+
+
+def exam_of(result: NightResult) -> str:
+    return next(step.key for step in result.steps if step.step == "evaluate")
+
+
+@pytest.fixture(scope="module")
+def world(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Two released nights, and the store of a production pipeline."""
+    return finished.copy(tmp_path_factory.mktemp("beside"))
+
+
+@pytest.fixture(scope="module")
+def beside(world: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, dict[str, bytes]]:
+    """A replay over both and a third night, in production's own store; and the store before it."""
+    before = outside(world.store)
+    nights = world.world.nights
+    return replayed(world.config, nights[FIRST], nights[LAST], tmp_path_factory.mktemp("out")), before
+
+
+@pytest.fixture(scope="module")
+def alone(world: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, int]:
+    """A replay of the released nights in an empty store, killed and run again; and how the first run ended."""
+    copied = world.copy(tmp_path_factory.mktemp("alone"))
+    for name in ("store", "scratch"):
+        shutil.rmtree(copied.world.config[name])
+    out = tmp_path_factory.mktemp("out")
+    start, end = copied.world.nights[FIRST], copied.world.nights[LAST - 1]
+    words = [json.dumps(copied.world.config), start.isoformat(), end.isoformat(), str(out)]
+    died = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, check=False).returncode
+    return replayed(copied.config, start, end, out), died
+
+
+def test_nothing_outside_the_step_records_is_touched(
+    world: Finished, beside: tuple[Seen, dict[str, bytes]], alone: tuple[Seen, int]
+) -> None:
+    seen, before = beside
+    assert [one.state for one in seen.result.nights] == ["examined"] * 3
+    assert outside(world.store) == before
+    assert outside(Finished(replace(world.world, config=alone[0].config.model_dump(mode="json")), ()).store) == {}
+
+
+def test_the_exams_are_those_of_published_nights(
+    world: Finished, beside: tuple[Seen, dict[str, bytes]], alone: tuple[Seen, int]
+) -> None:
+    """The released chain is the replayed one here: the gate let every night through, and the first one started cold."""
+    assert released_before(world.config.place(), world.config.gate, world.next_night)[0] is not None
+    published = {result.night: exam_of(result) for result in world.results}
+    for seen in (beside[0], alone[0]):
+        assert {night: seen.exams[night] for night in published} == published
+    for key in published.values():
+        ours, theirs = (recalled(place, "evaluate", key) for place in (alone[0].config.place(), world.config.place()))
+        assert ours.content["files"] == theirs.content["files"]
+        assert ours.digest == theirs.digest
+
+
+def test_what_was_examined_is_not_examined_again(beside: tuple[Seen, dict[str, bytes]]) -> None:
+    """Only the night that had not been released was worked on, and only up to the exam."""
+    assert beside[0].worked == Counter(
+        ["ingest", "validate", "history", "prepare", "meta-train", "adapt-exam", "evaluate", "compare"]
+    )
+    assert ["as examined before" in outcome.why for _, _, outcome in beside[0].told] == [True, True, False]
+    assert [(place, of) for place, of, _ in beside[0].told] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_killed_replay_goes_on_where_it_died(alone: tuple[Seen, int]) -> None:
+    seen, died = alone
+    assert died == -signal.SIGKILL
+    assert seen.worked == Counter(["evaluate", "compare"])
+    assert [one.exam is not None and one.exam.reused for one in seen.result.nights] == [True, False]
+
+
+def test_a_warm_replay_starts_from_the_newest_release(
+    world: Finished, beside: tuple[Seen, dict[str, bytes]], tmp_path: Path
+) -> None:
+    night = world.next_night
+    warm = replayed(world.config, night, night, tmp_path, warm=True)
+    assert warm.exams == {night: beside[0].exams[night]}
+    release = world.results[-1].published.release
+    assert f"started from release {release[:12]}" in Path(warm.result.written.page).read_text()
+    assert "the first one started cold" in Path(beside[0].result.written.page).read_text()
+
+
+def test_another_start_is_another_exam(world: Finished, beside: tuple[Seen, dict[str, bytes]], tmp_path: Path) -> None:
+    night = world.next_night
+    cold = replayed(world.config, night, night, tmp_path)
+    assert cold.exams[night] != beside[0].exams[night]
+    assert cold.worked["meta-train"] == cold.worked["evaluate"] == 1
+
+
+def test_the_table_holds_every_method_night_and_slice(beside: tuple[Seen, dict[str, bytes]]) -> None:
+    seen = beside[0]
+    lines = load(Path(seen.result.written.table))
+    table = exam_table(seen.config.place(), seen.exams[seen.result.nights[0].night])
+    methods = {name.split("/")[1] for name in table.column_names if name.count("/") == 2}
+    methods = methods - {"candidate", "parent"} | {ADAPTED}
+    assert {line.method for line in lines} == methods
+    assert {line.night for line in lines} == {night.isoformat() for night in seen.exams} | {POOLED}
+    # Nobody has more than 16 rows in a night of this world.
+    assert {line.exam for line in lines} == {"nightly", "contact 0", "contact 5"}
+    assert {line.slice for line in lines} <= set(SLICES)
+    own = {line.night: line for line in lines if (line.exam, line.slice, line.method) == ("nightly", "all", ADAPTED)}
+    assert own[POOLED].rows == sum(line.rows for night, line in own.items() if night != POOLED)
+    page = Path(seen.result.written.page).read_text()
+    for method in methods:
+        assert f">{method}<" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert not any(word in page for word in ("url(", "@import", "<script", "<link", "<img", "src="))
+
+
+def test_the_item_history_counts_the_items_rows_on_earlier_nights(
+    world: Finished, beside: tuple[Seen, dict[str, bytes]]
+) -> None:
+    night = world.next_night
+    table = exam_table(world.config.place(), beside[0].exams[night])
+    rows = pa.concat_tables(
+        part.append_column("night", pa.array([day] * part.num_rows))
+        for day in world.world.nights
+        if day <= night
+        for part in (pq.read_table(path, partitioning=None) for path in world.files_of(day))
+    ).to_pylist()
+    clean = [row for row in rows if row["at"].date() == row["night"]]
+    before = Counter(row["item_id"] for row in clean if row["night"] < night)
+    tonight = sorted((row["user_id"], row["at"], before[row["item_id"]]) for row in clean if row["night"] == night)
+    found = sorted(
+        zip(table["user"].to_pylist(), table["at"].to_pylist(), table["item_history"].to_pylist(), strict=True)
+    )
+    assert [(user, seen) for user, _, seen in found] == [(user, seen) for user, _, seen in tonight]
+
+
+def test_a_refused_night_is_named_and_is_nobodys_parent(damageable: Finished, tmp_path: Path) -> None:
+    nights = damageable.world.nights
+    path = damageable.files_of(nights[FIRST + 1])[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    seen = replayed(damageable.config, nights[FIRST], nights[LAST], tmp_path)
+    assert [one.state for one in seen.result.nights] == ["examined", "rejected", "examined"]
+    assert seen.result.nights[1].why.startswith("CorruptFile: ")
+    prepared = seen.result.nights[2].prepared
+    assert prepared is not None
+    assert nights[FIRST + 1].isoformat() in prepared.left_out
+    assert "CorruptFile" in Path(seen.result.written.page).read_text()
+
+
+def test_a_small_night_is_left_out_and_a_range_without_nights_is_refused(damageable: Finished, tmp_path: Path) -> None:
+    nights, config = damageable.world.nights, damageable.config
+    with pytest.raises(DataRejected, match=r"no night could be examined:\n.* rows, fewer than 1,000,000"):
+        replayed(config, nights[FIRST], nights[FIRST], tmp_path, min_rows=1_000_000)
+    with pytest.raises(DataRejected, match="the first night that can run"):
+        replayed(config, nights[0], nights[0], tmp_path)
+    with pytest.raises(InvalidConfig, match="start lies after end"):
+        replayed(config, nights[1], nights[0], tmp_path)
+    with pytest.raises(InvalidConfig, match="has no night of this range"):
+        replayed(config, nights[-1] + timedelta(days=1), nights[-1] + timedelta(days=2), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["world"]
+
+
+@pytest.mark.usefixtures("prefect")
+def test_the_command_shows_the_pooled_tables_and_where_the_page_is(
+    world: Finished,
+    beside: tuple[Seen, dict[str, bytes]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(world.world.config))
+    nights = world.world.nights
+    span = ["--start", nights[FIRST].isoformat(), "--end", nights[LAST].isoformat()]
+    cli.main(["replay", "--config", str(path), *span, "--out", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    for fact in (
+        f"{nights[FIRST]} examined (1 of 3)", "nightly, clicked, 3 nights", "contact 5, clicked, adapted by slice",
+        "contact 20, clicked: no rows", "matrix factorisation", "support 21+", str(tmp_path / "out" / "replay.html"),
+    ):  # fmt: skip
+        assert fact in shown
+    assert (tmp_path / "out" / "replay.parquet").read_bytes() == Path(beside[0].result.written.table).read_bytes()
+
+
+def test_a_night_that_was_replayed_is_released_without_a_second_exam(
+    world: Finished, beside: tuple[Seen, dict[str, bytes]]
+) -> None:
+    """Runs last: it publishes."""
+    made = plain_night(world.config, world.next_night)
+    reused = {step.step for step in made.steps if step.reused}
+    assert {"prepare", "meta-train", "adapt-exam", "evaluate"} <= reused
+    assert exam_of(made) == beside[0].exams[world.next_night]
+    assert world.pointer.release == made.published.release
+
+
+def test_both_kinds_of_objective_are_told(tmp_path: Path) -> None:
+    world: World = write_world(tmp_path, nights=4, users=24, objectives=2)
+    config = RetrainConfig.model_validate(world.config)
+    seen = replayed(config, world.nights[3], world.nights[3], tmp_path / "out")
+    lines = load(Path(seen.result.written.table))
+    assert {(line.objective, line.log_loss is None, line.rmse is None) for line in lines} == {
+        ("clicked", False, True), ("stars", True, False),
+    }  # fmt: skip
+    assert all(np.isfinite(line.loss) for line in lines)
+    page = Path(seen.result.written.page).read_text()
+    assert "Exams: stars" in page
+    assert "squared error" in page

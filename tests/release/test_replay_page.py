@@ -1,0 +1,72 @@
+"""A replay's page: whole, self-contained, and safe whatever the lake's names are."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from tasks.release.charts import lines as line_chart
+from tasks.release.replay_page import EXAMS, render
+from tasks.release.slices import ADAPTED, POOLED, SLICES, Line
+from tests.release.test_report import HOSTILE, Page, harm
+
+METHODS = (ADAPTED, "popularity", "bias + offset", "zero steps")
+NIGHTS = ("1998-02-09", "1998-02-10", "1998-02-11")
+LEFT_OUT = (("1998-02-12", "CorruptFile: part-0.parquet is cut short"),)
+
+
+def found() -> list[Line]:
+    """Every method in every exam, night and slice."""
+    return [
+        Line(
+            exam, name, method, "liked", night, 1234 + number, 56, 60, 0.6 + 0.01 * place + 0.001 * number, None, 0.7,
+            0.8, 0.01, None if method == ADAPTED else -0.01 * place, -0.02 if number < 3 else None, 0.001,
+        )
+        for exam in EXAMS
+        for number, night in enumerate((*NIGHTS, POOLED))
+        for name in SLICES
+        for place, method in enumerate(METHODS)
+    ]  # fmt: skip
+
+
+def changed(change: Callable[[str], str]) -> str:
+    lines = [replace(line, method=change(line.method), objective=change(line.objective)) for line in found()]
+    lines = [replace(line, method=ADAPTED) if line.method.startswith(ADAPTED) else line for line in lines]
+    return render(change("movielens"), change("the first one started cold"), lines, [(change("x"), change("y"))], 0)
+
+
+def test_the_page_names_every_method_exam_and_slice() -> None:
+    page = Page(render("movielens", "the first one started cold", found(), LEFT_OUT, 7))
+    words = " ".join(page.words)
+    for said in (
+        "movielens · 1998-02-09 to 1998-02-11", "3 nights", "started cold", "Nothing was published", *METHODS,
+        *EXAMS.values(), *(name for name in SLICES if name != "all"), "Log-loss by night:", "1998-02-12",
+        "CorruptFile: part-0.parquet is cut short", "3 examined, 1 left out.", "1,234", "seed 7",
+    ):  # fmt: skip
+        assert said in words
+    told = [value or "" for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
+    for method in METHODS[1:]:
+        assert sum(value.startswith(f"against {method}:") for value in told) == len(EXAMS) * len(SLICES)
+
+
+def test_lines_by_night_show_each_value() -> None:
+    page = Page(render("movielens", "cold", found(), LEFT_OUT, 0))
+    titles = {word for word in page.words if word.startswith(f"{ADAPTED}, ")}
+    assert titles == {f"{ADAPTED}, {night}: {0.6 + 0.001 * number:.4f}" for number, night in enumerate(NIGHTS)}
+
+
+def test_the_page_fetches_nothing_and_hostile_names_stay_text() -> None:
+    for change in (str, lambda name: name + HOSTILE):
+        markup = changed(change)
+        page = Page(markup)
+        assert harm(page) == []
+        for word in ("url(", "@import", "<script", "\x00"):
+            assert word not in markup
+        assert "http" not in markup.replace("http-equiv", "")
+        markup.encode()
+
+
+def test_a_gap_parts_a_line_and_one_night_is_a_dot() -> None:
+    markup = line_chart(("a", "b", "c"), {ADAPTED: [0.5, None, 0.6], "other": [None, None, None]}, ADAPTED)
+    assert markup.count("<polyline") == 2
+    assert markup.count("<circle") == 2
+    assert "There is nothing to draw" in line_chart(("a",), {ADAPTED: [None]}, ADAPTED)
+    assert line_chart(("a",), {ADAPTED: [0.5]}, ADAPTED).count("<circle") == 1

@@ -228,25 +228,26 @@ def supports(stage: Stage, inherited: Tensor, scorer: Scorer, material: Material
     supported = np.flatnonzero(lengths > 0)
     # Segments of like size share a batch, so that little of it is padding.
     supported = supported[np.argsort(lengths[supported], kind="stable")]
-    for chosen in _batches(supported, lengths[supported]):
+    for batches in _reads(_batches(supported, lengths[supported], inherited.shape[1] * inherited.shape[2]), lengths):
+        chosen = np.concatenate(batches)
         windows = stage.windows.take(chosen)
         at, window = windows.flat()
         rows = at if stage.support is None else stage.support[at]
-        slot = at - windows.start[window]
-        shape = (len(chosen), int(windows.lengths.max()))
         logits, features = scorer(rows)
         features = features[:, : inherited.shape[-1]]
-        where = (torch.from_numpy(window).to(features.device), torch.from_numpy(slot).to(features.device))
-        number = torch.from_numpy(chosen).to(features.device)
-        offsets = apply(logits, features, inherited[number][where[0]])
-        labels, weights = material.labels(rows), material.weights(rows)
-        yield Support(
-            chosen,
-            features.new_zeros(*shape, features.shape[-1]).index_put(where, features),
-            offsets.new_zeros(*shape, offsets.shape[-1]).index_put(where, offsets),
-            labels.new_zeros(*shape, labels.shape[-1]).index_put(where, labels),
-            weights.new_zeros(shape).index_put(where, weights),
-        )
+        number = torch.from_numpy(chosen[window]).to(features.device)
+        offsets = apply(logits, features, inherited[number])
+        parts = (features, offsets, material.labels(rows), material.weights(rows))
+        slot, ends = at - windows.start[window], np.cumsum(windows.lengths)
+        first = 0
+        for batch in batches:
+            here = slice(int(ends[first - 1]) if first else 0, int(ends[first + len(batch) - 1]))
+            where = tuple(torch.from_numpy(part[here]).to(features.device) for part in (window - first, slot))
+            shape = (len(batch), int(lengths[batch[-1]]))
+            yield Support(
+                batch, *(part.new_zeros(*shape, *part.shape[1:]).index_put(where, part[here]) for part in parts)
+            )
+            first += len(batch)
 
 
 def inherit(stage: Stage, above: Sequence[Tensor], precisions: Tensor, kinds: Sequence[ObjectiveKind]) -> Tensor:
@@ -268,25 +269,54 @@ def _solve_stage(
     config: AdapterConfig,
 ) -> Tensor:
     own = torch.zeros_like(inherited)
-    if inherited.shape[-1] == 0:
+    if own.numel() == 0:
         return own
+    segments: list[I64] = []
+    solutions: list[Tensor] = []
     for given in supports(stage, inherited, scorer, material):
-        solution = solve(
-            *(given.features, given.offsets, given.labels, given.weights, precision, kinds),
-            config.steps,
+        segments.append(given.segments)
+        solutions.append(
+            solve(given.features, given.offsets, given.labels, given.weights, precision, kinds, config.steps)
         )
-        own = own.index_put((torch.from_numpy(given.segments).to(own.device),), solution)
-    return own
+    if not segments:
+        return own
+    return own.index_put((torch.from_numpy(np.concatenate(segments)).to(own.device),), torch.cat(solutions))
 
 
-def _batches(segments: I64, lengths: I64) -> list[I64]:
-    """Cut segments, ascending by length, so that padded batches stay below `PADDED_ROWS` where a segment does."""
+def _batches(segments: I64, lengths: I64, unknowns: int) -> list[I64]:
+    """Cut segments, ascending by length, so that padded rows and systems of equations are bounded.
+
+    Args:
+        segments: their numbers.
+        lengths: their support rows.
+        unknowns: numbers solved per segment, K x D; a segment's system has D of them in each of its rows.
+    """
     # A batch that ends with a segment of length n holds at most PADDED_ROWS // n segments; cutting by the class of the
     # length (its power of two) keeps the loop over classes, and batches, never over segments.
     classes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
     batches: list[I64] = []
     for size in np.unique(classes):
         members = segments[classes == size]
-        most = max(1, PADDED_ROWS >> int(size))
+        most = max(1, PADDED_ROWS // max(1 << int(size), unknowns))
         batches += np.split(members, range(most, len(members), most))
     return batches
+
+
+def _reads(batches: Sequence[I64], lengths: I64) -> Iterator[list[I64]]:
+    """Neighbouring batches whose rows are scored together, as long as there are few of them.
+
+    Args:
+        batches: numbers of segments.
+        lengths: support rows of every segment.
+    """
+    together: list[I64] = []
+    rows = 0
+    for batch in batches:
+        more = int(lengths[batch].sum())
+        if together and rows + more > PADDED_ROWS:
+            yield together
+            together, rows = [], 0
+        together.append(batch)
+        rows += more
+    if together:
+        yield together

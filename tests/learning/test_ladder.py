@@ -135,12 +135,17 @@ def test_batches_hold_every_segment_once_and_little_padding(monkeypatch):
     monkeypatch.setattr(module, "PADDED_ROWS", 64)
     lengths = np.sort(np.random.default_rng(0).integers(1, 200, 300))
     segments = np.arange(300) + 1000
-    batches = module._batches(segments, lengths)
+    batches = module._batches(segments, lengths, 9)
     assert np.concatenate(batches).tolist() == segments.tolist()
     for batch in batches:
         longest = lengths[batch - 1000].max()
-        assert len(batch) == 1 or len(batch) * longest <= 64
+        assert len(batch) == 1 or len(batch) * max(longest, 9) <= 64
         assert longest < 2 * lengths[batch - 1000].min() or longest == 1
+    reads = list(module._reads([batch - 1000 for batch in batches], lengths))
+    assert sum(map(len, reads)) == len(batches)
+    assert np.concatenate([np.concatenate(read) for read in reads]).tolist() == list(range(300))
+    for read in reads:
+        assert len(read) == 1 or lengths[np.concatenate(read)].sum() <= 64
 
 
 @pytest.mark.parametrize("limits", [{}, {"min_support": 3}, {"max_support": 4}])

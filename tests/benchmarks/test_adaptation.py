@@ -1,0 +1,274 @@
+"""What adaptation costs beside plain loops over segments; nothing here asserts a time.
+
+    python -m pytest tests/benchmarks/test_adaptation.py -q
+
+Both sides of a ratio run in turn, round by round, in one process on one thread, so that other work on the machine hits
+both. A ratio is the median of the rounds' ratios, with the least and the greatest in brackets; times are medians, and
+rates those of the fastest round.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tasks.learning.adapters import Precisions, solve
+from tasks.learning.episodes import draw, row_loss, score_visits
+from tasks.learning.ladder import Ladder
+from tasks.learning.material import Material, visits_of
+from tasks.learning.networks import Ranker
+from tests.benchmarks.conftest import Row
+from tests.benchmarks.many_segments import (
+    ADAPTER,
+    CLICK,
+    ITEMS,
+    NUMBERS,
+    USERS_ONLY,
+    default_ranker,
+    default_width,
+    looped_descent,
+    looped_loss,
+    looped_ridge,
+    segments,
+)
+from tests.learning.small_rows import FIRST, ladder_of, table
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")),
+]
+ROOT = Path(__file__).parents[2]
+SEGMENTS, EPISODES = 4096, 256
+
+
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """How long some work takes; a CUDA device has finished it, and nothing before it is still running there."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+class Beside:
+    """Times of some work and of what it is compared with, run in turn."""
+
+    def __init__(self, benchmark, work, others, device: str, rounds: int) -> None:
+        self.own: list[float] = []
+        self.others: list[list[float]] = [[] for _ in others]
+
+        def before() -> None:
+            for times, other in zip(self.others, others, strict=True):
+                times.append(seconds_of(other, device))
+
+        benchmark.group = "adaptation"
+        benchmark.pedantic(lambda: self.own.append(seconds_of(work, device)), setup=before, rounds=rounds)
+
+    @property
+    def seconds(self) -> float:
+        """Of the work itself."""
+        return median(self.own)
+
+    def row(self, row: Row, what: str, device: str, other: int = 0) -> None:
+        """Add the ratio to one of the others to the table."""
+        ratios = [theirs / own for own, theirs in zip(self.own, self.others[other], strict=True)]
+        figures = f"{median(ratios):.1f} × [{min(ratios):.1f}, {max(ratios):.1f}]"
+        row(what, device, f"{self.seconds:.3f} s", f"{median(self.others[other]):.2f} s", figures)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_segments_adapted_together_beside_segments_adapted_in_a_loop(benchmark, row, device):
+    """A bank filled as on a night, its supports gathered, sorted and padded, against loops that find theirs sliced."""
+    world = segments(SEGMENTS, device)
+    ladder = Ladder(world.rows, world.limits(), "shopper")
+    logits, features = world.score(np.arange(len(world.rows)))
+    offsets, labels = logits[:, 0], torch.from_numpy(world.rows.labels[:, 0]).to(device)
+    arrays = [part.cpu().numpy() for part in (features, offsets, labels)]
+    precision = world.precisions()[0, 0].cpu().numpy()
+
+    bank = world.fill(ladder)
+    np.testing.assert_array_equal(bank.levels[0].slots, 1 + np.arange(SEGMENTS))
+    looped = looped_ridge(*arrays, world.bounds, precision, ADAPTER.steps)
+    assert np.abs(looped).max() > 0.1
+    np.testing.assert_allclose(bank.weights[1:, 0], looped, atol=1e-4, rtol=0)
+    looped_descent(features, offsets, labels, world.bounds[:20])
+
+    beside = Beside(
+        *(benchmark, lambda: world.fill(ladder)),
+        [
+            lambda: looped_descent(features, offsets, labels, world.bounds),
+            lambda: looped_ridge(*arrays, world.bounds, precision, ADAPTER.steps),
+        ],
+        *(device, 5),
+    )
+    what = f"{SEGMENTS:,} segments, {len(world.rows) / SEGMENTS:.0f} rows each, D = {features.shape[1]}: beside "
+    beside.row(row, what + "a loop of 3 SGD steps on a copied head", device)
+    beside.row(row, what + f"a loop of the same ridge ({ADAPTER.steps} Newton steps) in numpy", device, 1)
+
+
+def _meta_world(device: str) -> tuple[Material, Ranker, Precisions, Ladder]:
+    """Users who come on three nights with about ten rows each, and a base without dropout for them."""
+    random = np.random.default_rng(1)
+    user = np.repeat(np.arange(1, 401), random.integers(6, 60, 400))
+    night = np.sort(random.integers(0, 3, len(user)))
+    night = night[random.permutation(len(user))]
+    rows = table(
+        *(user, night),
+        item=random.integers(1, ITEMS + 1, len(user)),
+        genre=random.integers(1, 20, len(user)),
+        labels=(random.random((len(user), 1)) < 0.5).astype(np.float32),
+        price=random.normal(size=(len(user), NUMBERS)),
+        levels=USERS_ONLY,
+    )
+    torch.manual_seed(0)
+    network = default_ranker(rows).to(device).eval()
+    precisions = Precisions(1, 1, network.width, ADAPTER).to(device)
+    return Material(rows, device), network, precisions, Ladder(rows, ladder_of(USERS_ONLY), "shopper")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_through_the_adaptation_of_many_episodes_beside_a_loop_over_the_episodes(benchmark, row, device):
+    """Forward, the loss behind the adaptation, backward into network and precisions; the optimiser is left out."""
+    material, network, precisions, ladder = _meta_world(device)
+    everything = np.arange(len(material.rows))
+    inputs, labels = material.inputs(everything), material.labels(everything)[:, 0]
+    late = visits_of(material.rows).of_nights(FIRST + 1, FIRST + 2)
+    visits, after = draw(late.take(np.flatnonzero(late.rows.lengths > 1)), EPISODES, np.random.default_rng(2))
+    assert len(visits) == EPISODES
+    border = visits.rows.start + after
+    start = np.maximum(visits.first, border - ladder.segments.max_support)
+    episodes = list(zip(start.tolist(), border.tolist(), visits.rows.stop.tolist(), strict=True))
+    parameters = [*network.parameters(), *precisions.parameters()]
+    ones = torch.ones(1, device=device)
+
+    def together() -> Tensor:
+        scores = score_visits(ladder, visits, after, material.scorer(network), material, precisions(), CLICK, ADAPTER)
+        return row_loss(scores.adapted, material.labels(scores.rows), CLICK, ones)
+
+    def looped() -> Tensor:
+        return looped_loss(network, inputs, labels, episodes, precisions()[0, 0], ADAPTER.steps)
+
+    def backward(loss: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
+        for parameter in parameters:
+            parameter.grad = None
+        value = loss()
+        value.backward()
+        return value.item(), [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+    (ours, gradients), (theirs, same) = backward(together), backward(looped)
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-3
+    for gradient, other in zip(gradients, same, strict=True):
+        scale = float(other.abs().max())
+        torch.testing.assert_close(gradient, other, atol=1e-4 * min(1.0, scale), rtol=1e-4)
+
+    beside = Beside(benchmark, lambda: backward(together), [lambda: backward(looped)], device, 5)
+    what = (
+        f"step through {EPISODES} episodes, {np.mean(border - start):.0f} support and "
+        f"{np.mean(visits.rows.stop - border):.0f} query rows each: beside a loop over the episodes"
+    )
+    beside.row(row, what, device)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from Linux' /proc")
+@pytest.mark.parametrize(("count", "most"), [(1_000, None), (10_000, None), (100_000, None), (100_000, 1)])
+def test_time_and_memory_of_a_bank_by_its_number_of_segments(benchmark, row, count, most):
+    """One process per size: the most memory above the inputs, and the seconds; `most` rows make thin segments."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.many_segments",
+        str(count),
+        *([] if most is None else [str(most)]),
+    ]
+    costs = []
+
+    def fill() -> None:
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        costs.append(json.loads(done.stdout))
+
+    benchmark.group = "processes that fill a bank"
+    benchmark.pedantic(fill, rounds=1 if count > 10_000 else 3)
+    cost = min(costs, key=lambda one: one["seconds"])
+    benchmark.extra_info.update(cost)
+    row(
+        f"bank of {count:,} segments, {cost['rows'] / count:.1f} rows each",
+        "cpu",
+        f"{cost['seconds'] / count * 1e6:.0f} µs a segment",
+        f"{cost['working'] / 2**20:.0f} MiB peak",
+        f"{cost['working'] / count:,.0f} bytes a segment at the peak; the bank itself {cost['bank'] / count:,.0f}",
+    )
+
+
+def operations(count: int, rows: int, objectives: int, width: int, steps: int) -> int:
+    """Floating-point operations of one solve of B segments, S rows, K objectives, D features.
+
+    Per step and objective of a segment, a multiply-add being two operations:
+
+    - scores and gradient: 2 · 2 S D
+    - rows scaled by their curvature: S D
+    - Hessian: 2 S D² (S D² multiply-adds, both halves, as a matrix product computes it)
+    - factorisation: D³ / 3
+    - two triangular solves: 2 D²
+
+    Sigmoids and masks, of the order of S, are left out.
+    """
+    one = 5 * rows * width + 2 * rows * width**2 + width**3 // 3 + 2 * width**2
+    return count * objectives * steps * one
+
+
+def traffic(count: int, rows: int, objectives: int, width: int, steps: int) -> int:
+    """Bytes that one solve in single precision reads and writes, if every tensor it makes goes through memory once.
+
+    Per step of a segment: features are read by scores, gradient, scaling and Hessian (4 S D); per objective the scaled
+    features are written and read (2 S D), the Hessian is written, read and written with the precisions on it, read by
+    the factorisation, its factor written, and read by both solves (7 D²). Tensors without D are left out.
+    """
+    one = 4 * rows * width + objectives * (2 * rows * width + 7 * width**2)
+    return 4 * count * steps * one
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [20, 128])
+def test_operations_a_second_of_one_solve_beside_a_matrix_product(benchmark, row, device, rows):
+    """Against the roofline: the rate of a large product, or what the traffic allows at the rate of a large copy."""
+    size, big = (8192, 2**28) if device == "cuda" else (1024, 2**25)
+    width, count = default_width(), 2048
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(count, rows, width, generator=generator).to(device)
+    offsets = torch.randn(count, rows, 1, generator=generator).to(device)
+    labels = (torch.rand(count, rows, 1, generator=generator) < 0.5).float().to(device)
+    weights = torch.ones(count, rows, device=device)
+    precision = torch.full((1, width), ADAPTER.precision, device=device)
+    square = torch.randn(size, size, generator=generator).to(device)
+    source, target = torch.zeros(big, device=device), torch.ones(big, device=device)
+
+    @torch.no_grad()
+    def one() -> Tensor:
+        return solve(features, offsets, labels, weights, precision, CLICK, ADAPTER.steps)
+
+    assert torch.isfinite(one()).all()
+    beside = Beside(benchmark, one, [lambda: square @ square, lambda: target.copy_(source)], device, 11)
+    product, copied = (min(times) for times in beside.others)
+    sizes = (count, rows, 1, width, ADAPTER.steps)
+    peak, bandwidth = 2 * size**3 / product, 2 * 4 * big / copied
+    intensity = operations(*sizes) / traffic(*sizes)
+    rate, roof = operations(*sizes) / min(beside.own), min(peak, intensity * bandwidth)
+    row(
+        f"solve of B = {count:,}, S = {rows}, K = 1, D = {width}, {ADAPTER.steps} steps: "
+        f"{operations(*sizes) / 1e9:.2f} Gflop, {traffic(*sizes) / 2**20:.0f} MiB",
+        device,
+        f"{rate / 1e9:.1f} Gflop/s",
+        f"product {peak / 1e9:.0f} Gflop/s, copy {bandwidth / 1e9:.1f} GB/s",
+        f"{rate / peak:.0%} of the product's rate; {intensity:.1f} flop a byte: {rate / roof:.0%} of the roofline",
+    )

@@ -17,7 +17,7 @@ from torch import Tensor
 from tasks.data.columns import Rows
 from tasks.data.contract import SegmentsConfig
 from tasks.data.segments import Level, split_keys
-from tasks.learning.adapters import AdapterConfig, ObjectiveKind, apply, solve
+from tasks.learning.adapters import AdapterConfig, ObjectiveKind, adapt, apply
 from tasks.learning.material import I64, Material, Scorer, Visits, Windows
 
 STRIDE = np.int64(1) << np.int64(32)
@@ -171,6 +171,7 @@ def climb(
     kinds: Sequence[ObjectiveKind],
     config: AdapterConfig,
     keep: Sequence[npt.NDArray[np.bool_]] | None = None,
+    first_order: bool = False,
 ) -> list[Tensor]:
     """Cumulative weights of every stage's segments.
 
@@ -182,6 +183,7 @@ def climb(
         kinds: kind of each objective.
         config: how to solve.
         keep: for each stage, which segments may leave their parent; None for all.
+        first_order: no gradient flows through the support rows, see `adapters.descend`.
 
     Returns:
         One tensor ``[E, K, D]`` per stage. A segment without support has exactly its parent's weights.
@@ -189,7 +191,7 @@ def climb(
     solutions: list[Tensor] = []
     for number, stage in enumerate(stages):
         inherited = inherit(stage, solutions, precisions, kinds)
-        own = _solve_stage(stage, inherited, scorer, material, precisions[stage.level], kinds, config)
+        own = _solve_stage(stage, inherited, scorer, material, precisions[stage.level], kinds, config, first_order)
         if keep is not None:
             own = own * torch.from_numpy(keep[number]).to(own.device)[:, None, None]
         solutions.append(inherited + own)
@@ -266,14 +268,15 @@ def _solve_stage(
     precision: Tensor,
     kinds: Sequence[ObjectiveKind],
     config: AdapterConfig,
+    first_order: bool,
 ) -> Tensor:
     own = torch.zeros_like(inherited)
     if inherited.shape[-1] == 0:
         return own
     for given in supports(stage, inherited, scorer, material):
-        solution = solve(
+        solution = adapt(
             *(given.features, given.offsets, given.labels, given.weights, precision, kinds),
-            config.steps,
+            *(config, first_order),
         )
         own = own.index_put((torch.from_numpy(given.segments).to(own.device),), solution)
     return own

@@ -19,6 +19,7 @@ from tasks.errors import InvalidConfig
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.baselines import BaselinesConfig
 from tasks.learning.networks import RankerConfig
+from tasks.learning.outer import misfit
 from tasks.learning.training import TrainingConfig
 from tasks.references import Device, Place
 from tasks.release.gate import GateConfig
@@ -83,6 +84,8 @@ class RetrainConfig(Section):
                 f"data.min_history_nights: {data.min_history_nights} nights are more than the window holds; "
                 f"allowed: at most data.window_nights = {data.window_nights}"
             )
+        if (fault := misfit(self.training.outer, self.adapter)) is not None:
+            yield fault
         try:
             ZoneInfo(data.time_zone)
         except (ZoneInfoNotFoundError, ValueError):

@@ -1,6 +1,7 @@
-"""Adaptation: the one pure function that solves the few numbers of a segment, for many segments at once.
+"""Adaptation: the one pure function that finds the few numbers of a segment, for many segments at once.
 
-Training, nightly adaptation, both exams and the baselines all call `solve`; nothing else in the project adapts.
+Training, nightly adaptation, both exams and the baselines all call `adapt`; nothing else in the project adapts. Its
+two ways are a closed form (`solve`) and steps down the gradient (`descend`), with the same inputs and answers.
 
 Shapes: B segments, S support rows (padded), K objectives, D adapter features.
 """
@@ -20,31 +21,45 @@ SMALLEST_CURVATURE = 1e-3
 """Floor of p(1 - p), so that a saturated row cannot make a step explode."""
 SMALLEST_PRECISION = 1e-2
 """Floor of a learned precision, so that every system of equations is well posed."""
+STEEPEST = {"binary": 0.25, "rating": 1.0}
+"""Most that a row's loss can curve along its score, by kind: p(1 - p) at a half, and 1."""
 
 
 class AdapterConfig(Section):
     """How a segment bends the shared network."""
 
-    kind: Literal["none", "bias", "ridge"] = "ridge"
+    kind: Literal["none", "bias", "ridge", "gradient"] = "ridge"
     """`none`: the base serves everybody. `bias`: one number per segment and objective. `ridge`: a linear head on the
-    ranker's adapter features, solved in closed form on the residuals of its parent's scores."""
+    ranker's adapter features, solved in closed form on the residuals of its parent's scores; the first choice.
+    `gradient`: the same head, reached by a few gradient steps with learned rates; to train as first-order MAML or
+    Reptile do, or where features are so many that a closed form, cubic in them, is too slow."""
     precision: Annotated[float, Field(gt=0)] = 4.0
     """Precision that factors are solved with, and the least that a segment's constant and its weights on factors are
-    held with; in rows: the evidence at which a weight moves half-way. The history estimates all others."""
+    held with; in rows: the evidence at which a weight moves half-way. The history estimates all others. For `gradient`
+    a rate is one over it: how far a single row moves a weight."""
     coarse_precision: Annotated[float, Field(gt=0)] = 150.0
     """Precision that the coarser levels start from; the stop nights scale it. They stand for people they have never
     seen, so it is larger."""
     steps: Annotated[int, Field(ge=1, le=10)] = 2
-    """Newton steps of a solve. One is the classical ridge on residuals, and a rating needs no more; where clicks are
-    nearly certain from a segment's taste, a second one matters."""
+    """Steps of an adaptation. Of a closed form, Newton steps: one is the classical ridge on residuals, and a rating
+    needs no more; where clicks are nearly certain from a segment's taste, a second one matters. Of `gradient`, gradient
+    steps: two lie near the ridge, one is cheapest, ten are the ridge."""
 
     def width(self, features: int) -> int:
         """How many of the ranker's ``features`` are used (the constant 1 is the first)."""
-        return {"none": 0, "bias": 1, "ridge": features}[self.kind]
+        return {"none": 0, "bias": 1, "ridge": features, "gradient": features}[self.kind]
+
+    @property
+    def in_closed_form(self) -> "AdapterConfig":
+        """The closed form that weighs the same features: itself, or the ridge in place of gradient steps."""
+        return self.model_copy(update={"kind": "ridge", "steps": 2}) if self.kind == "gradient" else self
 
 
 class Precisions(nn.Module):
-    """Learned precision of every weight at every level of the ladder, finest level first: ``[L, K, D]``."""
+    """Learned precision of every weight at every level of the ladder, finest level first: ``[L, K, D]``.
+
+    To gradient steps they are rates, one over the precision; Meta-SGD (Li et al., 2017) learns one per weight likewise.
+    """
 
     def __init__(self, levels: int, objectives: int, width: int, config: AdapterConfig) -> None:
         super().__init__()
@@ -55,6 +70,32 @@ class Precisions(nn.Module):
     def forward(self) -> Tensor:
         """Precisions ``[L, K, D]``, positive."""
         return self.logarithm.exp().clamp_min(SMALLEST_PRECISION)
+
+
+def adapt(
+    features: Tensor,
+    offsets: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    precision: Tensor,
+    kinds: Sequence[ObjectiveKind],
+    config: AdapterConfig,
+    first_order: bool = False,
+) -> Tensor:
+    """Weights ``[B, K, D]`` that bend each segment's scores towards its support rows, as the config says.
+
+    Args:
+        features: ``[B, S, D]``; this and the next five as for `solve`.
+        offsets: ``[B, S, K]``.
+        labels: ``[B, S, K]``.
+        weights: ``[B, S]``.
+        precision: ``[K, D]``.
+        kinds: of the objectives.
+        config: closed form or gradient steps, and how many.
+        first_order: see `descend`; closed forms have no such reading, and training refuses to ask for it.
+    """
+    rows = (features, offsets, labels, weights, precision, kinds, config.steps)
+    return descend(*rows, first_order) if config.kind == "gradient" else solve(*rows)
 
 
 def solve(
@@ -101,6 +142,71 @@ def solve(
         else:
             gradient, factor = _newton(features, offsets, labels, weights, precision, kinds, solution)
             solution = solution + torch.cholesky_solve(gradient[..., None], factor)[..., 0]
+    return solution
+
+
+def descend(
+    features: Tensor,
+    offsets: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    precision: Tensor,
+    kinds: Sequence[ObjectiveKind],
+    steps: int,
+    first_order: bool = False,
+) -> Tensor:
+    r"""Weights after a few gradient steps on each segment's penalised support loss, from what its parent's scores give.
+
+    Per segment and objective, from ``w = 0``, with `m` the sigmoid for binary objectives and the identity for ratings:
+
+        g <- Phi' (y - m(o + Phi w)) - Lambda w,    v <- g / Lambda,    w <- w + v (g'v) / (g'v + c |Phi v|^2)
+
+    The learned rate of a weight is one over its precision, per level, objective and feature: how far a single row moves
+    it. The fraction is the length at which a step gains most if the loss curves as strongly as it can, `c` a row: of
+    weighed rows a sum, so that neither a thousand rows nor an extreme number overshoot, and a step never loses. The
+    pull towards the parent is what keeps many steps from following little support anywhere.
+
+    Sources: learned rates, Meta-SGD (Li et al., 2017); the pull, implicit MAML (Rajeswaran et al., 2019). With features
+    learned by the outer loop it is ANIL (Raghu et al., 2020), with rates alone MAML on the head (Finn et al., 2017).
+    The fraction: steepest descent on a quadratic bound (Boehning and Lindsay, 1988).
+
+    Args:
+        features: ``[B, S, D]``; this and the next five as for `solve`.
+        offsets: ``[B, S, K]``.
+        labels: ``[B, S, K]``; NaN where missing.
+        weights: ``[B, S]``; 0 for padding.
+        precision: ``[K, D]``, positive.
+        kinds: of the objectives.
+        steps: gradient steps.
+        first_order: what the support says, ``Phi' (y - m)`` of every step and the rows in the length, is constant to
+            whoever differentiates the answer, which then depends on the precision alone: no second derivative of a
+            row's loss is ever taken (Finn et al., 2017, 5.2, for rates as well).
+
+    Returns:
+        Weights ``[B, K, D]``; exactly 0 for a segment without support. With ever more steps, those of the ridge.
+
+    Four rows say 1 where 0.5 was expected: g = v = 2, and the length is 4 / (4 + 0.25 * 4 * 4).
+
+    >>> ones = torch.ones(1, 4, 1)
+    >>> descend(ones, torch.zeros(1, 4, 1), ones, torch.ones(1, 4), torch.ones(1, 1), ["binary"], 1)
+    tensor([[[1.]]])
+    """
+    mass = weights[..., None] * ~torch.isnan(labels)
+    steepest = torch.tensor([STEEPEST[kind] for kind in kinds], device=features.device, dtype=features.dtype)
+    seen, curving = features, mass * steepest
+    if first_order:
+        seen, curving = seen.detach(), curving.detach()
+    solution = features.new_zeros(features.shape[0], labels.shape[-1], features.shape[-1])
+    for _ in range(steps):
+        bent = torch.einsum("bsd,bkd->bsk", features, solution)
+        residual, _, _ = _likelihood(offsets + bent, labels, weights, kinds)
+        said = torch.einsum("bsd,bsk->bkd", features, mass * residual)
+        slope = (said.detach() if first_order else said) - precision * solution
+        way = slope / precision
+        gain = (slope * way).sum(dim=-1, keepdim=True)
+        bend = (torch.einsum("bsd,bkd->bsk", seen, way) ** 2 * curving).sum(dim=1)[..., None]
+        # Nothing to gain is nowhere to go: the length of that step does not matter, but it has to be a number.
+        solution = solution + way * gain / torch.where(gain > 0, gain + bend, torch.ones_like(gain))
     return solution
 
 
@@ -208,13 +314,14 @@ def apply(logits: Tensor, features: Tensor, solution: Tensor) -> Tensor:
 
 
 def check_width(config: AdapterConfig, features: int) -> None:
-    """Refuse a ridge that has no features but the constant.
+    """Refuse a linear head that has no features but the constant.
 
     Raises:
-        InvalidConfig: `ridge` over a ranker without adapter features.
+        InvalidConfig: `ridge` or `gradient` over a ranker without adapter features.
     """
-    if config.kind == "ridge" and features < 2:
+    if config.kind in ("ridge", "gradient") and features < 2:
         raise InvalidConfig(
-            "adapter.kind is 'ridge', but the ranker has no adapter features (no factors, no numbers of candidates): "
-            "there is nothing to bend but the constant; set ranker.factors to 1 or more, or adapter.kind to 'bias'"
+            f"adapter.kind is {config.kind!r}, but the ranker has no adapter features (no factors, no numbers of "
+            "candidates): there is nothing to bend but the constant; set ranker.factors to 1 or more, or adapter.kind "
+            "to 'bias'"
         )

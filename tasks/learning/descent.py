@@ -39,12 +39,14 @@ def optimiser_of(
 ) -> torch.optim.Optimizer:
     """AdamW with its own decay for embeddings; factors and precisions are held by the solve, not by decay.
 
-    Every group names the highest learning rate that it may have as `peak`.
+    Parameters that want no gradient are left out: decay would move what is frozen. Every group names the highest
+    learning rate that it may have as `peak`.
     """
     groups: dict[str, list[nn.Parameter]] = {"embeddings": [], "factors": [], "layers": []}
     for name, parameter in network.named_parameters():
         kind = "factors" if name.startswith("factor_tables") else "embeddings" if "_tables." in name else "layers"
-        groups[kind].append(parameter)
+        if parameter.requires_grad:
+            groups[kind].append(parameter)
     return torch.optim.AdamW(
         [
             {"params": groups["embeddings"], "weight_decay": embedding_decay, "peak": rate},

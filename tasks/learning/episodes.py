@@ -54,6 +54,7 @@ def score_visits(
     kinds: tuple[ObjectiveKind, ...],
     config: AdapterConfig,
     query_rows: int | None = None,
+    first_order: bool = False,
 ) -> Scores:
     """Adapt on each visit's support and score its later rows.
 
@@ -67,6 +68,7 @@ def score_visits(
         kinds: kind of each objective.
         config: how to solve.
         query_rows: most query rows of a visit, the earliest; None for all.
+        first_order: no gradient flows through the support rows, see `adapters.descend`.
     """
     border, query = visits.split(after)
     if query_rows is not None:
@@ -76,7 +78,9 @@ def score_visits(
     width = precisions.shape[-1]
     if width == 0:
         return Scores(rows, logits, logits)
-    solution = climb(ladder.plan(visits, after), scorer, material, precisions, kinds, config)[-1]
+    support = torch.no_grad()(scorer) if first_order else scorer  # nothing would flow there: no graph is needed
+    stages = ladder.plan(visits, after)
+    solution = climb(stages, support, material, precisions, kinds, config, first_order=first_order)[-1]
     weights = solution[torch.from_numpy(visit).to(logits.device)]
     return Scores(rows, logits, apply(logits, features[:, :width], weights))
 

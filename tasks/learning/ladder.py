@@ -17,7 +17,7 @@ from torch import Tensor
 from tasks.data.columns import Rows
 from tasks.data.contract import SegmentsConfig
 from tasks.data.segments import Level, split_keys
-from tasks.learning.adapters import AdapterConfig, ObjectiveKind, apply, solve
+from tasks.learning.adapters import AdapterConfig, ObjectiveKind, adapt, apply
 from tasks.learning.material import I64, Material, Scorer, Visits, Windows
 
 STRIDE = np.int64(1) << np.int64(32)
@@ -171,6 +171,7 @@ def climb(
     kinds: Sequence[ObjectiveKind],
     config: AdapterConfig,
     keep: Sequence[npt.NDArray[np.bool_]] | None = None,
+    first_order: bool = False,
 ) -> list[Tensor]:
     """Cumulative weights of every stage's segments.
 
@@ -182,6 +183,7 @@ def climb(
         kinds: kind of each objective.
         config: how to solve.
         keep: for each stage, which segments may leave their parent; None for all.
+        first_order: no gradient flows through the support rows, see `adapters.descend`.
 
     Returns:
         One tensor ``[E, K, D]`` per stage. A segment without support has exactly its parent's weights.
@@ -189,7 +191,7 @@ def climb(
     solutions: list[Tensor] = []
     for number, stage in enumerate(stages):
         inherited = inherit(stage, solutions, precisions, kinds)
-        own = _solve_stage(stage, inherited, scorer, material, precisions[stage.level], kinds, config)
+        own = _solve_stage(stage, inherited, scorer, material, precisions[stage.level], kinds, config, first_order)
         if keep is not None:
             own = own * torch.from_numpy(keep[number]).to(own.device)[:, None, None]
         solutions.append(inherited + own)
@@ -267,6 +269,7 @@ def _solve_stage(
     precision: Tensor,
     kinds: Sequence[ObjectiveKind],
     config: AdapterConfig,
+    first_order: bool,
 ) -> Tensor:
     own = torch.zeros_like(inherited)
     if own.numel() == 0:
@@ -275,9 +278,8 @@ def _solve_stage(
     solutions: list[Tensor] = []
     for given in supports(stage, inherited, scorer, material):
         segments.append(given.segments)
-        solutions.append(
-            solve(given.features, given.offsets, given.labels, given.weights, precision, kinds, config.steps)
-        )
+        rows = (given.features, given.offsets, given.labels, given.weights)
+        solutions.append(adapt(*rows, precision, kinds, config, first_order))
     if not segments:
         return own
     return own.index_put((torch.from_numpy(np.concatenate(segments)).to(own.device),), torch.cat(solutions))

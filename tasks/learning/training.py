@@ -1,7 +1,7 @@
-"""Meta-training: the base is trained so that a few closed-form steps on a segment's support serve its later rows best.
+"""Meta-training: the base is trained so that a few steps on a segment's support serve its later rows best.
 
-The query loss flows back through the solve into embeddings, towers and precisions. Training starts in closed form (or
-from the parent), reads nights before the stop nights, and keeps what did best on the stop nights.
+By default the query loss flows back through the solve into embeddings, towers and precisions. Training starts in closed
+form (or from the parent), reads nights before the stop nights, and keeps what did best on the stop nights.
 """
 
 import copy
@@ -27,6 +27,7 @@ from tasks.learning.episodes import QUERY_ROWS, draw, row_loss, score_visits
 from tasks.learning.ladder import Ladder, learned_levels
 from tasks.learning.material import I64, Material, Scorer, Visits, remembered, visits_of
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.outer import Freeze, OuterLoop, check_outer, reptile, thaw
 from tasks.learning.priors import MOST_USERS, estimate, scaled
 from tasks.learning.starts import newest, normalise, solve_start
 
@@ -52,8 +53,21 @@ class TrainingConfig(Section):
     """Seed of initial weights, dropout and episodes; combined with the night."""
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     """CPU threads of the arithmetic; None leaves it to torch. Equal digests need equal threads."""
-    meta: bool = True
-    """Whether the loss is taken after adaptation. False is joint training: the adapters are solved afterwards."""
+    outer: OuterLoop = "second_order"
+    """What the base is trained for. `second_order`: the loss of later rows after adaptation flows back through the
+    whole of it, closed form or steps (MAML and ANIL, of which the closed forms are the exact limit); the first choice,
+    and without an adapter plain training on later rows. `first_order`: the gradients that the adapter's steps took are
+    constants, so the loss flows into the later rows' scores and features and into the rates, never through the
+    support (first-order MAML: Finn et al., 2017, 5.2; Nichol et al., 2018); for supports too long to flow through.
+    `reptile`: towards where gradient steps on whole visits would lead, adapter and network together (Nichol et al.,
+    2018); no support is split from later rows, and rates stay as the history and the stop nights set them. `joint`: no
+    adaptation in the loss, adapters are found afterwards; the ablation that says what the others earn. `first_order`
+    and `reptile` need `adapter.kind: gradient`."""
+    freeze: Freeze = "nothing"
+    """What of the network the outer loop leaves as it is, to the bit. `nothing`: all is trained. `embeddings`: tables
+    with a row per key stay, where few rows per key would be learned by heart, or where copies of tables are too dear
+    (`reptile`). `all_but_head`: only the layers that end in scores or adapter features are trained, for a start that
+    is trusted. How strongly adapters are held does not count as network, and closed forms are solved in any case."""
     epochs: Annotated[int, Field(ge=0, le=1000)] = 6
     """Most epochs; after each the stop nights are scored. 0 keeps the closed-form start."""
     steps_per_epoch: Annotated[int, Field(ge=1)] = 20
@@ -131,8 +145,9 @@ def meta_train(
     Raises:
         NotEnoughHistory: rows of fewer than two nights.
         TrainingDiverged: the loss, or an adapter's system of equations, is not finite.
-        InvalidConfig: a ridge without features.
+        InvalidConfig: a linear head without features, or an outer loop that does not fit the adapter.
     """
+    check_outer(training.outer, adapter)
     seed = int(np.random.SeedSequence([training.seed, night.toordinal()]).generate_state(1)[0])
     with steady(seed, training.threads):
         run = _Run(data, segments, ranker, adapter, training, rows, shape, night, device, report)
@@ -230,6 +245,7 @@ class _Run:
             best, kept = (copy.deepcopy(network), copy.deepcopy(precisions)), 0
         average = copy.deepcopy(network), copy.deepcopy(precisions)
         config = self.training
+        thaw(network, config.freeze)
         optimiser = optimiser_of(network, precisions, config.learning_rate, config.weight_decay, config.embedding_decay)
         steps = 0
         lowest = min(loss for _, _, loss in curve)
@@ -300,31 +316,47 @@ class _Run:
     ) -> float:
         network.train()
         visits, after = draw(fit, self.training.visits_per_step, random)
-        scorer = self.material.scorer(network)
-        if self.training.meta:
-            scores = score_visits(
-                *(self.ladder, visits, after, scorer, self.material, precisions()),
-                *(self.shape.kinds, self.adapter, QUERY_ROWS),
+        optimiser.zero_grad()
+        if self.training.outer == "reptile":
+            told, slopes = reptile(
+                *(self.ladder, visits, network, self.material, precisions(), self.adapter, self.weights),
+                self.training.base_weight,
             )
-            adapted = loss = self._loss(scores.adapted, scores.rows)
-            if self.training.base_weight > 0:
-                loss = loss + self.training.base_weight * self._loss(scores.base, scores.rows)
+            for name, slope in slopes.items():
+                network.get_parameter(name).grad = slope
         else:
-            at = visits.rows.flat()[0]
-            adapted = loss = self._loss(scorer(at)[0], at)
-        if not torch.isfinite(loss):
+            adapted, loss = self._losses(network, precisions, visits, after)
+            told = adapted.item() if torch.isfinite(loss) else loss.item()
+            loss.backward()  # type: ignore[no-untyped-call]
+        if not np.isfinite(told):
             raise TrainingDiverged(
-                f"the training loss of night {self.night} is {loss.item()}; lower training.learning_rate (now "
+                f"the training loss of night {self.night} is {told}; lower training.learning_rate (now "
                 f"{self.training.learning_rate}) or look for extreme numbers among the inputs"
             )
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
         if precisions.logarithm.grad is not None:
             for name in FITTED.intersection(network.parts):
                 precisions.logarithm.grad[:, :, network.parts[name]] = 0.0
         nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
         optimiser.step()
-        return float(adapted.detach())
+        return told
+
+    def _losses(
+        self, network: Ranker, precisions: Precisions, visits: Visits, after: I64
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of visits after adaptation, and the one that is minimised."""
+        scorer = self.material.scorer(network)
+        if self.training.outer == "joint":
+            at = visits.rows.flat()[0]
+            loss = self._loss(scorer(at)[0], at)
+            return loss, loss
+        scores = score_visits(
+            *(self.ladder, visits, after, scorer, self.material, precisions()),
+            *(self.shape.kinds, self.adapter, QUERY_ROWS, self.training.outer == "first_order"),
+        )
+        adapted = loss = self._loss(scores.adapted, scores.rows)
+        if self.training.base_weight > 0:
+            loss = loss + self.training.base_weight * self._loss(scores.base, scores.rows)
+        return adapted, loss
 
     def _loss(self, scores: torch.Tensor, at: I64) -> torch.Tensor:
         """Loss of scores of the rows at positions, weighed by row and by objective."""

@@ -101,8 +101,8 @@ def joint(config: RetrainConfig, examined: Sequence[ReplayedNight]) -> Iterator[
         past, rows = rows_of(place, history), rows_of(place, record_of(place, one.prepared))
         words = vocabulary.load(data, workspace.file(history, "vocabulary.parquet"))
         trained = meta_train(
-            *(data, config.segments, config.ranker, config.adapter, config.training.model_copy(update={"meta": False})),
-            *(past, shape_of(data, past, words), one.night),
+            *(data, config.segments, config.ranker, config.adapter),
+            *(config.training.model_copy(update={"outer": "joint"}), past, shape_of(data, past, words), one.night),
             parent=parent,
         )
         parent = trained.base

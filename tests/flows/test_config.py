@@ -124,6 +124,18 @@ def test_the_history_asked_for_fits_into_the_window(tmp_path: Path, tree: dict[s
     assert "data.min_history_nights: 6 nights are more than the window holds" in refusal(tmp_path, tree)
 
 
+@pytest.mark.parametrize("outer", ["first_order", "reptile"])
+def test_an_outer_loop_that_the_adapter_cannot_serve_is_refused_with_the_remedy(
+    tmp_path: Path, tree: dict[str, Any], outer: str
+) -> None:
+    tree.setdefault("training", {})["outer"] = outer
+    message = refusal(tmp_path, tree)
+    assert f"training.outer: {outer!r} is made of the gradient steps" in message
+    assert "set adapter.kind to 'gradient'" in message
+    tree["adapter"] = {"kind": "gradient"}
+    assert RetrainConfig.model_validate(tree).training.outer == outer
+
+
 @pytest.mark.parametrize("zone", ["Mars/Olympus", "", "../UTC", "/etc/localtime"])
 def test_a_zone_that_is_none_is_refused(tmp_path: Path, tree: dict[str, Any], zone: str) -> None:
     tree["data"]["time_zone"] = zone

@@ -2,12 +2,13 @@
 
 from datetime import date
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
-from tasks.learning.adapters import solve
+from tasks.learning.adapters import AdapterConfig, adapt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,7 +16,8 @@ pytestmark = [
 ]
 
 
-def test_a_solve_on_the_device_equals_the_processors() -> None:
+@pytest.mark.parametrize("kind", ["ridge", "gradient"])
+def test_an_adaptation_on_the_device_equals_the_processors(kind: Literal["ridge", "gradient"]) -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(64, 20, 8, generator=generator)
     offsets = torch.randn(64, 20, 2, generator=generator)
@@ -23,9 +25,24 @@ def test_a_solve_on_the_device_equals_the_processors() -> None:
     weights = (torch.rand(64, 20, generator=generator) > 0.2).float()
     precision = torch.full((2, 8), 4.0)
     kinds = ("binary", "rating")
-    here = solve(features, offsets, labels, weights, precision, kinds)
-    there = solve(*(part.cuda() for part in (features, offsets, labels, weights, precision)), kinds)
+    config = AdapterConfig(kind=kind)
+    here = adapt(features, offsets, labels, weights, precision, kinds, config)
+    there = adapt(*(part.cuda() for part in (features, offsets, labels, weights, precision)), kinds, config)
     torch.testing.assert_close(there.cpu(), here, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("outer", ["second_order", "first_order", "reptile", "joint"])
+def test_every_outer_loop_trains_on_the_device(outer: str) -> None:
+    from tests.learning.small_rows import one_aim, opposed
+    from tests.learning.test_training import NIGHTS, SHORT, train
+
+    rows = one_aim(opposed(nights=NIGHTS, users=45))
+    config = SHORT.model_copy(update={"outer": outer, "epochs": 1})
+    here, there = (
+        train(rows, adapter=AdapterConfig(kind="gradient"), config=config, device=on) for on in ("cpu", "cuda")
+    )
+    assert there.curve[0][2] == pytest.approx(here.curve[0][2], rel=0.02)
+    assert np.isfinite(there.curve[1][1:]).all()
 
 
 def test_a_night_on_the_device_publishes_a_release_that_runs_there(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_slots_resolve_the_finest_level_that_knows_the_row():
     assert seen == {0, 1, 2, -1}
 
 
-@pytest.mark.parametrize("kind", ["none", "bias", "ridge"])
+@pytest.mark.parametrize("kind", ["none", "bias", "ridge", "gradient"])
 def test_a_bank_comes_back_from_disk_and_equal_banks_are_equal_bytes(kind, tmp_path):
     rows, config = world(0), AdapterConfig(kind=kind)
     banks = [bank_of(rows, ladder_of(THREE), 3, config=config, width=config.width(3)) for _ in range(2)]

@@ -40,7 +40,7 @@ def scores(base, rows):
         return Material(rows).scorer(base.network)(torch.arange(len(rows)).numpy())
 
 
-@pytest.mark.parametrize("kind", ["none", "bias", "ridge"])
+@pytest.mark.parametrize("kind", ["none", "bias", "ridge", "gradient"])
 def test_a_base_comes_back_from_disk(rows, tmp_path, kind):
     base = base_of(rows, adapter=AdapterConfig(kind=kind, steps=2))
     back = load_base(save_base(base, tmp_path))

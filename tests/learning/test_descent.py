@@ -50,6 +50,15 @@ def test_factors_and_precisions_are_not_decayed_and_every_parameter_is_optimised
         assert decay[id(parameter)] == expected
 
 
+def test_what_wants_no_gradient_is_not_optimised():
+    network = Ranker(shape(opposed(nights=1, users=6)), RankerConfig(embedding=4, hidden=8))
+    network.wide.requires_grad_(False)
+    groups = optimiser_of(network, Precisions(2, 1, network.width, AdapterConfig()), 0.1, 0.2, 0.3).param_groups
+    chosen = {id(parameter) for group in groups for parameter in group["params"]}
+    left = {name for name, parameter in network.named_parameters() if id(parameter) not in chosen}
+    assert left == {"wide.weight", "wide.bias"}
+
+
 def test_the_moving_average_keeps_its_share():
     average, module = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     torch.nn.init.constant_(average.weight, 1.0)

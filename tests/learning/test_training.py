@@ -134,7 +134,7 @@ def test_the_curve_starts_in_closed_form_and_has_a_point_for_every_epoch(trained
 
 
 def test_joint_training_and_no_adapters_are_trained_as_well(history):
-    joint = train(history, config=SHORT.model_copy(update={"meta": False, "epochs": 1}))
+    joint = train(history, config=SHORT.model_copy(update={"outer": "joint", "epochs": 1}))
     losses = stop_losses(joint, history)
     assert (losses[:, 0] < losses[:, 1]).all()
     none = train(history, adapter=AdapterConfig(kind="none"), config=SHORT.model_copy(update={"epochs": 1}))

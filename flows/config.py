@@ -20,7 +20,7 @@ from tasks.learning.adapters import AdapterConfig
 from tasks.learning.baselines import BaselinesConfig
 from tasks.learning.networks import RankerConfig
 from tasks.learning.outer import misfit
-from tasks.learning.training import TrainingConfig
+from tasks.learning.training_config import TrainingConfig
 from tasks.references import Device, Place
 from tasks.release.gate import GateConfig
 

@@ -11,7 +11,7 @@ from tasks.learning import training as learning
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base, save_base, shape_of
 from tasks.learning.networks import RankerConfig
-from tasks.learning.training import TrainingConfig
+from tasks.learning.training_config import TrainingConfig
 from tasks.parents import parent_base
 from tasks.references import BaseRef, IngestRef, ParentRef, Place, PrepareRef
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tasks.data.columns import Rows
 from tasks.data.segments import mixed_radix, split_keys
-from tasks.learning.adapters import AdapterConfig, ObjectiveKind
+from tasks.learning.adapters import AdapterConfig
 from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import I64, Material, Scorer
+from tasks.learning.solvers import ObjectiveKind
 
 F32 = npt.NDArray[np.float32]
 Harmful = Callable[[int, I64, I64], npt.NDArray[np.bool_]]

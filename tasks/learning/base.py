@@ -19,8 +19,9 @@ from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig
 from tasks.data.vocabulary import Vocabularies
 from tasks.errors import FormatUnknown, ObjectCorrupt
-from tasks.learning.adapters import AdapterConfig, ObjectiveKind, Precisions
+from tasks.learning.adapters import AdapterConfig, Precisions
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.solvers import ObjectiveKind
 
 FORMAT = 2
 """2: tables of factors for every categorical candidate column, and numbers of candidates as adapter features."""

@@ -15,13 +15,14 @@ from pydantic import Field
 from torch import Tensor
 
 from tasks.data.contract import Section
-from tasks.learning.adapters import AdapterConfig, ObjectiveKind
+from tasks.learning.adapters import AdapterConfig
 from tasks.learning.closed_form import factorise
 from tasks.learning.episodes import score_visits
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import I64, Material, Scorer, Visits
 from tasks.learning.neighbours import ItemKnn
 from tasks.learning.regression import Regression
+from tasks.learning.solvers import ObjectiveKind
 from tasks.learning.trees import Trees, library
 
 HELD = 1e9

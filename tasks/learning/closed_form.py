@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tasks.learning.adapters import SMALLEST_CURVATURE, ObjectiveKind
+from tasks.learning.solvers import SMALLEST_CURVATURE, ObjectiveKind
 
 CHUNK = 262_144
 

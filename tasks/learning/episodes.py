@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.learning.adapters import AdapterConfig, ObjectiveKind, apply
+from tasks.learning.adapters import AdapterConfig, apply
 from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import I64, Material, Scorer, Visits, Windows
+from tasks.learning.solvers import ObjectiveKind
 
 COLD_SHARE = 0.35
 """Share of episodes without support from the query's own night, as in the nightly exam."""

@@ -21,13 +21,14 @@ from torch import Tensor
 from tasks.data.contract import DataConfig
 from tasks.data.segments import split_keys
 from tasks.data.vocabulary import Vocabularies
-from tasks.learning.adapters import ObjectiveKind, apply
+from tasks.learning.adapters import apply
 from tasks.learning.bank import Bank
 from tasks.learning.base import Base
 from tasks.learning.baselines import Baselines
 from tasks.learning.episodes import score_visits
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import I64, Material, Visits, visits_of
+from tasks.learning.solvers import ObjectiveKind
 
 SUPPORTS = (0, 5, 20)
 """Same-night support rows of the exam of first contact."""

@@ -17,8 +17,9 @@ from torch import Tensor
 from tasks.data.columns import Rows
 from tasks.data.contract import SegmentsConfig
 from tasks.data.segments import Level, split_keys
-from tasks.learning.adapters import AdapterConfig, ObjectiveKind, adapt, apply
+from tasks.learning.adapters import AdapterConfig, adapt, apply
 from tasks.learning.material import I64, Material, Scorer, Visits, Windows
+from tasks.learning.solvers import ObjectiveKind
 
 STRIDE = np.int64(1) << np.int64(32)
 """Makes one ascending key of (segment, night): nights are ordinals below it."""

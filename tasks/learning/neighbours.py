@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.learning.adapters import ObjectiveKind
 from tasks.learning.closed_form import weighted_residual
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import I64, Material, Visits, Windows, visits_of
+from tasks.learning.solvers import ObjectiveKind
 
 PAIRS = 2_000_000
 """About how many pairs of rows are in memory at a time."""

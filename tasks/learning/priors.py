@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.learning.adapters import AdapterConfig, ObjectiveKind, solve, variances
+from tasks.learning.adapters import AdapterConfig
 from tasks.learning.ladder import Ladder, climb, inherit, supports
 from tasks.learning.material import Material, Scorer, Visits
+from tasks.learning.solvers import ObjectiveKind, solve, variances
 
 MOST_USERS = 2048
 """Users whose rows the estimate reads."""

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from tasks.data.columns import F32, Rows
-from tasks.learning.adapters import ObjectiveKind
 from tasks.learning.material import I64, Material
 from tasks.learning.networks import Normaliser
+from tasks.learning.solvers import ObjectiveKind
 
 CHUNK = 131_072
 """Rows that are read at a time."""

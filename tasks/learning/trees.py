@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tasks.data.columns import F32, Rows
 from tasks.errors import InvalidConfig
-from tasks.learning.adapters import ObjectiveKind
 from tasks.learning.material import I64, Material
 from tasks.learning.regression import numbers_of
+from tasks.learning.solvers import ObjectiveKind
 
 MOST_IDS = 1 << 24
 """Ids that a float32 tells apart; those beyond are as good as unknown."""

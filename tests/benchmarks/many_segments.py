@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from tasks.data.columns import Rows
 from tasks.data.contract import SegmentsConfig
-from tasks.learning.adapters import SMALLEST_CURVATURE, AdapterConfig
+from tasks.learning.adapters import AdapterConfig
 from tasks.learning.bank import Bank, fill_bank
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material
 from tasks.learning.networks import Ranker, RankerConfig
+from tasks.learning.solvers import SMALLEST_CURVATURE
 from tests.learning.small_rows import FIRST, ladder_of, shape, table
 
 NUMBERS = 20

@@ -20,11 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.learning.adapters import Precisions, solve
+from tasks.learning.adapters import Precisions
 from tasks.learning.episodes import draw, row_loss, score_visits
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import Ranker
+from tasks.learning.solvers import solve
 from tests.benchmarks.conftest import Row
 from tests.benchmarks.many_segments import (
     ADAPTER,

@@ -6,7 +6,8 @@ import torch
 from scipy import optimize
 
 from tasks.errors import InvalidConfig
-from tasks.learning.adapters import AdapterConfig, Precisions, apply, check_width, solve, variances
+from tasks.learning.adapters import AdapterConfig, Precisions, apply, check_width
+from tasks.learning.solvers import solve, variances
 
 SEEDS = range(5)
 KINDS = ("binary", "rating")

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from tasks.errors import InvalidConfig
-from tasks.learning.adapters import AdapterConfig, adapt, apply, check_width, descend, solve
+from tasks.learning.adapters import AdapterConfig, adapt, apply, check_width
 from tasks.learning.episodes import row_loss, score_visits
 from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import Material, visits_of
+from tasks.learning.solvers import descend, solve
 from tests.learning.slow_ladder import THREE, precisions_of, world
 from tests.learning.small_rows import ladder_of, told
 from tests.learning.test_adapters import KINDS, SEEDS, segments, sigmoid

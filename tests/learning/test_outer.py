@@ -10,13 +10,14 @@ import torch
 from tasks.errors import InvalidConfig
 from tasks.learning import outer as module
 from tasks.learning import training
-from tasks.learning.adapters import AdapterConfig, Precisions, apply, descend
+from tasks.learning.adapters import AdapterConfig, Precisions, apply
 from tasks.learning.base import Base
 from tasks.learning.episodes import row_loss
 from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import Ranker, RankerConfig
 from tasks.learning.outer import PATH_RATE, check_outer, reptile, thaw
+from tasks.learning.solvers import descend
 from tests.learning.small_rows import ladder_of, one_aim, opposed, shape, with_labels
 from tests.learning.test_training import NIGHTS, SHORT, SMALL, stop_losses, train
 

@@ -12,7 +12,8 @@ from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig
 from tasks.learning.priors import FACTOR, GAIN, LEAST, MOST, MOST_STEPS, estimate, scaled
-from tasks.learning.training import TrainingConfig, meta_train
+from tasks.learning.training import meta_train
+from tasks.learning.training_config import TrainingConfig
 from tests.learning.slow_ladder import KINDS, THREE, SlowLadder, precisions_of, world
 from tests.learning.small_rows import FIRST, Told, contract, ladder_of, one_aim, opposed, part, shape, table, told
 

@@ -19,7 +19,8 @@ from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig
 from tasks.learning.priors import LEAST, MOST
 from tasks.learning.starts import newest, solve_start
-from tasks.learning.training import STOP_SUPPORT, TrainingConfig, meta_train, steady
+from tasks.learning.training import STOP_SUPPORT, meta_train, steady
+from tasks.learning.training_config import TrainingConfig
 from tests.learning.small_rows import FIRST, before, contract, ladder_of, one_aim, opposed, part, shape, with_labels
 
 RIDGE = AdapterConfig()

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.learning.adapters import AdapterConfig, solve
+from tasks.learning.adapters import AdapterConfig
 from tasks.learning.episodes import score_visits
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig
-from tasks.learning.training import TrainingConfig, meta_train
+from tasks.learning.solvers import solve
+from tasks.learning.training import meta_train
+from tasks.learning.training_config import TrainingConfig
 from tests.learning.small_rows import FIRST, contract, ladder_of, shape, table
 
 TASTES, SUPPORT = 8, 50

@@ -1,0 +1,56 @@
+"""What there is to say about training: its section of the config."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tasks.data.contract import Section
+from tasks.learning.outer import Freeze, OuterLoop
+
+
+class TrainingConfig(Section):
+    """How the base is trained."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of initial weights, dropout and episodes; combined with the night."""
+    threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    """CPU threads of the arithmetic; None leaves it to torch. Equal digests need equal threads."""
+    outer: OuterLoop = "second_order"
+    """What the base is trained for. `second_order`: the loss of later rows after adaptation flows back through the
+    whole of it, closed form or steps (MAML and ANIL, of which the closed forms are the exact limit); the first choice,
+    and without an adapter plain training on later rows. `first_order`: the gradients that the adapter's steps took are
+    constants, so the loss flows into the later rows' scores and features and into the rates, never through the
+    support (first-order MAML: Finn et al., 2017, 5.2; Nichol et al., 2018); for supports too long to flow through.
+    `reptile`: towards where gradient steps on whole visits would lead, adapter and network together (Nichol et al.,
+    2018); no support is split from later rows, and rates stay as the history and the stop nights set them. `joint`: no
+    adaptation in the loss, adapters are found afterwards; the ablation that says what the others earn. `first_order`
+    and `reptile` need `adapter.kind: gradient`."""
+    freeze: Freeze = "nothing"
+    """What of the network the outer loop leaves as it is, to the bit. `nothing`: all is trained. `embeddings`: tables
+    with a row per key stay, where few rows per key would be learned by heart, or where copies of tables are too dear
+    (`reptile`). `all_but_head`: only the layers that end in scores or adapter features are trained, for a start that
+    is trusted. How strongly adapters are held does not count as network, and closed forms are solved in any case."""
+    epochs: Annotated[int, Field(ge=0, le=1000)] = 6
+    """Most epochs; after each the stop nights are scored. 0 keeps the closed-form start."""
+    steps_per_epoch: Annotated[int, Field(ge=1)] = 20
+    """Gradient steps of an epoch."""
+    visits_per_step: Annotated[int, Field(ge=1)] = 64
+    """Episodes of a step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    """Step size of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1.0
+    """Decoupled weight decay of the layers."""
+    embedding_decay: Annotated[float, Field(ge=0)] = 3.0
+    """Decoupled weight decay of the embeddings."""
+    base_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the loss before adaptation, so that the base stands by itself."""
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    """Decay of the moving average of the weights, which is what is scored and kept."""
+    patience: Annotated[int, Field(ge=1)] = 2
+    """Epochs without a better stop loss before training ends."""
+    stop_nights: Annotated[int, Field(ge=1)] = 7
+    """Newest nights that training is stopped on and does not train on, when there is no parent."""
+    min_stop_rows: Annotated[int, Field(ge=1)] = 200
+    """Fewest rows of new stop nights with which a parent's base is trained on; with fewer it is kept as it is."""
+    start_rows: Annotated[int, Field(ge=1)] = 2_000_000
+    """Most rows, the newest, that the closed-form start reads."""

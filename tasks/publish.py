@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from getpass import getuser
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def publish(
         done: what the night's steps have left.
         config: digest of the config, to be kept with the release.
         promote: whether the pointer may move.
-        override: an operator's reason to release although the gate holds.
+        override: an operator's reason to release although the gate holds; it stands when the night is run again.
         token: of the lease, for the pointer.
 
     Raises:
@@ -55,6 +55,8 @@ def publish(
         StoreError: the store refused; publishing again is safe.
     """
     store, workspace = store_of(place), open_workspace(place)
+    if override is None and not done.verdict.go:
+        override = _standing_override(place, done.ingested.night, done.exported.release)
     if override is not None:
         done = done.model_copy(update={"verdict": _overridden(done.verdict, override)})
     ingested, exported, verdict = done.ingested, done.exported, done.verdict
@@ -107,7 +109,7 @@ def publish(
     section = {"promote": promote, "config": config, "override": override}
     record, shared = carry_out(place, "publish", VERSION, night, inputs, section, work)
     # Also where the record was there: since then another config may have made this night its own.
-    _note_released(place, ingested, done.exam, verdict, exported, config)
+    _note_released(place, ingested, done.exam, verdict, exported, config, override)
     return PublishRef(
         **shared,
         release=exported.release,
@@ -166,10 +168,16 @@ def _note_intent(place: Place, ingested: IngestRef, release: str, config: str) -
 
 
 def _note_released(
-    place: Place, ingested: IngestRef, exam: ExamRef, verdict: VerdictRef, exported: ExportRef, config: str
+    place: Place,
+    ingested: IngestRef,
+    exam: ExamRef,
+    verdict: VerdictRef,
+    exported: ExportRef,
+    config: str,
+    override: str | None,
 ) -> None:
     """Keep the night's newest release where later nights look for parents and earlier exams."""
-    store, key = store_of(place), f"{released_prefix(place)}night={ingested.night.isoformat()}.json"
+    store, key = store_of(place), _released_key(place, ingested.night)
     before = store.find(key)
     after = canonical_json(
         {
@@ -179,10 +187,23 @@ def _note_released(
             "exam": exam.key,
             "verdict": verdict.key,
             "config": config,
+            "override": override,
         }
     )
     if before is None or before.data != after:
         store.swap(key, after, None if before is None else before.etag)
+
+
+def _standing_override(place: Place, night: date, release: str) -> str | None:
+    """The reason with which an operator has released this very release of the night before: his word stands."""
+    found = store_of(place).find(_released_key(place, night))
+    noted = {} if found is None else json.loads(found.data)
+    reason: str | None = noted.get("override") if noted.get("release") == release else None
+    return reason
+
+
+def _released_key(place: Place, night: date) -> str:
+    return f"{released_prefix(place)}night={night.isoformat()}.json"
 
 
 def _interface(path: Path) -> Interface:

@@ -30,9 +30,9 @@ class AdapterConfig(Section):
     `gradient`: the same head, reached by a few gradient steps with learned rates; to train as first-order MAML or
     Reptile do, or where features are so many that a closed form, cubic in them, is too slow."""
     precision: Annotated[float, Field(gt=0)] = 4.0
-    """Precision that factors are solved with, and the least that a segment's constant and its weights on factors are
-    held with; in rows: the evidence at which a weight moves half-way. The history estimates all others. For `gradient`
-    a rate is one over it: how far a single row moves a weight."""
+    """Precision that factors are solved with, and the least that the history may put on a segment's constant and on its
+    weights on factors; the stop nights scale all of them. In rows: the evidence at which a weight moves half-way. For
+    `gradient` a rate is one over it: how far a single row moves a weight."""
     coarse_precision: Annotated[float, Field(gt=0)] = 150.0
     """Precision that the coarser levels start from; the stop nights scale it. They stand for people they have never
     seen, so it is larger."""

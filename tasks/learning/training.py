@@ -36,7 +36,7 @@ SWEEPS, MORE_SWEEPS = 10, 3
 """Passes of the factorisation from nothing, and from the parent's factors."""
 FITTED = frozenset({"item factors", "category factors"})
 """Parts of the adapter features that are solved from the history: its rows overstate what they are worth, so training
-leaves their precisions alone, night after night, and only later rows may change them."""
+leaves their precisions alone; the stop nights scale them where a chain of nights starts."""
 DRIFTING = frozenset({"constant"})
 """Parts whose weights change from night to night more than the evidence of all nights together knows."""
 REMEMBERED = 500_000

@@ -37,3 +37,9 @@ def test_a_held_night_is_released_by_override_and_the_pointer_keeps_the_reason(d
     assert pointer.generation == before.generation + 1
     assert REASON in pointer.reason
     assert [(row.go, row.champion) for row in releases(place)] == [(True, False), (True, True)]
+
+    # A retry, or the schedule, runs the night once more: the operator's word stands, and nothing is written.
+    again = plain_night(config, last.night)
+    assert again.published == released.published.model_copy(update={"reused": True})
+    assert damageable.pointer == pointer
+    assert [(row.go, row.champion) for row in releases(place)] == [(True, False), (True, True)]

@@ -6,11 +6,13 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -278,10 +280,37 @@ def fresh(trap: Trap, store: ObjectStore) -> Trap:
     return Trap(trap.when, f"^(?!(?:{there})$){trap.key.removeprefix('^')}", trap.nth)
 
 
+def servers_of(home: Path) -> list[int]:
+    """Process ids of the Prefect servers that keep their database in this folder."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            if f"PREFECT_HOME={home}".encode() in environment and b"uvicorn" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def until(true: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def task_runs(home: Path) -> list[list[str]]:
+    """States of the task runs of each flow run that an embedded server has recorded."""
+    with closing(sqlite3.connect(home / "prefect.db")) as database:
+        rows = database.execute("SELECT flow_run_id, state_name FROM task_run ORDER BY created").fetchall()
+    return [[state for run, state in rows if run == one] for one in dict.fromkeys(run for run, _ in rows)]
+
+
 def nightrank(folder: Path, *words: str) -> tuple[int, int, str]:
     """Run the command line in a session of its own, with an embedded Prefect of its own; pid, status and output."""
     environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    # A file, not a pipe: the server of a killed run would hold the pipe open.
+    # A file, not a pipe: a server that outlived its run would hold the pipe open.
     with (folder / "said.txt").open("w+") as said:
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", *words],
@@ -294,15 +323,17 @@ def nightrank(folder: Path, *words: str) -> tuple[int, int, str]:
         )
         try:
             status = process.wait(180)
+            gone = until(lambda: not servers_of(folder / "prefect"), 30)
         finally:
-            # The embedded server of a killed run outlives it, and it is ours to end.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        assert gone, "the embedded server outlived its run"
         said.seek(0)
         return process.pid, status, said.read()
 
 
 def test_a_run_through_prefect_that_is_killed_is_finished_by_the_next(ready: Ready, tmp_path: Path) -> None:
+    """No server outlives either; the second leaves a clean screen, and every one of its steps on record."""
     config = moved(ready.config, ready.exported, tmp_path)
     store = store_of(config)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -316,6 +347,9 @@ def test_a_run_through_prefect_that_is_killed_is_finished_by_the_next(ready: Rea
     _, status, said = nightrank(tmp_path, "-c", "from flows.cli import main; main()", *run)
     assert status == 0, said[-3000:]
     assert ready.undisturbed.result["release"] in said
+    assert "Traceback" not in said
+    assert "prefect.server" not in said
+    assert task_runs(tmp_path / "prefect")[-1] == ["Completed"] * 10
     again = ready.nursery.run(config, ready.night)
     assert again.worked == []
     assert_done_once(ready, store, again)

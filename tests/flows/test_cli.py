@@ -2,13 +2,8 @@
 
 import json
 import os
-import signal
-import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -101,56 +96,6 @@ def test_a_failing_night_is_one_block_on_an_otherwise_clean_screen(damageable: F
     assert "part-0.parquet" in errors
     assert len(errors.strip().splitlines()) == 2
     assert len(shown.strip().splitlines()) == 1
-
-
-def test_a_finished_night_leaves_a_clean_screen_and_the_last_step_on_record(
-    world: Finished, config: str, tmp_path: Path
-) -> None:
-    """Its steps follow each other as fast as the embedded server can write."""
-    process = started(tmp_path, "run", "--config", config, "--night", world.results[1].night.isoformat())
-    shown, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors
-    assert " reused" in shown
-    assert "changed since" not in shown
-    assert errors == ""
-    assert "Traceback" not in shown
-    assert "prefect.server" not in shown
-    with sqlite3.connect(tmp_path / "prefect.db") as database:
-        states = database.execute("SELECT state_name FROM task_run").fetchall()
-    assert states == [("Completed",)] * 10
-
-
-def servers_of(home: Path) -> list[int]:
-    """Process ids of the Prefect servers that keep their database in this folder."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            environment = (folder / "environ").read_bytes().split(b"\0")
-            if f"PREFECT_HOME={home}".encode() in environment and b"uvicorn" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-    return found
-
-
-def until(true: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_embedded_server_of_a_killed_run_ends(world: Finished, config: str, tmp_path: Path) -> None:
-    process = started(tmp_path, "run", "--config", config, "--night", world.results[1].night.isoformat())
-    try:
-        assert process.stdout is not None
-        assert any(" reused" in line for line in process.stdout)
-        assert servers_of(tmp_path)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert until(lambda: not servers_of(tmp_path), 30)
 
 
 def test_a_broken_config_is_told_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

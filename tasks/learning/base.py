@@ -130,15 +130,18 @@ def load_base(files: Mapping[str, Path]) -> Base:
         shape, config = RankerShape(**description["shape"]), RankerConfig(**description["ranker"])
         adapter = AdapterConfig(**description["adapter"])
         levels = tuple(tuple(level) for level in description["levels"])
-        network = Ranker(shape, config)
-        precisions = Precisions(len(levels), len(shape.kinds), adapter.width(network.width), adapter)
         tensors = load_file(files[WEIGHTS])
-        for prefix, module in (("network.", network), ("precisions.", precisions)):
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        weights, held = (
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            for prefix in ("network.", "precisions.")
+        )
+        network = Ranker.restore(shape, config, weights)
+        precisions = Precisions(len(levels), len(shape.kinds), adapter.width(network.width), adapter)
+        precisions.load_state_dict(held)
         through = date.fromisoformat(description["trained_through"])
     except (KeyError, TypeError, ValueError, RuntimeError, ValidationError, SafetensorError) as error:
         raise ObjectCorrupt(f"{files[WEIGHTS]} and {files[DESCRIPTION]} do not make a base: {error}") from error
-    return Base(network.eval(), precisions, levels, adapter, through)
+    return Base(network, precisions, levels, adapter, through)
 
 
 def grow(base: Base, shape: RankerShape) -> Base | None:

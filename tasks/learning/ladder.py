@@ -90,11 +90,17 @@ class Ladder:
         Returns:
             Stages from the coarsest level to the user's own, whose segments are the visits.
         """
+        own = self.own_support(visits, support_rows)
+        newest = np.where(own.lengths > 0, own.stop - 1, visits.rows.start)
+        stages, serving = self._coarse_stages(newest, visits.night)
+        return [*stages, Stage(0, None, own, serving)]
+
+    def own_support(self, visits: Visits, support_rows: I64) -> Windows:
+        """Rows that serve each visit's user after its first `support_rows` [V]; none where they are too few."""
         border, _ = visits.split(support_rows)
         start = np.maximum(visits.first, border - self.segments.max_support)
         thin = border - start < self.segments.min_support
-        stages, serving = self._coarse_stages(np.where(thin, visits.rows.start, border - 1), visits.night)
-        return [*stages, Stage(0, None, Windows(np.where(thin, border, start), border), serving)]
+        return Windows(np.where(thin, border, start), border)
 
     def bank_stages(self, night: int) -> tuple[list[Stage], list[I64]]:
         """Stages of the config's levels for every segment that has rows before a night (an ordinal).

@@ -240,7 +240,7 @@ class ItemKnn:
 
     def _pulls(self, neighbours: Sequence[Neighbours], visits: Visits, after: I64) -> Tensor:
         """What each visit's support says about its later rows ``[T, K]``."""
-        support, (_, query) = self.ladder.plan(visits, after)[-1].windows, visits.split(after)
+        support, (_, query) = self.ladder.own_support(visits, after), visits.split(after)
         columns = [
             pull(near, support, query, self._items, partial(self._residuals, objective=objective), self.mass)
             for objective, near in enumerate(neighbours)

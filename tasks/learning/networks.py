@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from tasks.data.contract import Section
 
+SMALLEST_SCALE = 1e-6
+"""A column that spreads less has no scale of its own."""
+
 
 class RankerConfig(Section):
     """The shared network."""
@@ -85,6 +88,11 @@ class Normaliser(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
+
+    def fit(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take over means and standard deviations ``[F]``; what hardly varies is centred and left alone."""
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(deviation > SMALLEST_SCALE, deviation, torch.ones_like(deviation)))
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Numbers ``[..., F]`` (NaN = missing) to ``[..., 2F]``: normalised values, clipped to ±5, then indicators."""

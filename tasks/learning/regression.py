@@ -25,8 +25,6 @@ FREE = 1e-6
 """Precision of the constant, which nothing holds: just enough for a history without labels to have a solution."""
 SETTLED = 1e-7
 """A Newton step that moves no coefficient further is the last."""
-SMALLEST_SCALE = 1e-6
-"""A number that varies less is constant, and only centred."""
 
 
 def numbers_of(rows: Rows, at: I64) -> F32:
@@ -76,8 +74,7 @@ class Regression:
             square += np.nansum((numbers_of(rows, part) - mean) ** 2, axis=0)
         scale = np.sqrt(square / np.maximum(count, 1))
         normaliser = Normaliser(width)
-        normaliser.mean.copy_(torch.from_numpy(mean))
-        normaliser.scale.copy_(torch.from_numpy(np.where(scale > SMALLEST_SCALE, scale, 1.0)))
+        normaliser.fit(torch.from_numpy(mean), torch.from_numpy(scale))
         return normaliser.to(self.material.device)
 
     def _fit(self, at: I64, steps: int) -> Tensor:

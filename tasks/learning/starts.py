@@ -17,8 +17,6 @@ from tasks.learning.networks import Ranker
 
 PART = 65_536
 """About how many rows the network scores at a time."""
-SMALLEST_SCALE = 1e-6
-"""A column that spreads less has no scale of its own: it is centred and left alone."""
 
 
 def newest(rows: Rows, visits: Visits, most: int) -> I64:
@@ -58,8 +56,7 @@ def normalise(network: Ranker, data: DataConfig, rows: Rows, at: I64) -> None:
         count = np.maximum(given.sum(axis=0), 1)
         mean = np.where(given, values, 0.0).sum(axis=0) / count
         scale = np.sqrt(np.where(given, (values - mean) ** 2, 0.0).sum(axis=0) / count)
-        normaliser.mean.copy_(torch.from_numpy(mean))
-        normaliser.scale.copy_(torch.from_numpy(np.where(scale > SMALLEST_SCALE, scale, 1.0)))
+        normaliser.fit(torch.from_numpy(mean), torch.from_numpy(scale))
 
 
 def solve_start(network: Ranker, material: Material, at: I64, adapter: AdapterConfig, sweeps: int) -> None:

@@ -1,6 +1,6 @@
 """Pictures as inline SVG that keeps its text size at any width: positions in per cent, sizes in pixels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, isfinite, log10
 
@@ -130,9 +130,7 @@ def curve(points: Sequence[tuple[int, float | None, float | None]], best: int | 
     losses = [value for _, *pair in points for value in pair if value is not None and isfinite(value)]
     if not losses:
         return el("p", "No epoch was trained.", class_="soft")
-    low, high = min(losses), max(losses)
-    pad = (high - low) * 0.06 or 0.01
-    low, high = low - pad, high + pad
+    low, high = _padded(losses)
     first, last = points[0][0], points[-1][0]
 
     def place(epoch: int, value: float) -> tuple[float, float]:
@@ -144,19 +142,38 @@ def curve(points: Sequence[tuple[int, float | None, float | None]], best: int | 
             path = " ".join("{:.3f},{:.3f}".format(*place(epoch, value)) for epoch, value in run)
             lines.append(el("polyline", points=path, class_=kind))
     kept = [place(epoch, stop) for epoch, _, stop in points if epoch == best and stop is not None and isfinite(stop)]
+    marks = [el("circle", cx=f"{cx:.3f}%", cy=f"{cy:.3f}%", r=5.5, class_="best") for cx, cy in kept]
+    return _framed(
+        lines, marks, low, high, f"Loss by epoch, from {first} to {last}", (f"epoch {first}", f"epoch {last}")
+    )
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """Bounds of a scale that leaves some room above and below the values."""
+    low, high = min(values), max(values)
+    pad = (high - low) * 0.06 or 0.01
+    return low - pad, high + pad
+
+
+def _framed(
+    drawn: Sequence[Markup], marks: Sequence[Markup], low: float, high: float, told: str, ends: Iterable[str]
+) -> Markup:
+    """Lines in a square of 100 by 100, marks in percent, with a scale on the left and the ends named below."""
     plot = el(
         "svg",
         *(el("line", x1=0, x2="100%", y1=f"{y}%", y2=f"{y}%", class_="grid") for y in (0, 50, 100)),
-        el("svg", *lines, viewBox="0 0 100 100", preserveAspectRatio="none", width="100%", height="100%"),
-        *(el("circle", cx=f"{cx:.3f}%", cy=f"{cy:.3f}%", r=5.5, class_="best") for cx, cy in kept),
+        el("svg", *drawn, viewBox="0 0 100 100", preserveAspectRatio="none", width="100%", height="100%"),
+        *marks,
         width="100%",
         height=CURVE_HEIGHT,
         role="img",
-        aria_label=f"Loss by epoch, from {points[0][0]} to {points[-1][0]}",
+        aria_label=told,
     )
     scale = el("div", *(el("span", f"{value:.4f}") for value in (high, (low + high) / 2, low)), class_="scale")
-    epochs = el("div", el("span", f"epoch {first}"), el("span", f"epoch {last}"), class_="ends")
-    return el("div", scale, el("div", plot), el("span"), epochs, class_="curve")
+    return el(
+        "div", scale, el("div", plot), el("span"), el("div", *(el("span", end) for end in ends), class_="ends"),
+        class_="curve",
+    )  # fmt: skip
 
 
 def _runs(series: Sequence[tuple[int, float | None]]) -> list[list[tuple[int, float]]]:
@@ -181,8 +198,7 @@ def lines(steps: Sequence[str], series: Mapping[str, Sequence[float | None]], ma
     values = [value for one in series.values() for value in one if value is not None and isfinite(value)]
     if not values:
         return el("p", "There is nothing to draw.", class_="soft")
-    pad = (max(values) - min(values)) * 0.06 or 0.01
-    low, high = min(values) - pad, max(values) + pad
+    low, high = _padded(values)
 
     def place(step: int, value: float) -> tuple[float, float]:
         return 100 * (step + 0.5) / len(steps), 100 * (high - value) / (high - low)
@@ -204,19 +220,8 @@ def lines(steps: Sequence[str], series: Mapping[str, Sequence[float | None]], ma
                 x, y = (f"{part:.3f}%" for part in place(step, value))
                 dot = el("circle", cx=x, cy=y, r=1.6 * width, style=f"fill:var({colour})")
                 dots.append(el("g", el("title", f"{name}, {steps[step]}: {value:.4f}"), dot))
-    plot = el(
-        "svg",
-        *(el("line", x1=0, x2="100%", y1=f"{y}%", y2=f"{y}%", class_="grid") for y in (0, 50, 100)),
-        el("svg", *drawn, viewBox="0 0 100 100", preserveAspectRatio="none", width="100%", height="100%"),
-        *dots,
-        width="100%",
-        height=CURVE_HEIGHT,
-        role="img",
-        aria_label=f"{', '.join(series)}: from {steps[0]} to {steps[-1]}",
-    )
-    scale = el("div", *(el("span", f"{value:.4f}") for value in (high, (low + high) / 2, low)), class_="scale")
-    ends = el("div", *(el("span", step) for step in dict.fromkeys((steps[0], steps[-1]))), class_="ends")
-    chart = el("div", scale, el("div", plot), el("span"), ends, class_="curve")
+    told = f"{', '.join(series)}: from {steps[0]} to {steps[-1]}"
+    chart = _framed(drawn, dots, low, high, told, dict.fromkeys((steps[0], steps[-1])))
     return el("div", el("div", *reversed(legend), class_="key"), chart)
 
 

@@ -1,5 +1,6 @@
 """Export: base and ship bank as graphs that a ranker loads, proved equal to the network."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from tasks.data.contract import DataConfig, SegmentsConfig, StatisticsConfig
 from tasks.data.statistics import serving_tables
 from tasks.learning.bank import Bank
 from tasks.learning.base import save_base
+from tasks.learning.networks import RankerConfig, RankerShape
 from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
 from tasks.prepare import night_of_record
@@ -17,13 +19,15 @@ from tasks.references import BankRef, BaseRef, ExportRef, IngestRef, Place, Prep
 from tasks.release.golden import check_parity, draw_requests, examples, make_golden, write_golden
 from tasks.release.graphs import export as write_graphs
 from tasks.release.interface import Interface, LevelSpec
-from tasks.release.lookups import input_specs, objectives, wires
+from tasks.release.lookups import Wires, input_specs, objectives, wires
 from tasks.release.manifest import content_digest, describe
+from tasks.release.scorer import trace, traced_from
 from tasks.release.tables import LevelTable, ServingTables, write_tables
-from tasks.steps import Product, Progress, carry_out, open_workspace, recalled, record_of, verb
+from tasks.steps import Product, Progress, carry_out, open_workspace, quietly, recalled, record_of, verb
 from tasks.validate import clean_file
 
-VERSION = 2
+VERSION = 3
+GRAPH = "score.onnx"
 
 
 @verb
@@ -72,7 +76,7 @@ def export(
         weights = np.zeros((*ship.weights.shape[:2], trained.network.width), np.float32)
         weights[:, :, : ship.weights.shape[2]] = ship.weights
         with steady(0, None):
-            write_graphs(trained.network, weights, tables, data, release)
+            write_graphs(trained.network, weights, tables, data, release, partial(_traced, place))
             progress(1, 3, "parts")
             requests = draw_requests(data, pq.read_table(clean_file(place, record_of(place, validated))))
             golden = make_golden(trained.network, weights, tables, data, requests)
@@ -113,3 +117,15 @@ def export(
         bytes=record.content["bytes"],
         parity=max(parity["model"], parity["split"]),
     )
+
+
+def _traced(place: Place, shape: RankerShape, config: RankerConfig, names: Wires) -> bytes:
+    """The graph of these layers, which every night shares: tracing it takes longer than all else in an export."""
+
+    def work(folder: Path, progress: Progress) -> Product:
+        (folder / GRAPH).write_bytes(trace(shape, config, names))
+        return Product({}, {}, {GRAPH: folder / GRAPH})
+
+    with quietly("export"):
+        record, _ = carry_out(place, "graph", VERSION, None, {}, traced_from(shape, config, names), work)
+    return open_workspace(place).file(record, GRAPH).read_bytes()

@@ -73,6 +73,7 @@ class Logbook:
 _LOGBOOK = Logbook()
 _watcher: ContextVar[Watcher] = ContextVar("watcher", default=_LOGBOOK)
 _lease: ContextVar[Lease | None] = ContextVar("lease", default=None)
+_inside: ContextVar[bool] = ContextVar("inside", default=False)
 
 
 @contextmanager
@@ -262,18 +263,18 @@ def carry_out(
     place: Place,
     step: str,
     version: int,
-    night: date,
+    night: date | None,
     inputs: Mapping[str, str],
     section: Mapping[str, object],
     work: Callable[[Path, Progress], Product],
 ) -> tuple[StepRecord, dict[str, object]]:
-    """Run a step, unless a record of the same key is there.
+    """Run a step, unless a record of the same key is there. Inside another step's work it is part of that one.
 
     Args:
         place: where the pipeline lives.
         step: the step's name.
         version: the step's hand-bumped version.
-        night: the night it is done for; part of the key.
+        night: the night it is done for, part of the key; None for what is the same every night.
         inputs: names to digests of everything that it reads.
         section: the config that it obeys, as JSON.
         work: makes the product; it gets an empty folder, removed afterwards, and a progress callback.
@@ -285,7 +286,8 @@ def carry_out(
         LeaseLost: the lease of the pipeline went to another run; nothing was written.
     """
     workspace, watcher, lease = open_workspace(place), _watcher.get(), _lease.get()
-    inputs = {**inputs, "for night": night.isoformat()}
+    if night is not None:
+        inputs = {**inputs, "for night": night.isoformat()}
     key = workspace.key(step, version, inputs, section)
     record = workspace.recall(step, key)
     reused = record is not None
@@ -296,8 +298,10 @@ def carry_out(
         room = Path(place.scratch) / "steps"
         room.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=room, prefix=f"{step}-"))
+        token = _inside.set(True)
         try:
-            _reset_peak()
+            if token.old_value is not True:  # inside another step the peak is that of both
+                _reset_peak()
             begun = time.perf_counter()
             product = work(folder, lambda done, total, unit: watcher.progressed(step, done, total, unit))
             spent = {"seconds": round(time.perf_counter() - begun, 3), "peak_mib": round(_peak_mib(), 1)}
@@ -307,27 +311,28 @@ def carry_out(
             record = workspace.remember(step, key, dict(product.content), notes, product.files)
             _remember_sources(place, step, night, sources)
         finally:
+            _inside.reset(token)
             shutil.rmtree(folder)
     seconds, peak_mib = float(record.notes["seconds"]), float(record.notes["peak_mib"])
     watcher.finished(step, reused, seconds)
     return record, asdict(Measured(step, key, record.digest, reused, seconds, peak_mib))
 
 
-def _last_key(place: Place, step: str, night: date) -> str:
-    return f"{place.pipeline}/work/last/{step}/{night.isoformat()}.json"
+def _last_key(place: Place, step: str, night: date | None) -> str:
+    return f"{place.pipeline}/work/last/{step}/{'every-night' if night is None else night.isoformat()}.json"
 
 
-def _remember_sources(place: Place, step: str, night: date, sources: Mapping[str, object]) -> None:
+def _remember_sources(place: Place, step: str, night: date | None, sources: Mapping[str, object]) -> None:
     """Note what the step was last made from, so that the next run can say what changed."""
     store, key = store_of(place), _last_key(place, step, night)
     before = store.find(key)
     store.swap(key, canonical_json(sources), None if before is None else before.etag)
 
 
-def _why(place: Place, step: str, night: date, sources: Mapping[str, object]) -> str:
+def _why(place: Place, step: str, night: date | None, sources: Mapping[str, object]) -> str:
     before = store_of(place).find(_last_key(place, step, night))
     if before is None:
-        return f"for the first time for {night.isoformat()}"
+        return f"for the first time for {'every night' if night is None else night.isoformat()}"
     then, now = json.loads(before.data), json.loads(canonical_json(sources))
     changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     return f"changed since last time: {', '.join(changed)}" if changed else "its record is gone"

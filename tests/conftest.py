@@ -5,7 +5,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports Prefect, torch or boto3: they read their environment once.
 _HOME = tempfile.TemporaryDirectory(prefix="nightrank-tests-")
@@ -13,6 +13,8 @@ os.environ.update(
     {
         "PREFECT_HOME": os.path.join(_HOME.name, "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # A home begins with a copy of `prefect_database`.
+        "PREFECT_SERVER_DATABASE_MIGRATE_ON_START": "false",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "DO_NOT_TRACK": "1",
         "AWS_EC2_METADATA_DISABLED": "true",
@@ -27,6 +29,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 if TYPE_CHECKING:
+    from tests.faults.victims import Nursery
     from tests.finished import Finished
 
 hypothesis.settings.register_profile("nightrank", deadline=None, derandomize=True, database=None, print_blob=True)
@@ -34,6 +37,8 @@ hypothesis.settings.load_profile("nightrank")
 
 _LONG_FIRST = ("tests/flows/test_scheduled", "tests/faults", "tests/flows", "tests/steps", "tests/serving")
 """Where whole nights are run. Files are handed out in this order, so that no worker gets a long one last."""
+_OF_THE_NURSERY = ("tests/faults/test_kill.py", "tests/steps/test_determinism.py", "tests/flows/test_replay.py")
+"""Files that share the `nursery`, and so a worker."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,6 +48,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((at for at, start in enumerate(_LONG_FIRST) if item.nodeid.startswith(start)), len(_LONG_FIRST))
 
     items.sort(key=rank)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a worker whole files, and those of the nursery together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return _OF_THE_NURSERY[0] if file in _OF_THE_NURSERY else file
+
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 _LOOPBACK = ("localhost", "::1", "0.0.0.0", "")
@@ -83,6 +100,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> "Finished":
     from tests.finished import finished_nights
 
     return finished_nights(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of Prefect with its tables, to be copied into a home as `prefect.db`."""
+    from tests.shared import made_once, migrate
+
+    return made_once(tmp_path_factory, "prefect-home", migrate) / "prefect.db"
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Nursery]":
+    """Where runs in processes of their own are born; loading everything that a night needs takes its time."""
+    from tests.faults.victims import opened
+
+    with opened(tmp_path_factory.mktemp("nursery")) as found:
+        yield found
 
 
 @pytest.fixture

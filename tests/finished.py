@@ -3,8 +3,6 @@
 Made once per test session, however many workers there are; a test that changes anything works on a copy.
 """
 
-import fcntl
-import os
 import pickle
 import shutil
 from dataclasses import dataclass, replace
@@ -19,6 +17,7 @@ from flows.nightly import NightResult
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.release.manifest import Pointer
 from tasks.release.pointer import read_pointer
+from tests.shared import made_once
 from tests.steps.plain import plain_night
 from tests.world import LATE_NIGHT, World, write_world
 
@@ -72,16 +71,13 @@ class Finished:
 
 
 def finished_nights(factory: pytest.TempPathFactory) -> Finished:
-    """The nights, run by the first worker that asks, while the others wait."""
-    base = factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    kept = shared / "finished.pickle"
-    with (shared / "finished.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not kept.exists():
-            world = write_world(shared / "finished", nights=8)
-            config = RetrainConfig.model_validate(world.config)
-            done = Finished(world, tuple(plain_night(config, world.nights[number]) for number in DONE))
-            kept.write_bytes(pickle.dumps(done))
-        found: Finished = pickle.loads(kept.read_bytes())
+    """The nights, run by the first worker that asks."""
+
+    def make(folder: Path) -> None:
+        world = write_world(folder, nights=8)
+        config = RetrainConfig.model_validate(world.config)
+        done = Finished(world, tuple(plain_night(config, world.nights[number]) for number in DONE))
+        (folder / "finished.pickle").write_bytes(pickle.dumps(done))
+
+    found: Finished = pickle.loads((made_once(factory, "finished", make) / "finished.pickle").read_bytes())
     return found

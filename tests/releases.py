@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pytest
 import torch
 
 from tasks.data.contract import DataConfig
@@ -23,7 +24,9 @@ from tasks.release.interface import Interface, Json, LevelSpec
 from tasks.release.lookups import input_specs, objectives, wires
 from tasks.release.manifest import Manifest, content_digest
 from tasks.release.manifest import describe as describe_files
+from tasks.release.scorer import trace
 from tasks.release.tables import LevelTable, ServingTables, write_tables
+from tests.shared import made_once
 
 PIPELINE = "shop"
 NIGHT = date(2026, 3, 1)
@@ -81,6 +84,8 @@ class Made:
     folder: Path
     manifest: Manifest
     parity: Parity
+    graph: bytes
+    """As it was traced, without numbers."""
 
 
 def contract(kind: str) -> DataConfig:
@@ -185,11 +190,27 @@ def describe(data: DataConfig, tables: ServingTables, golden: tuple[Golden, ...]
     )
 
 
-def make_release(folder: Path, kind: str = "full", seed: int = 0, night: date = NIGHT) -> Made:
+def make_graph(kind: str) -> bytes:
+    """The traced graph of a kind of release, which takes longer than the rest of it."""
+    data, network, _, tables, _ = make_parts(kind)
+    return trace(network.shape, network.config, wires(data, tables))
+
+
+def shared_graph(factory: pytest.TempPathFactory, kind: str) -> bytes:
+    """The same, made once per test session."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "score.onnx").write_bytes(make_graph(kind))
+
+    return (made_once(factory, f"graph-{kind}", make) / "score.onnx").read_bytes()
+
+
+def make_release(folder: Path, graph: bytes, kind: str = "full", seed: int = 0, night: date = NIGHT) -> Made:
     """Export a release into a new folder."""
     folder.mkdir(parents=True)
     data, network, bank, tables, rows = make_parts(kind, seed)
-    export(network, bank, tables, data, folder)
+    export(network, bank, tables, data, folder, lambda *_: graph)
     golden = make_golden(network, bank, tables, data, draw_requests(data, rows))
     write_golden(data, golden, folder)
     parity = check_parity(data, tables, golden, folder)
@@ -199,7 +220,7 @@ def make_release(folder: Path, kind: str = "full", seed: int = 0, night: date = 
     write_tables(tables, folder)
     interface = describe(data, tables, golden, night)
     manifest = manifest_of(folder, interface, {"largest": parity.model}, {"log_loss": 0.5}, {"seed": seed})
-    return Made(data, network, bank, tables, rows, golden, folder, manifest, parity)
+    return Made(data, network, bank, tables, rows, golden, folder, manifest, parity, graph)
 
 
 def next_night(made: Made, folder: Path, night: date, seed: int = 1) -> Made:

@@ -120,6 +120,10 @@ class Ranker(nn.Module):
 
     read: Tensor
     """Which statistics the layers read, 1 or 0 ``[S]``."""
+    request_rows: Tensor
+    """Rows of each request embedding table, int64 ``[Cr]``: a tensor, so that a traced graph does not say it."""
+    candidate_rows: Tensor
+    """Rows of each candidate embedding table, int64 ``[Cc]``."""
 
     def __init__(self, shape: RankerShape, config: RankerConfig) -> None:
         super().__init__()
@@ -155,6 +159,8 @@ class Ranker(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         read = [config.user_statistics or at not in shape.request_statistics for at in range(shape.statistics)]
         self.register_buffer("read", torch.tensor(read, dtype=torch.float32), persistent=False)
+        for name, rows in (("request", shape.request_vocabularies), ("candidate", shape.candidate_vocabularies)):
+            self.register_buffer(f"{name}_rows", torch.tensor(rows, dtype=torch.int64), persistent=False)
         for table in (*self.request_tables, *self.candidate_tables):
             nn.init.normal_(table.weight, std=0.05)
         last = self.joint[-1]
@@ -181,15 +187,15 @@ class Ranker(nn.Module):
         ends = accumulate(sizes.values())
         return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True) if sizes[name]}
 
-    def _known(self, ids: Tensor, rows: int) -> Tensor:
+    def _known(self, ids: Tensor, rows: Tensor) -> Tensor:
         """Ids that the table has; newer ones, and in training a random share, become the unknown row 0."""
         known = ids * (ids < rows)
         if self.training and self.config.id_dropout > 0:
             known = known * (torch.rand(ids.shape, device=ids.device) >= self.config.id_dropout)
         return known
 
-    def _embed(self, tables: nn.ModuleList, vocabularies: tuple[int, ...], ids: Tensor) -> list[Tensor]:
-        return [table(self._known(ids[..., at], vocabularies[at])) for at, table in enumerate(tables)]
+    def _embed(self, tables: nn.ModuleList, rows: Tensor, ids: Tensor) -> list[Tensor]:
+        return [table(self._known(ids[..., at], rows[at])) for at, table in enumerate(tables)]
 
     def normal_statistics(self, statistics: Tensor) -> Tensor:
         """Statistics ``[..., S]`` as the layers read them: normalised, and 0 where the config leaves them out."""
@@ -220,7 +226,7 @@ class Ranker(nn.Module):
         normal = self.normal_statistics(statistics)
         request = torch.cat(
             [
-                *self._embed(self.request_tables, shape.request_vocabularies, request_ids),
+                *self._embed(self.request_tables, self.request_rows, request_ids),
                 self.request_normaliser(request_numbers),
                 _columns(normal, shape.request_statistics),
             ],
@@ -229,7 +235,7 @@ class Ranker(nn.Module):
         numbers = self.candidate_normaliser(candidate_numbers)
         candidate = torch.cat(
             [
-                *self._embed(self.candidate_tables, shape.candidate_vocabularies, candidate_ids),
+                *self._embed(self.candidate_tables, self.candidate_rows, candidate_ids),
                 numbers,
                 _columns(normal, shape.candidate_statistics),
             ],
@@ -242,7 +248,7 @@ class Ranker(nn.Module):
         logits = _columns(statistics, shape.offsets) + self.wide(normal) + self.joint(joint)
         features = [torch.ones_like(logits[..., :1])]
         for at, table in zip(self.factored, self.factor_tables, strict=True):
-            features.append(table(self._known(candidate_ids[..., at], shape.candidate_vocabularies[at])))
+            features.append(table(self._known(candidate_ids[..., at], self.candidate_rows[at])))
         if self.config.direct and shape.candidate_numbers:
             features.append(numbers[..., : shape.candidate_numbers])
         if self.head is not None:

@@ -18,9 +18,9 @@ from tasks.data.contract import DataConfig
 from tasks.data.vocabulary import MISSING
 from tasks.errors import ParityBroken
 from tasks.learning.networks import Ranker
-from tasks.release.graphs import Scorer
 from tasks.release.interface import InputSpec
 from tasks.release.lookups import Request, encode, input_specs, wires
+from tasks.release.scorer import Scorer
 from tasks.release.strict_json import SCHEMA_VERSION, canonical
 from tasks.release.tables import ServingTables
 
@@ -120,7 +120,7 @@ def _difficult(
 
 def reference_scores(network: Ranker, bank: F32, tables: ServingTables, data: DataConfig, request: Request) -> F32:
     """Scores [R, M, K] of the network itself, with the look-up done in numpy."""
-    scorer = Scorer(network, bank, tables)
+    scorer = Scorer(network, bank, tables.statistics)
     was_training = network.training
     scorer.eval()
     encoded = {role: torch.from_numpy(np.array(values)) for role, values in encode(data, tables, request).items()}

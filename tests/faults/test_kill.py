@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import date
@@ -24,13 +24,13 @@ import yaml
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.release.manifest import Pointer, pointer_key
 from tasks.release.pointer import promote, read_manifest, read_pointer
-from tests.faults.victims import ROOT, Nursery, Outcome, Trap, moved, nursery, pipes
+from tests.faults.victims import ROOT, Nursery, Outcome, Trap, moved, pipes
 from tests.finished import Finished
 
 PIPELINE = "tiny"
 STEPS = (
     *("ingest", "validate", "docs", "history", "statistics", "prepare", "meta-train", "adapt-exam", "evaluate"),
-    *("judge", "adapt-ship", "export", "publish"),
+    *("judge", "adapt-ship", "graph", "export", "publish"),
 )
 LEASE = "^tiny/lease$"
 
@@ -94,24 +94,25 @@ def ledger_of(store: ObjectStore) -> frozenset[str]:
 
 
 @pytest.fixture(scope="module")
-def ready(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ready]:
+def ready(finished: Finished, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Ready:
     folder = tmp_path_factory.mktemp("kill")
     tree = finished.copy(folder / "world").world.config
     # The worst case for the pointer: the gate says go every night.
     config = {**tree, "gate": {**tree["gate"], "when_unsure": "promote", "margin": 10.0}}
-    with nursery(folder) as born:
-        begun, exported = folder / "begun", folder / "exported"
-        moved(config, folder / "world", begun)
-        trap = Trap("before", "^tiny/blobs/", wait=pipes(folder / "pipes"))
-        running = born.start(config, finished.next_night, trap)
-        go = running.reached()
-        moved(config, folder / "world", exported)
-        go()
-        undisturbed = running.end()
-        yield Ready(
-            *(born, finished, finished.pointer, ledger_of(finished.store)),
-            *(config, begun, exported, undisturbed),
-        )
+    # Every night after the first shares its graph; here it has to be traced.
+    shutil.rmtree(folder / "world" / "store" / PIPELINE / "work" / "graph")
+    begun, exported = folder / "begun", folder / "exported"
+    moved(config, folder / "world", begun)
+    trap = Trap("before", "^tiny/blobs/", wait=pipes(folder / "pipes"))
+    running = nursery.start(config, finished.next_night, trap)
+    go = running.reached()
+    moved(config, folder / "world", exported)
+    go()
+    undisturbed = running.end()
+    return Ready(
+        *(nursery, finished, finished.pointer, ledger_of(finished.store)),
+        *(config, begun, exported, undisturbed),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -332,8 +333,12 @@ def nightrank(folder: Path, *words: str) -> tuple[int, int, str]:
         return process.pid, status, said.read()
 
 
-def test_a_run_through_prefect_that_is_killed_is_finished_by_the_next(ready: Ready, tmp_path: Path) -> None:
+def test_a_run_through_prefect_that_is_killed_is_finished_by_the_next(
+    ready: Ready, prefect_database: Path, tmp_path: Path
+) -> None:
     """No server outlives either; the second leaves a clean screen, and every one of its steps on record."""
+    (tmp_path / "prefect").mkdir()
+    shutil.copy(prefect_database, tmp_path / "prefect" / "prefect.db")
     config = moved(ready.config, ready.exported, tmp_path)
     store = store_of(config)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

@@ -3,7 +3,8 @@
 A nursery is one child process that has imported everything. For each run it forks a victim, which carries a night out
 by the plain step functions (`tests.steps.plain`). A trap is set on the writes to the store, by a pattern of keys: what
 is in the store at that moment is what a power cut would have left there. Nothing sleeps: a victim that has to wait
-says so by opening a named pipe, and goes on when the other end is closed.
+says so by opening a named pipe, and goes on when the other end is closed. Strings have other hashes than in the tests'
+own process.
 """
 
 import json
@@ -74,7 +75,7 @@ class Nursery:
     """Starts victims."""
 
     def __init__(self, log: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "4242"}
         self._log = log.open("w")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.victims"],
@@ -104,14 +105,27 @@ class Nursery:
         trap: Trap | None = None,
         promote: bool = True,
         term: float | None = None,
+        folder: Path = ROOT,
+        replayed: tuple[date, Path] | None = None,
     ) -> "Running":
-        """Begin a run; `term` is the seconds of its lease, where they are not the usual ones."""
+        """Begin a run.
+
+        Args:
+            config: of the pipeline.
+            night: the night.
+            trap: where the run dies or waits.
+            promote: whether the pointer may move.
+            term: seconds of its lease, where they are not the usual ones.
+            folder: its working directory.
+            replayed: the last night and the output folder of a replay, which begins with `night`.
+        """
         self._count += 1
         diary = self._folder / f"run-{self._count}.jsonl"
         pid = self._ask(
             {
                 **{"config": config, "night": night.isoformat(), "promote": promote, "diary": str(diary)},
-                **{"trap": None if trap is None else vars(trap), "term": term},
+                **{"trap": None if trap is None else vars(trap), "term": term, "folder": str(folder)},
+                "replayed": None if replayed is None else [replayed[0].isoformat(), str(replayed[1])],
             }
         )
         return Running(self, pid, diary, trap)
@@ -162,7 +176,7 @@ class Running:
 
 
 @contextmanager
-def nursery(folder: Path) -> Iterator[Nursery]:
+def opened(folder: Path) -> Iterator[Nursery]:
     """A nursery for the length of the block."""
     made = Nursery(folder / "nursery.log")
     try:
@@ -243,8 +257,9 @@ def _live(asked: dict[str, Any]) -> None:
     from tasks.clients.lease import Lease
     from tasks.clients.workspace import Workspace
     from tasks.errors import NightrankError
-    from tests.steps.plain import plain_night
+    from tests.steps.plain import plain_night, plain_replay
 
+    os.chdir(asked["folder"])
     diary = _Diary(Path(asked["diary"]))
     logging.getLogger("tasks").addHandler(diary)
     logging.getLogger("tasks").setLevel(logging.INFO)
@@ -259,9 +274,13 @@ def _live(asked: dict[str, Any]) -> None:
         steps.Lease = partial(Lease, term_seconds=asked["term"])  # type: ignore[misc]
     if asked["trap"] is not None:
         spring(Trap(**asked["trap"]))
-    config = RetrainConfig.model_validate(asked["config"])
+    config, night = RetrainConfig.model_validate(asked["config"]), date.fromisoformat(asked["night"])
     try:
-        made = plain_night(config, date.fromisoformat(asked["night"]), asked["promote"])
+        if asked["replayed"] is not None:
+            end, out = asked["replayed"]
+            plain_replay(config, night, date.fromisoformat(end), out=out)
+            return
+        made = plain_night(config, night, asked["promote"])
     except NightrankError as error:
         diary.tell("refused", error=type(error).__name__, message=str(error))
         return

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +86,11 @@ def started(home: Path, *arguments: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def test_a_failing_night_is_one_block_on_an_otherwise_clean_screen(damageable: Finished, tmp_path: Path) -> None:
+def test_a_failing_night_is_one_block_on_an_otherwise_clean_screen(
+    damageable: Finished, prefect_database: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prefect").mkdir()
+    shutil.copy(prefect_database, tmp_path / "prefect" / "prefect.db")
     path = damageable.files_of(damageable.next_night)[0]
     path.write_bytes(path.read_bytes()[:-100])
     night = damageable.next_night.isoformat()

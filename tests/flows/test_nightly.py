@@ -28,6 +28,7 @@ from tasks.release.manifest import Manifest, blob_key, content_digest
 from tasks.release.pointer import read_manifest
 from tasks.releases import releases
 from tasks.serving.ranker import Ranker
+from tasks.steps import open_workspace
 from tests.finished import Finished
 
 STEPS = [
@@ -94,6 +95,14 @@ def test_vocabularies_only_grow(third: Finished) -> None:
         for number in (0, 1):
             before, after = keys(number, name), keys(number + 1, name)
             assert after[: len(before)] == before
+
+
+def test_the_graph_is_traced_once_for_all_nights(third: Finished) -> None:
+    """Though each has more users than the one before."""
+    workspace = open_workspace(third.config.place())
+    assert len(list(workspace.records("export"))) == 3
+    (graph,) = workspace.records("graph")
+    assert "for night" not in graph.notes["made_from"]
 
 
 def test_the_release_id_is_the_digest_of_files_that_are_what_the_manifest_says(

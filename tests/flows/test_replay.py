@@ -1,10 +1,6 @@
 """A replay: the same exams as nights that are published, nothing published, and no night examined twice."""
 
-import json
 import shutil
-import signal
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
@@ -27,23 +23,14 @@ from tasks.evaluate import exam_table
 from tasks.ingest import released_before
 from tasks.release.slices import ADAPTED, POOLED, SLICES, load
 from tasks.steps import recalled, watched_by
+from tests.faults.victims import Nursery, Outcome, Trap
 from tests.finished import DONE, Finished
 from tests.steps.plain import plain_night, plain_replay
 from tests.world import World, write_world
 
-ROOT = Path(__file__).parent.parent.parent
 FIRST, LAST = DONE[0], DONE[1] + 1
 """The nights that are replayed, counted from 0: two that were released, and one that was not."""
-KILLED = """
-import json, sys
-from datetime import date
-from flows.config import RetrainConfig
-from tests.faults.victims import Trap, spring
-from tests.steps.plain import plain_replay
-spring(Trap("before", "^tiny/work/evaluate/.*/record.json$", 2))
-config = RetrainConfig.model_validate(json.loads(sys.argv[1]))
-plain_replay(config, date.fromisoformat(sys.argv[2]), date.fromisoformat(sys.argv[3]), out=sys.argv[4])
-"""
+DEATH = Trap("before", "^tiny/work/evaluate/.*/record.json$", 2)
 """A replay that dies just before its second exam is on record."""
 
 
@@ -110,20 +97,19 @@ def beside(world: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[S
 
 
 @pytest.fixture(scope="module")
-def alone(world: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, int]:
+def alone(world: Finished, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, Outcome]:
     """A replay of the released nights in an empty store, killed and run again; and how the first run ended."""
     copied = world.copy(tmp_path_factory.mktemp("alone"))
     for name in ("store", "scratch"):
         shutil.rmtree(copied.world.config[name])
     out = tmp_path_factory.mktemp("out")
     start, end = copied.world.nights[FIRST], copied.world.nights[LAST - 1]
-    words = [json.dumps(copied.world.config), start.isoformat(), end.isoformat(), str(out)]
-    died = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, check=False).returncode
+    died = nursery.run(copied.world.config, start, DEATH, replayed=(end, out))
     return replayed(copied.config, start, end, out), died
 
 
 def test_nothing_outside_the_step_records_is_touched(
-    world: Finished, beside: tuple[Seen, dict[str, bytes]], alone: tuple[Seen, int]
+    world: Finished, beside: tuple[Seen, dict[str, bytes]], alone: tuple[Seen, Outcome]
 ) -> None:
     seen, before = beside
     assert [one.state for one in seen.result.nights] == ["examined"] * 3
@@ -132,7 +118,7 @@ def test_nothing_outside_the_step_records_is_touched(
 
 
 def test_the_exams_are_those_of_published_nights(
-    world: Finished, beside: tuple[Seen, dict[str, bytes]], alone: tuple[Seen, int]
+    world: Finished, beside: tuple[Seen, dict[str, bytes]], alone: tuple[Seen, Outcome]
 ) -> None:
     """The released chain is the replayed one here: the gate let every night through, and the first one started cold."""
     assert released_before(world.config.place(), world.config.gate, world.next_night)[0] is not None
@@ -154,9 +140,9 @@ def test_what_was_examined_is_not_examined_again(beside: tuple[Seen, dict[str, b
     assert [(place, of) for place, of, _ in beside[0].told] == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_a_killed_replay_goes_on_where_it_died(alone: tuple[Seen, int]) -> None:
+def test_a_killed_replay_goes_on_where_it_died(alone: tuple[Seen, Outcome]) -> None:
     seen, died = alone
-    assert died == -signal.SIGKILL
+    assert died.killed
     assert seen.worked == Counter(["evaluate", "compare"])
     assert [one.exam is not None and one.exam.reused for one in seen.result.nights] == [True, False]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import yaml
 
 from flows.config import RetrainConfig
 from tasks.releases import releases
+from tests.shared import lend_graph
 from tests.world import World, write_world
 
 ROOT = Path(__file__).parent.parent.parent
@@ -72,7 +74,7 @@ class House:
     def ask(self, path: str, body: dict[str, Any]) -> Any:
         request = Request(f"{self.api}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urlopen(request, timeout=30) as answer:
-            return json.load(answer)
+            return json.loads(answer.read() or "null")
 
     def prefect(self, *words: str) -> str:
         done = subprocess.run(
@@ -87,6 +89,9 @@ class House:
             {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"},
         )
         return found
+
+    def begun(self, deployment: str) -> list[dict[str, Any]]:
+        return [run for run in self.runs_of(deployment) if run["state_type"] not in ("SCHEDULED", "PENDING")]
 
     def ended(self, deployment: str) -> list[dict[str, Any]]:
         terminal = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -114,8 +119,15 @@ def deployments(config: Path, schedule: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def house(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def house(
+    world: World,
+    prefect_database: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("house")
+    (folder / "home").mkdir()
+    shutil.copy(prefect_database, folder / "home" / "prefect.db")
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump({**world.config, "night_lag_days": LAG}))
     port = free_port()
@@ -143,18 +155,22 @@ def house(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ho
     server = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with running(server, folder / "server.log", environment):
         until("the server", 90, is_up, folder)
-        house.prefect("work-pool", "create", "nightrank", "--type", "process")
-        soon = datetime.now(UTC) + timedelta(seconds=30)
-        (folder / "prefect.yaml").write_text(deployments(config, {"interval": 300, "anchor_date": soon.isoformat()}))
+        house.ask("/work_pools/", {"name": "nightrank", "type": "process"})
+        soon = datetime.now(UTC) + timedelta(seconds=15)
+        (folder / "prefect.yaml").write_text(deployments(config, {"interval": 60, "anchor_date": soon.isoformat()}))
         house.prefect("--no-prompt", "deploy", "--prefect-file", str(folder / "prefect.yaml"), "--all")
+        # Asked for this late, another worker has had the time to make them.
+        lend_graph(request.getfixturevalue("finished").config.store, world.config["store"])
         with running([PREFECT, "worker", "start", "--pool", "nightrank"], folder / "worker.log", environment):
             yield house
 
 
 @pytest.fixture(scope="module")
 def scheduled(house: House) -> dict[str, Any]:
-    """The first scheduled run, once it has ended."""
-    run: dict[str, Any] = until("a scheduled run to end", 240, lambda: house.ended("nightly"), house.logs)[0]
+    """The first scheduled run, once it has ended; no second one follows it."""
+    first = until("a scheduled run to start", 240, lambda: house.begun("nightly"), house.logs)[0]
+    house.ask(f"/deployments/{first['deployment_id']}/pause_deployment", {})
+    run: dict[str, Any] = until("the scheduled run to end", 240, lambda: house.ended("nightly"), house.logs)[0]
     return run
 
 

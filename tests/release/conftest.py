@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.releases import Made, make_release
+from tests.releases import Made, make_release, shared_graph
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,8 @@ def release_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made
 
     def of(kind: str) -> Made:
         if kind not in exported:
-            exported[kind] = make_release(tmp_path_factory.mktemp(kind) / "release", kind)
+            folder = tmp_path_factory.mktemp(kind) / "release"
+            exported[kind] = make_release(folder, shared_graph(tmp_path_factory, kind), kind)
         return exported[kind]
 
     return of

@@ -1,6 +1,7 @@
 """The exported graphs: what they say, what lies where, and that nothing of the host is left in them."""
 
 import getpass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ from tasks.errors import ParityBroken
 from tasks.release.golden import reference_scores
 from tasks.release.graphs import export
 from tasks.release.lookups import encode, input_specs, wires
-from tests.releases import Made, make_parts, make_release
+from tasks.release.scorer import traced_from
+from tests.releases import Made, make_graph, make_parts, make_release
+
+ROWS = ("request_vocabularies", "candidate_vocabularies")
 
 
 def ask(folder: Path, name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -120,20 +124,36 @@ def test_nothing_of_the_host_is_left_in_the_files(made: Made):
 
 
 def test_equal_inputs_give_equal_bytes_in_another_folder(full: Made, tmp_path: Path):
-    again = make_release(tmp_path / "elsewhere" / "deeper", "full")
+    again = make_release(tmp_path / "elsewhere" / "deeper", make_graph("full"))
     assert again.manifest == full.manifest
 
 
 def test_other_weights_change_only_what_holds_them(full: Made, tmp_path: Path):
-    """The structure does not depend on the values, so a night that learned nothing new shares the graphs' blobs."""
+    """A graph is traced without weights, so a night that learned nothing new shares the graphs' blobs."""
     data, network, bank, tables, _ = make_parts("full")
     with torch.no_grad():
         network.head.bias.zero_()  # equal and zero tensors are what optimisers fold away
         for table in network.factor_tables:
             table.weight.zero_()
-    export(network, bank, tables, data, tmp_path)
+    export(network, bank, tables, data, tmp_path, lambda *_: full.graph)
     changed = {path.name for path in tmp_path.iterdir() if path.read_bytes() != (full.folder / path.name).read_bytes()}
     assert changed == {"base.bin"}
+
+
+def test_a_graph_is_traced_again_only_where_its_layers_or_inputs_are_others(full: Made):
+    """What it is remembered by says nothing of how many rows the tables have, and everything else."""
+    shape, config, names = full.network.shape, full.network.config, wires(full.data, full.tables)
+    known = traced_from(shape, config, names)
+    more = {name: tuple(rows + 7 for rows in getattr(shape, name)) for name in ROWS}
+    assert traced_from(shape.model_copy(update=more), config, names) == known
+    for other in (
+        traced_from(shape.model_copy(update={"candidate_vocabularies": (*more[ROWS[1]], 3)}), config, names),
+        traced_from(shape.model_copy(update={"request_numbers": shape.request_numbers + 1}), config, names),
+        traced_from(shape, config.model_copy(update={"hidden": 9}), names),
+        traced_from(shape, config, replace(names, request_numbers="age")),
+        traced_from(shape, config, replace(names, cohort_item_row=None)),
+    ):
+        assert other != known
 
 
 @pytest.mark.parametrize("what", ["shape", "dtype", "nan", "slots", "empty"])

@@ -7,13 +7,13 @@ import pytest
 
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.release.pointer import promote, publish_release
-from tests.releases import NIGHT, PIPELINE, Made, make_release, next_night
+from tests.releases import NIGHT, PIPELINE, Made, make_release, next_night, shared_graph
 
 
 @pytest.fixture(scope="session")
 def tonight(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A release."""
-    return make_release(tmp_path_factory.mktemp("tonight") / "release", "full")
+    return make_release(tmp_path_factory.mktemp("tonight") / "release", shared_graph(tmp_path_factory, "full"))
 
 
 @pytest.fixture(scope="session")

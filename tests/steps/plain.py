@@ -4,12 +4,9 @@ Nothing of the order of steps is repeated here: `flows.nightly.nightly_retrain` 
 task that it names replaced by the function inside it.
 """
 
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -43,15 +40,3 @@ def plain_replay(config: RetrainConfig, start: date, end: date, **options: Any) 
     """Replay a range in this process."""
     with plain_verbs(replay, least=7):
         return replay.replay.fn(config, start, end, **options)
-
-
-def main() -> None:
-    """Carry out a night in a process of its own: `python -m tests.steps.plain CONFIG.json NIGHT OUTCOME.json`."""
-    config, night, outcome = sys.argv[1:]
-    made = plain_night(RetrainConfig.model_validate_json(Path(config).read_text()), date.fromisoformat(night))
-    told = {"release": made.published.release, "digests": {step.step: step.digest for step in made.steps}}
-    Path(outcome).write_text(json.dumps(told))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,7 @@
 """Equal inputs give equal bytes: in another folder, another process, and however the lake's files are cut and named."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -19,11 +16,11 @@ from flows.config import RetrainConfig
 from flows.nightly import NightResult
 from tasks.clients.workspace import StepRecord, Workspace
 from tasks.steps import open_workspace
+from tests.faults.victims import Nursery
 from tests.finished import Finished
 from tests.steps.plain import plain_night
 from tests.world import write_world
 
-ROOT = Path(__file__).resolve().parents[2]
 FROM_ROWS = ("validate", "prepare", "meta-train", "adapt-exam", "evaluate", "adapt-ship", "export")
 OF_THE_NIGHT = (*FROM_ROWS, "judge", "publish")
 OF_EACH = (*FROM_ROWS, "statistics", "history")
@@ -49,27 +46,12 @@ class Somewhere:
     folder: Path
     config: dict[str, Any]
 
-    def start(self, night: date) -> "subprocess.Popen[str]":
-        """Begin a night in a process of its own, in another working directory and with other hashes of strings."""
+    def carry_out(self, nursery: Nursery, night: date) -> None:
+        """Run a night in a process of its own, in another working directory and with other hashes of strings."""
         (self.folder / "cwd").mkdir(exist_ok=True)
-        (self.folder / "config.json").write_text(json.dumps(self.config))
-        environment = {**os.environ, "PYTHONHASHSEED": "4242", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-W", "ignore", "-m", "tests.steps.plain", str(self.folder / "config.json")),
-                *(night.isoformat(), str(self.folder / f"{night.isoformat()}.json")),
-            ],
-            cwd=self.folder / "cwd",
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def end(self, process: "subprocess.Popen[str]") -> None:
-        """Wait for a night that was begun."""
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said[-3000:]
+        ended = nursery.run(self.config, night, folder=self.folder / "cwd")
+        told = {name: ended.result[name] for name in ("release", "digests")}
+        (self.folder / f"{night.isoformat()}.json").write_text(json.dumps(told))
 
     def keep(self, made: NightResult) -> None:
         """Keep what a night of this process told."""
@@ -123,12 +105,12 @@ def assert_equal_nights(one: Somewhere, other: Somewhere, nights: Sequence[date]
 
 
 def test_another_folder_process_working_directory_and_cut_of_the_files_give_the_same_bytes(
-    finished: Finished, tmp_path: Path
+    finished: Finished, nursery: Nursery, tmp_path: Path
 ) -> None:
     made = finished.results[0]
     one, other = Somewhere(tmp_path, finished.world.config), elsewhere(finished.world.config, tmp_path)
     one.keep(made)
-    other.end(other.start(made.night))
+    other.carry_out(nursery, made.night)
     assert_equal_nights(one, other, [made.night])
 
 
@@ -150,13 +132,12 @@ def test_another_setting_of_the_baselines_leaves_the_release_as_it_is(damageable
 
 
 @pytest.mark.soak
-def test_three_nights_that_descend_from_each_other_give_the_same_bytes(tmp_path: Path) -> None:
+def test_three_nights_that_descend_from_each_other_give_the_same_bytes(nursery: Nursery, tmp_path: Path) -> None:
     world = write_world(tmp_path / "one", nights=6, users=18)
     world.config["training"] |= {"epochs": 1, "steps_per_epoch": 3, "min_stop_rows": 20}
     world.config["baselines"] = {"sweeps": 2}
     one, other = Somewhere(tmp_path / "one", world.config), elsewhere(world.config, tmp_path)
     for night in world.nights[3:]:
-        process = other.start(night)
         one.keep(plain_night(RetrainConfig.model_validate(one.config), night))
-        other.end(process)
+        other.carry_out(nursery, night)
     assert_equal_nights(one, other, world.nights[3:])

@@ -28,6 +28,7 @@ from tasks.meta_train import rows_of
 from tasks.release.evidence import compare
 from tasks.steps import open_workspace, recalled, record_of
 from tests.finished import Finished
+from tests.shared import lend_graph
 from tests.steps.leaks import (
     Bench,
     Change,
@@ -351,6 +352,7 @@ class TestALabelColumn:
         for step in ("history", "prepare", "meta-train", "adapt-exam", "evaluate"):
             mine = history if step == "history" else record_of(place, steps[step])
             assert mine.content["files"] == other.record(step).content["files"], step
+        lend_graph(place.store, noisy.tree["store"])  # traced again if it were another
         assert other.export().release == made.published.release
 
     @pytest.mark.parametrize(

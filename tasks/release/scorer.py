@@ -1,0 +1,256 @@
+"""The network, the statistics and the bank as one module, and the ONNX graph that is traced from it.
+
+A graph depends on the network's layers and on what goes in, not on a weight nor on how many users, items and segments
+there are: it is traced from a blank network once, and filled with each night's numbers. The exporter's metadata (stack
+traces with source paths) is stripped, so that equal layers give equal bytes wherever they are traced.
+
+Shapes: R requests, M candidates, K objectives, D adapter features.
+"""
+
+import hashlib
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from tasks.data.statistics import StatisticsTables
+from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.release.lookups import OPSETS, Wires, as_model
+
+F32 = npt.NDArray[np.float32]
+PREFIX = "score/"
+"""All names in the graph are the release's own or begin with this; then comes a parameter's name in the scorer."""
+
+
+class Scorer(nn.Module):
+    """Ids and numbers in, scores out: the network with the statistics and the bank gathered inside."""
+
+    statistics_item: Tensor
+    statistics_user: Tensor
+    statistics_cohort_item: Tensor
+    bank: Tensor
+    binary: Tensor
+
+    def __init__(self, network: Ranker, bank: F32, statistics: StatisticsTables) -> None:
+        """Join the parts.
+
+        Args:
+            network: the shared network; ids beyond its embedding tables count as unknown in it.
+            bank: adapter weights [slots, K, D]; slot 0 is the base.
+            statistics: as-of statistics by vocabulary id.
+        """
+        super().__init__()
+        self.network = network
+        self.shape = network.shape
+        for name in ("item", "user", "cohort_item"):
+            self.register_buffer(f"statistics_{name}", torch.from_numpy(getattr(statistics, name).copy()))
+        self.objectives, self.features = bank.shape[1:]
+        self.register_buffer("bank", torch.from_numpy(bank.reshape(len(bank), -1).copy()))
+        self.register_buffer("binary", torch.tensor([kind == "binary" for kind in self.shape.kinds]))
+
+    def forward(
+        self,
+        candidate_ids: Tensor,
+        slot: Tensor,
+        user_row: Tensor,
+        request_ids: Tensor | None = None,
+        request_numbers: Tensor | None = None,
+        candidate_numbers: Tensor | None = None,
+        cohort_item_row: Tensor | None = None,
+    ) -> Tensor:
+        """Score candidates.
+
+        Args:
+            candidate_ids: vocabulary ids [R, M, 1 + Cc], the item's first; ids that the network is too old for count
+                as unknown, but still find their statistics.
+            slot: adapter of each request [R].
+            user_row: vocabulary id of each request's user [R].
+            request_ids: vocabulary ids [R, Cr]; None if there are none, as for the rest.
+            request_numbers: raw numbers [R, Fr], NaN where missing.
+            candidate_numbers: raw numbers [R, M, Fc].
+            cohort_item_row: row of the cohort x item statistics [R, M]; 0 is a pair that was never seen.
+
+        Returns:
+            Probabilities (binary) or values (rating), float32 [R, M, K].
+        """
+        requests, candidates = candidate_ids.shape[:2]
+        item = embedding(candidate_ids[..., 0], self.statistics_item)
+        none = item[..., :0]
+
+        def spread(values: Tensor) -> Tensor:
+            return values.unsqueeze(1).expand(requests, candidates, values.shape[-1])
+
+        statistics = [item, spread(embedding(user_row, self.statistics_user))]
+        if cohort_item_row is not None:
+            pair = embedding(cohort_item_row, self.statistics_cohort_item)
+            unseen = torch.cat([item[..., :-1], torch.zeros_like(item[..., -1:])], dim=-1)
+            statistics.append(torch.where((cohort_item_row == 0).unsqueeze(-1), unseen, pair))
+        logits, features = self.network(
+            none.to(torch.int64) if request_ids is None else spread(request_ids),
+            candidate_ids,
+            none if request_numbers is None else spread(request_numbers),
+            none if candidate_numbers is None else candidate_numbers,
+            torch.cat(statistics, dim=-1),
+        )
+        adapter = embedding(slot, self.bank).reshape(requests, self.objectives, self.features)
+        values = logits + torch.matmul(features, adapter.transpose(1, 2))
+        if all(kind == "binary" for kind in self.shape.kinds):
+            return torch.sigmoid(values)
+        return torch.where(self.binary, torch.sigmoid(values), values)
+
+
+def traced_from(shape: RankerShape, config: RankerConfig, names: Wires) -> dict[str, object]:
+    """Everything that ``trace`` depends on, as JSON: layers, inputs, our code and the exporter's version."""
+    layers = shape.model_dump(mode="json", exclude={"request_vocabularies", "candidate_vocabularies", "names"})
+    code = "".join(inspect.getsource(sys.modules[part.__module__]) for part in (Ranker, Scorer))
+    return {
+        "layers": layers,
+        "tables": [len(shape.request_vocabularies), len(shape.candidate_vocabularies)],
+        "ranker": config.model_dump(mode="json"),
+        "wires": {**names.between(), "scores": names.scores},
+        "opset": OPSETS[""],
+        "code": hashlib.sha256(code.encode()).hexdigest(),
+        "versions": {package: version(package) for package in ("torch", "onnx", "onnxscript")},
+    }
+
+
+def trace(shape: RankerShape, config: RankerConfig, names: Wires) -> bytes:
+    """The graph of a scorer with these layers.
+
+    Args:
+        shape: what the layers are sized by; how many rows its vocabularies have does not matter.
+        config: the ranker's.
+        names: what the inputs and the output are called.
+
+    Returns:
+        A serialised ``ModelProto``; its initialisers that are called ``PREFIX`` and the name of a parameter or buffer
+        of ``Scorer`` are blank, the others are constants.
+    """
+    scorer = _blank(shape, config, names)
+    example, dims = _example(scorer, names)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            scorer.eval(),
+            kwargs=example,
+            dynamo=True,
+            opset_version=OPSETS[""],
+            output_names=["scores"],
+            dynamic_shapes=dims,
+            optimize=False,  # folding and merging depend on the weights' values; the runtime optimises when it loads
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = as_model(program.model_proto.graph)
+    given = {**names.between(), "scores": names.scores}
+    _rename(model.graph, lambda name: given.get(name) or (f"{PREFIX}{name}" if name else ""))
+    model.graph.name = "score"
+    _strip(model.graph)
+    held = {f"{PREFIX}{name}" for name in numbers_of(scorer)}
+    for tensor in model.graph.initializer:
+        if tensor.name in held:
+            blank = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type)
+            tensor.CopyFrom(blank)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def numbers_of(scorer: Scorer) -> dict[str, Tensor]:
+    """Parameters and buffers by name, also those that a checkpoint leaves out."""
+    return {**dict(scorer.named_parameters()), **dict(scorer.named_buffers())}
+
+
+def _blank(shape: RankerShape, config: RankerConfig, names: Wires) -> Scorer:
+    """A scorer with the right layers, and tables of one row."""
+    rows = {name: (1,) * len(getattr(shape, name)) for name in ("request_vocabularies", "candidate_vocabularies")}
+    network = Ranker(shape.model_copy(update=rows), config)
+    objectives = len(shape.kinds)
+    table = np.zeros((1, objectives + 1), np.float32)
+    statistics = StatisticsTables(
+        names=(),
+        base=np.zeros(objectives, np.float32),
+        item=table,
+        user=table,
+        cohort_columns=(),
+        cohort_radices=(),
+        cohort_item_keys=np.zeros(0, np.int64),
+        cohort_item=table,
+    )
+    return Scorer(network, np.zeros((1, objectives, network.width), np.float32), statistics)
+
+
+def _example(scorer: Scorer, names: Wires) -> tuple[dict[str, Tensor], dict[str, dict[int, torch.export.Dim]]]:
+    requests, candidates = 2, 3
+    shape = scorer.shape
+    ids, numbers = torch.int64, torch.float32
+    sizes = {
+        "candidate_ids": ((requests, candidates, len(shape.candidate_vocabularies)), ids),
+        "slot": ((requests,), ids),
+        "user_row": ((requests,), ids),
+        "request_ids": ((requests, len(shape.request_vocabularies)), ids),
+        "request_numbers": ((requests, shape.request_numbers), numbers),
+        "candidate_numbers": ((requests, candidates, shape.candidate_numbers), numbers),
+        "cohort_item_row": ((requests, candidates), ids),
+    }
+    roles = names.between()
+    example = {role: torch.zeros(*size, dtype=dtype) for role, (size, dtype) in sizes.items() if role in roles}
+    axes = {0: torch.export.Dim("requests"), 1: torch.export.Dim("candidates")}
+    per_candidate = {"candidate_ids", "candidate_numbers", "cohort_item_row"}
+    return example, {role: axes if role in per_candidate else {0: axes[0]} for role in example}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's talk about itself (torchvision, tree specs, axis names) off the operator's screen."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+            warnings.filterwarnings("ignore", category=UserWarning, message=".*axis name.*will not be used.*")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _inner_graphs(attribute: onnx.AttributeProto) -> Sequence[onnx.GraphProto]:
+    """Bodies of control flow."""
+    return [attribute.g] if attribute.type == attribute.GRAPH else list(attribute.graphs)
+
+
+def _rename(graph: onnx.GraphProto, to: Callable[[str], str]) -> None:
+    for node in graph.node:
+        node.name = f"{PREFIX}{node.name}"
+        node.input[:] = [to(name) for name in node.input]
+        node.output[:] = [to(name) for name in node.output]
+        for attribute in node.attribute:
+            for inner in _inner_graphs(attribute):
+                _rename(inner, to)
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.name = to(value.name)
+
+
+def _strip(graph: onnx.GraphProto) -> None:
+    """Drop everything that says where and by what the graph was made."""
+    del graph.value_info[:]
+    del graph.quantization_annotation[:]
+    graph.doc_string = ""
+    for described in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        del described.metadata_props[:]
+        described.doc_string = ""
+    for node in graph.node:
+        for attribute in node.attribute:
+            attribute.doc_string = ""
+            for inner in _inner_graphs(attribute):
+                _strip(inner)

@@ -1,5 +1,7 @@
 """Export: base and ship bank as graphs that a ranker loads, proved equal to the network."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pyarrow.parquet as pq
 from tasks.data import vocabulary
 from tasks.data.contract import DataConfig, SegmentsConfig, StatisticsConfig
 from tasks.data.statistics import serving_tables
+from tasks.errors import ParityBroken
 from tasks.learning.bank import Bank
 from tasks.learning.base import save_base
 from tasks.learning.networks import RankerConfig, RankerShape
@@ -75,13 +78,14 @@ def export(
         tables = ServingTables(vocabularies, serving_tables(data, statistics, vocabularies, states), levels)
         weights = np.zeros((*ship.weights.shape[:2], trained.network.width), np.float32)
         weights[:, :, : ship.weights.shape[2]] = ship.weights
-        with steady(0, None):
+        with steady(0, None), _says_what_to_delete(place):
             write_graphs(trained.network, weights, tables, data, release, partial(_traced, place))
             progress(1, 3, "parts")
             requests = draw_requests(data, pq.read_table(clean_file(place, record_of(place, validated))))
             golden = make_golden(trained.network, weights, tables, data, requests)
         write_golden(data, golden, release)
-        parity = check_parity(data, tables, golden, release)
+        with _says_what_to_delete(place):
+            parity = check_parity(data, tables, golden, release)
         progress(2, 3, "parts")
         save_base(trained, release)
         write_tables(tables, release)
@@ -117,6 +121,17 @@ def export(
         bytes=record.content["bytes"],
         parity=max(parity["model"], parity["split"]),
     )
+
+
+@contextmanager
+def _says_what_to_delete(place: Place) -> Iterator[None]:
+    """Add the remedy where the graph that all nights share may be to blame."""
+    try:
+        yield
+    except ParityBroken as error:
+        raise ParityBroken(
+            f"{error}; to have the graph traced anew, delete {place.pipeline}/work/graph/ in the store and run again"
+        ) from error
 
 
 def _traced(place: Place, shape: RankerShape, config: RankerConfig, names: Wires) -> bytes:

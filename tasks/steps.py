@@ -283,7 +283,7 @@ def carry_out(
         The record, and the fields that every ``StepRef`` shares.
 
     Raises:
-        LeaseLost: the lease of the pipeline went to another run; nothing was written.
+        LeaseLost: the lease of the pipeline went to another run; the step was not recorded.
     """
     workspace, watcher, lease = open_workspace(place), _watcher.get(), _lease.get()
     if night is not None:

@@ -19,6 +19,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.seek(0)
         if not lock.read():
+            shutil.rmtree(shared / name, ignore_errors=True)  # of an attempt that failed
             make(shared / name)
             lock.write("made")
     return shared / name

@@ -17,7 +17,7 @@ from typing import Any
 
 from tasks.clients.local_files import file_sha256
 from tasks.clients.object_store import ObjectStore, Stored, checked_key
-from tasks.errors import ObjectCorrupt, StoreError, StoreUnwritable
+from tasks.errors import ObjectCorrupt, ObjectMissing, StoreError, StoreUnwritable
 
 SCHEMA_VERSION = 1
 _DIGITS = frozenset("0123456789abcdef")
@@ -149,11 +149,17 @@ class Workspace:
             raise StoreError(f"record {record.step} {record.key[:12]} has no file {name!r}; it has {sorted(files)}")
         sha256 = files[name]["sha256"]
         where = f"{self._folder(record.step, record.key)}/{sha256}"
-        place = self._store.local_path(where)
-        if place is None:
-            place = self._scratch / sha256
-            if not (place.is_file() and self._is_intact(place, sha256)):
-                self._store.download(where, place, sha256)
+        try:
+            place = self._store.local_path(where)
+            if place is None:
+                place = self._scratch / sha256
+                if not (place.is_file() and self._is_intact(place, sha256)):
+                    self._store.download(where, place, sha256)
+        except ObjectMissing as error:
+            raise ObjectMissing(
+                f"{name} of step {record.step} ({self._store.url}/{where}) is gone although its record is there; "
+                f"restore it, or delete {self._folder(record.step, record.key)}/ and run again: the step is repeated"
+            ) from error
         if not self._is_intact(place, sha256):
             raise ObjectCorrupt(
                 f"{name} of step {record.step} ({self._store.url}/{where}) no longer has its SHA-256 {sha256}; delete "

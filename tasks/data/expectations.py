@@ -240,9 +240,8 @@ def _told(check: Check, result: Any) -> dict[str, Any]:
 
 def _contract(data: DataConfig) -> str:
     """The part of the contract that generated expectations and rules hang on."""
-    return data.model_copy(
-        update={"source": "canary", "expectations": (), "min_rows": 1, "max_rows": 1}
-    ).model_dump_json()
+    limits = {"min_rows": 1, "max_rows": 1, "max_bad_rows": 0.0, "window_nights": 2, "min_history_nights": 2}
+    return data.model_copy(update={"source": "canary", "expectations": (), **limits}).model_dump_json()
 
 
 @lru_cache(maxsize=16)

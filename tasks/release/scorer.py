@@ -8,13 +8,12 @@ Shapes: R requests, M candidates, K objectives, D adapter features.
 """
 
 import hashlib
-import inspect
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +23,15 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from tasks.data.statistics import StatisticsTables
+from tasks.learning import networks
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
-from tasks.release.lookups import OPSETS, Wires, as_model
+from tasks.release.lookups import IR_VERSION, OPSETS, Wires, as_model
 
 F32 = npt.NDArray[np.float32]
 PREFIX = "score/"
 """All names in the graph are the release's own or begin with this; then comes a parameter's name in the scorer."""
+# Read with the modules: what lies on the disk later may be newer than what runs.
+_CODE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (networks.__file__, __file__))).hexdigest()
 
 
 class Scorer(nn.Module):
@@ -110,17 +112,16 @@ class Scorer(nn.Module):
 
 
 def traced_from(shape: RankerShape, config: RankerConfig, names: Wires) -> dict[str, object]:
-    """Everything that ``trace`` depends on, as JSON: layers, inputs, our code and the exporter's version."""
+    """What ``trace`` depends on, as JSON: layers, inputs, format, our code and the exporter's versions."""
     layers = shape.model_dump(mode="json", exclude={"request_vocabularies", "candidate_vocabularies", "names"})
-    code = "".join(inspect.getsource(sys.modules[part.__module__]) for part in (Ranker, Scorer))
     return {
         "layers": layers,
         "tables": [len(shape.request_vocabularies), len(shape.candidate_vocabularies)],
         "ranker": config.model_dump(mode="json"),
         "wires": {**names.between(), "scores": names.scores},
-        "opset": OPSETS[""],
-        "code": hashlib.sha256(code.encode()).hexdigest(),
-        "versions": {package: version(package) for package in ("torch", "onnx", "onnxscript")},
+        "format": {"ir": IR_VERSION, "opsets": OPSETS},
+        "code": _CODE,
+        "versions": {package: version(package) for package in ("torch", "onnx", "onnx-ir", "onnxscript")},
     }
 
 

@@ -149,7 +149,7 @@ def test_a_file_that_the_store_lost_is_missing(
 ) -> None:
     record = _remember(workspace, files)
     store.delete(f"movies/work/prepare/{'k' * 64}/{record.content['files']['base.bin']['sha256']}")
-    with pytest.raises(ObjectMissing):
+    with pytest.raises(ObjectMissing, match=r"restore it, or delete .*/ and run again: the step is repeated"):
         workspace.file(record, "base.bin")
 
 

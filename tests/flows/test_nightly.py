@@ -101,6 +101,7 @@ def test_the_graph_is_traced_once_for_all_nights(third: Finished) -> None:
     """Though each has more users than the one before."""
     workspace = open_workspace(third.config.place())
     assert len(list(workspace.records("export"))) == 3
+    assert all(third.world.newcomers[result.night] for result in third.results)
     (graph,) = workspace.records("graph")
     assert "for night" not in graph.notes["made_from"]
 

@@ -156,11 +156,11 @@ def house(
     with running(server, folder / "server.log", environment):
         until("the server", 90, is_up, folder)
         house.ask("/work_pools/", {"name": "nightrank", "type": "process"})
-        soon = datetime.now(UTC) + timedelta(seconds=15)
-        (folder / "prefect.yaml").write_text(deployments(config, {"interval": 60, "anchor_date": soon.isoformat()}))
-        house.prefect("--no-prompt", "deploy", "--prefect-file", str(folder / "prefect.yaml"), "--all")
-        # Asked for this late, another worker has had the time to make them.
+        # Asked for this late, another worker may have made them meanwhile.
         lend_graph(request.getfixturevalue("finished").config.store, world.config["store"])
+        soon = datetime.now(UTC) + timedelta(seconds=15)
+        (folder / "prefect.yaml").write_text(deployments(config, {"interval": 100, "anchor_date": soon.isoformat()}))
+        house.prefect("--no-prompt", "deploy", "--prefect-file", str(folder / "prefect.yaml"), "--all")
         with running([PREFECT, "worker", "start", "--pool", "nightrank"], folder / "worker.log", environment):
             yield house
 
@@ -170,7 +170,13 @@ def scheduled(house: House) -> dict[str, Any]:
     """The first scheduled run, once it has ended; no second one follows it."""
     first = until("a scheduled run to start", 240, lambda: house.begun("nightly"), house.logs)[0]
     house.ask(f"/deployments/{first['deployment_id']}/pause_deployment", {})
-    run: dict[str, Any] = until("the scheduled run to end", 240, lambda: house.ended("nightly"), house.logs)[0]
+    ended = until(
+        "the scheduled run to end",
+        240,
+        lambda: [run for run in house.ended("nightly") if run["id"] == first["id"]],
+        house.logs,
+    )
+    run: dict[str, Any] = ended[0]
     return run
 
 

@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tasks.errors import DataRejected, DeviceUnavailable, LeaseLost, StoreUnavailable
@@ -107,6 +108,22 @@ def test_time_and_memory_are_measured_outside_the_digest(place: Place) -> None:
     assert record.notes["colour"] == "blue"
     assert fields["digest"] == record.digest
     assert "seconds" not in json.dumps(record.content)
+
+
+def test_a_step_inside_another_does_not_hide_its_peak_and_is_the_same_every_night(place: Place) -> None:
+    def outer(folder: Path, progress: Progress) -> Product:
+        np.ones(25_000_000)  # 200 MB for a moment
+        inner, _ = carry_out(place, "inner", 1, None, {}, {"layers": 2}, count_rows)
+        assert inner.notes["peak_mib"] > before + 150
+        return count_rows(folder, progress)
+
+    before = carry_out(place, "count", 1, NIGHT, {}, {}, count_rows)[0].notes["peak_mib"]
+    record, _ = carry_out(place, "outer", 1, NIGHT, {}, {}, outer)
+    assert record.notes["peak_mib"] > before + 150
+    later, fields = carry_out(place, "inner", 1, None, {}, {"layers": 2}, never)
+    assert fields["reused"]
+    assert "for night" not in later.notes["made_from"]
+    assert carry_out(place, "small", 1, NIGHT, {}, {}, count_rows)[0].notes["peak_mib"] < before + 150
 
 
 def test_a_step_that_lost_the_lease_writes_nothing(place: Place) -> None:

@@ -205,6 +205,7 @@ def _replay(options: argparse.Namespace, console: "Console") -> None:
     from flows.config import load_config
     from flows.display import ReplayScreen, Screen, show_replay
     from flows.replay import replay, replay_told_to
+    from tasks.release import earned
     from tasks.release.slices import load
     from tasks.steps import watched_by
 
@@ -212,7 +213,9 @@ def _replay(options: argparse.Namespace, console: "Console") -> None:
     given = {name: getattr(options, name) for name in ("start", "end", "min_rows", "warm", "out", "seed")}
     with _embedded(), Screen(console) as screen, watched_by(screen), replay_told_to(ReplayScreen(console)):
         result = replay(config, **given)
-    show_replay(console, load(Path(result.written.table)), (result.written.table, result.written.page))
+    written = result.written
+    steps = earned.load(Path(written.earned))
+    show_replay(console, load(Path(written.table)), steps, (written.table, written.earned, written.page))
 
 
 def _releases(options: argparse.Namespace, console: "Console") -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # their modules load Prefect and torch, which a ranked list n
     from flows.nightly import NightResult
     from flows.replay import ReplayedNight
     from tasks.references import ReleaseRow, ScoreRow
+    from tasks.release.earned import Step
     from tasks.release.slices import Line
     from tasks.serving.ranker import Ranked
 
@@ -161,8 +162,9 @@ def show_backfill(console: Console, outcomes: Sequence["NightOutcome"]) -> None:
     console.print(table)
 
 
-def show_replay(console: Console, lines: Sequence["Line"], written: Sequence[str]) -> None:
-    """The pooled tables at the end of a replay: every method on all rows, then the candidate on each slice of them."""
+def show_replay(console: Console, lines: Sequence["Line"], steps: Sequence["Step"], written: Sequence[str]) -> None:
+    """The end of a replay: every method on all rows, the candidate on each slice, and from where own weights pay."""
+    from tasks.release.earned import in_words
     from tasks.release.replay_page import EXAMS
     from tasks.release.slices import ADAPTED, EVERYTHING, POOLED, SLICES
 
@@ -189,6 +191,9 @@ def show_replay(console: Console, lines: Sequence["Line"], written: Sequence[str
                     best = min(rows.values(), key=lambda line: line.loss, default=own)
                     table.add_row(name, f"{own.rows:,}", _number(own.loss), escape(best.method), _gap(best))
             console.print(table)
+        for level in dict.fromkeys(step.level for step in steps if step.objective == objective):
+            curve = [step for step in steps if (step.objective, step.level) == (objective, level)]
+            console.print(f"{escape(level)}, {objective}: {in_words(curve)}")
     for path in written:
         console.print(escape(path), soft_wrap=True)
 

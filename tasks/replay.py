@@ -9,11 +9,12 @@ from tasks.data.contract import DataConfig, Section, SegmentsConfig
 from tasks.errors import StoreUnwritable
 from tasks.evaluate import exam_table
 from tasks.references import ExamRef, ParentRef, Place
+from tasks.release import earned
 from tasks.release.replay_page import render
 from tasks.release.slices import compared, save
 from tasks.steps import looked_at, verb
 
-TABLE, PAGE = "replay.parquet", "replay.html"
+TABLE, EARNED, PAGE = "replay.parquet", "replay-support.parquet", "replay.html"
 
 
 class ReplayRef(Section):
@@ -21,6 +22,8 @@ class ReplayRef(Section):
 
     table: str
     """Path of the long table: a line per exam, slice, method, objective and night (`tasks.release.slices.Line`)."""
+    earned: str
+    """Path of what own weights are worth by support: a line per step of the curve (`tasks.release.earned.Step`)."""
     page: str
     """Path of the page."""
 
@@ -41,12 +44,12 @@ def compare_nights(
     Args:
         place: where the exams are.
         data: the contract.
-        segments: the ladder's limits.
+        segments: the ladder.
         exams: the nights' exams, in order.
         left_out: nights that were not examined, with the reason.
         start: what the first night started from.
         seed: of the bootstrap by user.
-        out: folder for both files; it is made.
+        out: folder for the files; it is made.
 
     Raises:
         ObjectMissing: an exam is gone.
@@ -55,17 +58,20 @@ def compare_nights(
     tables = {night.isoformat(): exam_table(place, exam.key) for night, exam in exams.items()}
     with looked_at("compare", f"{len(tables)} {'night' if len(tables) == 1 else 'nights'}, by slice") as progress:
         lines = compared(tables, data, segments.max_support, seed, progress)
+        steps = earned.curve(list(tables.values()), data, segments.levels, seed)
     began = "the first one started cold" if start is None else f"the first one started from {start.name}"
     missing = [(night.isoformat(), why) for night, why in left_out]
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save(lines, folder / f".{TABLE}")
-        (folder / f".{PAGE}").write_text(render(place.pipeline, began, lines, missing, seed), encoding="utf-8")
-        for name in (TABLE, PAGE):  # whole or not at all: a reader may have the last one open
+        earned.save(steps, folder / f".{EARNED}")
+        told = render(place.pipeline, began, lines, steps, missing, seed)
+        (folder / f".{PAGE}").write_text(told, encoding="utf-8")
+        for name in (TABLE, EARNED, PAGE):  # whole or not at all: a reader may have the last one open
             os.replace(folder / f".{name}", folder / name)
     except OSError as error:
         raise StoreUnwritable(
             f"cannot write {error.filename or folder}: {error.strerror}; give another --out"
         ) from error
-    return ReplayRef(table=str(folder / TABLE), page=str(folder / PAGE))
+    return ReplayRef(table=str(folder / TABLE), earned=str(folder / EARNED), page=str(folder / PAGE))

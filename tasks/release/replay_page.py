@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from tasks.release.charts import Whisker, intervals, lines
+from tasks.release.earned import Step, in_words
 from tasks.release.page import Child, Markup, el, page, section, swatch, table
 from tasks.release.slices import ADAPTED, BY_NOVELTY, BY_SUPPORT, COMMON_ROWS, EVERYTHING, POOLED, Line
 
@@ -15,13 +16,21 @@ EXAMS = {
 _HEADERS = ("method", "rows", "users", "loss", "adapted − it", "low", "high", "calibration", "AUC", "NDCG@10")
 
 
-def render(pipeline: str, start: str, found: Sequence[Line], left_out: Sequence[tuple[str, str]], seed: int) -> str:
+def render(
+    pipeline: str,
+    start: str,
+    found: Sequence[Line],
+    earned: Sequence[Step],
+    left_out: Sequence[tuple[str, str]],
+    seed: int,
+) -> str:
     """The page: inline styles and SVG, light and dark, no script; every text is escaped.
 
     Args:
         pipeline: its name.
         start: what the first night started from, in words.
         found: lines of every exam.
+        earned: what own weights are worth by support, of every level.
         left_out: nights that were not examined, with the reason.
         seed: of the bootstrap.
     """
@@ -35,6 +44,7 @@ def render(pipeline: str, start: str, found: Sequence[Line], left_out: Sequence[
         el("p", f"{counted}, each started from the one before; {start}. Nothing was published.", class_="soft"),
         *(_exams(name, nights, [line for line in found if line.objective == name]) for name in objectives),
         *(_slices(name, [line for line in found if line.objective == name]) for name in objectives),
+        *(_earned(name, [step for step in earned if step.objective == name]) for name in objectives),
         _nights(found, nights, left_out),
         el("footer", f"95 % intervals, bootstrapped by user with seed {seed}"),
     )
@@ -82,6 +92,30 @@ def _slices(objective: str, found: Sequence[Line]) -> Markup:
                 parts.append(_slice(name, rows) if rows else el("p", f"{name}: no rows", class_="soft"))
     lead = "A row's support is the user's earlier rows in the window and those given of the night. New is who or what "
     return section(f"Whose rows: {objective}", f"{lead}has no row on an earlier night of the window.", *parts)
+
+
+def _earned(objective: str, steps: Sequence[Step]) -> Markup:
+    """The curve of each level, and from where on own weights pay."""
+    parts: list[Child] = [_key()]
+    for level in dict.fromkeys(step.level for step in steps):
+        mine = [step for step in steps if step.level == level]
+        counted = f"{sum(step.rows for step in mine):,} rows"
+        parts += [el("h3", f"{level}: {in_words(mine)}"), el("p", f"Nightly, {counted}.", class_="soft")]
+        parts.append(
+            intervals(
+                [
+                    Whisker(
+                        f"parent's, {step.name}", step.difference, step.low, step.high,
+                        f"{step.segments:,} segments, {step.rows:,} rows",
+                    )
+                    for step in mine
+                ]
+            )
+        )  # fmt: skip
+    if not steps:
+        parts.append(el("p", "No row was served by a segment's own weights.", class_="soft"))
+    lead = "Loss per row with a segment's own weights minus its parent's, by the support rows behind the own ones. "
+    return section(f"Own weights by support: {objective}", f"{lead}Intervals are bootstrapped by segment.", *parts)
 
 
 def _slice(name: str, rows: Sequence[Line]) -> Markup:

@@ -1,5 +1,6 @@
 """What a person at a terminal reads: names whole on 80 columns, data never as markup, one block per error."""
 
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from io import StringIO
 
@@ -21,6 +22,7 @@ from flows.nightly import NightResult
 from flows.replay import ReplayedNight
 from tasks.errors import ExpectationsFailed, NightrankError, StoreUnavailable
 from tasks.references import PrepareRef, PublishRef, ReleaseRow, ScoreRow, ValidateRef, VerdictRef
+from tasks.release.earned import Step
 from tasks.release.slices import ADAPTED, POOLED, SLICES, Line
 from tasks.serving.ranker import Ranked
 
@@ -124,11 +126,13 @@ def test_a_replay_fits_80_columns_and_says_where_its_page_is(console: Console) -
         for name in SLICES
         for place, method in enumerate(METHODS)
     ]  # fmt: skip
-    show_replay(console, lines, [f"/{'long/' * 30}replay.html"])
+    step = Step("clicked", "user_id [x]", 2, 3, 12, 240, -0.02, -0.03, -0.01)
+    show_replay(console, lines, [step, replace(step, objective="stars")], [f"/{'long/' * 30}replay.html"])
     ReplayScreen(console)(1, 60, ReplayedNight(night=NIGHT, state="rejected", why="[bold]"))
     shown = shown_on(console).splitlines()
     for fact in (
         "nightly, clicked, 1 nights", "-0.0100 [-0.5000, +0.2500]", "(too few users)", "123,456", "replay.html",
+        "user_id [x], clicked: own weights pay from 2 support rows on",
         "2026-03-05 rejected (1 of 60): [bold]", *(name for name in SLICES if name != "all"),
     ):  # fmt: skip
         assert any(fact in line for line in shown), fact

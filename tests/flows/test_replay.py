@@ -21,6 +21,7 @@ from tasks.clients.object_store import ObjectStore
 from tasks.errors import DataRejected, InvalidConfig
 from tasks.evaluate import exam_table
 from tasks.ingest import released_before
+from tasks.release import earned
 from tasks.release.slices import ADAPTED, POOLED, SLICES, load
 from tasks.steps import recalled, watched_by
 from tests.faults.victims import Nursery, Outcome, Trap
@@ -178,6 +179,10 @@ def test_the_table_holds_every_method_night_and_slice(beside: tuple[Seen, dict[s
     assert {line.slice for line in lines} <= set(SLICES)
     own = {line.night: line for line in lines if (line.exam, line.slice, line.method) == ("nightly", "all", ADAPTED)}
     assert own[POOLED].rows == sum(line.rows for night, line in own.items() if night != POOLED)
+    steps = earned.load(Path(seen.result.written.earned))
+    served = {level: sum(step.rows for step in steps if step.level == level) for level in ("user_id", "market")}
+    assert 0 < served["user_id"] < own[POOLED].rows
+    assert 0 < sum(served.values()) <= own[POOLED].rows
     page = Path(seen.result.written.page).read_text()
     for method in methods:
         assert f">{method}<" in page
@@ -251,6 +256,8 @@ def test_the_command_shows_the_pooled_tables_and_where_the_page_is(
         "contact 20, clicked: no rows", "matrix factorisation", "support 21+", str(tmp_path / "out" / "replay.html"),
     ):  # fmt: skip
         assert fact in shown
+    assert "user_id, clicked: own weights " in shown
+    assert "market, clicked: own weights " in shown
     assert (tmp_path / "out" / "replay.parquet").read_bytes() == Path(beside[0].result.written.table).read_bytes()
 
 

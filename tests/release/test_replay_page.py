@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tasks.release.charts import lines as line_chart
+from tasks.release.earned import Step
 from tasks.release.replay_page import EXAMS, render
 from tasks.release.slices import ADAPTED, POOLED, SLICES, Line
 from tests.release.test_report import HOSTILE, Page, harm
@@ -27,19 +28,33 @@ def found() -> list[Line]:
     ]  # fmt: skip
 
 
+def earned() -> list[Step]:
+    """Two levels: one pays from its second step on, one never."""
+    return [
+        Step("liked", "user_id", 1, 1, 9, 90, -0.001, -0.01, 0.008),
+        Step("liked", "user_id", 2, 3, 12, 240, -0.02, -0.03, -0.01),
+        Step("liked", "job x age", 64, None, 3, 30, -0.02, None, None),
+    ]
+
+
 def changed(change: Callable[[str], str]) -> str:
     lines = [replace(line, method=change(line.method), objective=change(line.objective)) for line in found()]
     lines = [replace(line, method=ADAPTED) if line.method.startswith(ADAPTED) else line for line in lines]
-    return render(change("movielens"), change("the first one started cold"), lines, [(change("x"), change("y"))], 0)
+    steps = [replace(step, level=change(step.level), objective=lines[0].objective) for step in earned()]
+    return render(
+        change("movielens"), change("the first one started cold"), lines, steps, [(change("x"), change("y"))], 0
+    )
 
 
 def test_the_page_names_every_method_exam_and_slice() -> None:
-    page = Page(render("movielens", "the first one started cold", found(), LEFT_OUT, 7))
+    page = Page(render("movielens", "the first one started cold", found(), earned(), LEFT_OUT, 7))
     words = " ".join(page.words)
     for said in (
         "movielens · 1998-02-09 to 1998-02-11", "3 nights", "started cold", "Nothing was published", *METHODS,
         *EXAMS.values(), *(name for name in SLICES if name != "all"), "Log-loss by night:", "1998-02-12",
         "CorruptFile: part-0.parquet is cut short", "3 examined, 1 left out.", "1,234", "seed 7",
+        "user_id: own weights pay from 2 support rows on", "job x age: own weights are not proven to pay",
+        "parent's, support 2 to 3", "Nightly, 330 rows.",
     ):  # fmt: skip
         assert said in words
     told = [value or "" for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
@@ -48,7 +63,7 @@ def test_the_page_names_every_method_exam_and_slice() -> None:
 
 
 def test_lines_by_night_show_each_value() -> None:
-    page = Page(render("movielens", "cold", found(), LEFT_OUT, 0))
+    page = Page(render("movielens", "cold", found(), [], LEFT_OUT, 0))
     titles = {word for word in page.words if word.startswith(f"{ADAPTED}, ")}
     assert titles == {f"{ADAPTED}, {night}: {0.6 + 0.001 * number:.4f}" for number, night in enumerate(NIGHTS)}
 

@@ -35,9 +35,9 @@ class Interval:
     estimate: float
     """The difference itself, NaN if there are no rows."""
     low: float
-    """Lower bound; -inf if there are too few users to tell."""
+    """Lower bound; -inf if there are too few to tell."""
     high: float
-    """Upper bound; inf if there are too few users to tell."""
+    """Upper bound; inf if there are too few to tell."""
     users: int = 0
     """Users (clusters) behind it."""
     rows: int = 0

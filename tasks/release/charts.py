@@ -102,7 +102,7 @@ def _interval_row(whisker: Whisker, back: Markup, x: Callable[[float], str]) -> 
         bounded = whisker.low is not None and whisker.high is not None
         marks.append(el("line", x1=low, x2=high, y1=middle, y2=middle, class_="span" if bounded else "open"))
         marks.append(el("circle", cx=x(whisker.estimate), cy=middle, r=5.5, class_="dot"))
-        bounds = f"[{_signed(whisker.low)}, {_signed(whisker.high)}]" if bounded else "too few users to tell"
+        bounds = f"[{_signed(whisker.low)}, {_signed(whisker.high)}]" if bounded else "too few to tell"
         label = f"{_signed(whisker.estimate)} {bounds}"
     told = f"against {whisker.name}: {label}, {whisker.tone}, {whisker.note}"
     svg = el("svg", el("title", told), back, *marks, width="100%", height=ROW_HEIGHT, role="img", aria_label=told)

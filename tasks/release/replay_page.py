@@ -105,8 +105,8 @@ def _earned(objective: str, steps: Sequence[Step]) -> Markup:
             intervals(
                 [
                     Whisker(
-                        f"parent's, {step.name}", step.difference, step.low, step.high,
-                        f"{step.segments:,} segments, {step.rows:,} rows",
+                        step.name, step.difference, step.low, step.high,
+                        f"own against the parent's weights, {step.segments:,} segments, {step.rows:,} rows",
                     )
                     for step in mine
                 ]

@@ -63,7 +63,7 @@ class Line:
         ndcg: NDCG@10.
         calibration: expected calibration error.
         difference: loss of `adapted` minus this method's per row: log-loss, or squared error of a rating.
-        low: lower 95 % bound, bootstrapped by user; None where there are too few users to tell.
+        low: lower 95 % bound, bootstrapped by user; None where there are too few to tell.
         high: upper bound.
     """
 

@@ -54,7 +54,7 @@ def test_the_page_names_every_method_exam_and_slice() -> None:
         *EXAMS.values(), *(name for name in SLICES if name != "all"), "Log-loss by night:", "1998-02-12",
         "CorruptFile: part-0.parquet is cut short", "3 examined, 1 left out.", "1,234", "seed 7",
         "user_id: own weights pay from 2 support rows on", "job x age: own weights are not proven to pay",
-        "parent's, support 2 to 3", "Nightly, 330 rows.",
+        "support 2 to 3", "Nightly, 330 rows.",
     ):  # fmt: skip
         assert said in words
     told = [value or "" for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]

@@ -236,7 +236,7 @@ def test_the_page_nests_and_says_what_a_person_asks():
         "meta_train",
         "14.2 s · 804 MiB",
         "0.3 s · 210 MiB · reused",
-        "too few users to tell",
+        "too few to tell",
         "no rows",
         "torch 2.13.0",
     ):

@@ -101,8 +101,8 @@ def curve(tables: Sequence[pa.Table], data: DataConfig, levels: Sequence[Sequenc
                         least=least,
                         most=LEAST[at + 1] - 1 if at + 1 < len(LEAST) else None,
                         segments=interval.users,
-                        rows=len(rows),
-                        difference=float(difference[rows].mean()),
+                        rows=interval.rows,
+                        difference=interval.estimate,
                         low=bounds["low"],
                         high=bounds["high"],
                     )

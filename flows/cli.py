@@ -4,8 +4,7 @@ import argparse
 import json
 import os
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -147,29 +146,10 @@ def _demo_data(options: argparse.Namespace, console: "Console") -> None:
     )
 
 
-@contextmanager
-def _embedded() -> Iterator[None]:
-    """Keep Prefect quiet where no server runs but the one of this process, and let that one not outlive it."""
-    import logging
-
-    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-
-    from flows.guard import end_with_this_process
-
-    if PREFECT_API_URL.value() is not None:
-        yield
-        return
-    for worker in ("EventsWorker", "APILogWorker"):  # at the end they count what they still have to send
-        logging.getLogger(worker).setLevel(logging.ERROR)
-    end_with_this_process()
-    # Nobody watches an embedded server for heartbeats, and each flow run would wait a second for their thread to end.
-    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-        yield
-
-
 def _run(options: argparse.Namespace, console: "Console") -> None:
     from flows.config import load_config
     from flows.display import Screen, show_night
+    from flows.embedded import embedded
     from flows.nightly import nightly_retrain
     from tasks.steps import watched_by
 
@@ -178,7 +158,7 @@ def _run(options: argparse.Namespace, console: "Console") -> None:
     if options.override:
         given["override"] = options.override
     _say_equal(console, "nightly-retrain/nightly", {"config": options.config, **given})
-    with _embedded(), Screen(console) as screen, watched_by(screen):
+    with embedded(), Screen(console) as screen, watched_by(screen):
         result = nightly_retrain(config, options.night, override=options.override)
     show_night(console, result)
 
@@ -187,6 +167,7 @@ def _backfill(options: argparse.Namespace, console: "Console") -> None:
     from flows.backfill import backfill, told_to
     from flows.config import load_config
     from flows.display import BackfillScreen, Screen, show_backfill
+    from flows.embedded import embedded
     from tasks.steps import watched_by
 
     config = load_config(options.config)
@@ -194,7 +175,7 @@ def _backfill(options: argparse.Namespace, console: "Console") -> None:
     _say_equal(console, "backfill/backfill", {"config": options.config, **parameters})
     nights = BackfillScreen(console)
     try:
-        with _embedded(), Screen(console) as screen, watched_by(screen), told_to(nights):
+        with embedded(), Screen(console) as screen, watched_by(screen), told_to(nights):
             backfill(config, **parameters)
     finally:
         if nights.outcomes:
@@ -204,6 +185,7 @@ def _backfill(options: argparse.Namespace, console: "Console") -> None:
 def _replay(options: argparse.Namespace, console: "Console") -> None:
     from flows.config import load_config
     from flows.display import ReplayScreen, Screen, show_replay
+    from flows.embedded import embedded
     from flows.replay import replay, replay_told_to
     from tasks.release import earned
     from tasks.release.slices import load
@@ -211,7 +193,7 @@ def _replay(options: argparse.Namespace, console: "Console") -> None:
 
     config = load_config(options.config)
     given = {name: getattr(options, name) for name in ("start", "end", "min_rows", "warm", "out", "seed")}
-    with _embedded(), Screen(console) as screen, watched_by(screen), replay_told_to(ReplayScreen(console)):
+    with embedded(), Screen(console) as screen, watched_by(screen), replay_told_to(ReplayScreen(console)):
         result = replay(config, **given)
     written = result.written
     steps = earned.load(Path(written.earned))

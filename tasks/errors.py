@@ -13,6 +13,7 @@
     ├── TrainingDiverged           the loss left the finite numbers
     ├── ParityBroken               the exported graph does not say what the network says
     ├── DeviceUnavailable          the config demands a device that this host lacks
+    ├── PrefectUnavailable         no Prefect server is configured, and none could be started
     ├── StoreError                 something about the object store
     │   ├── StoreUnavailable       no answer, throttled or failing (transient)
     │   ├── StoreUnwritable        no permission, no space, read-only
@@ -90,6 +91,10 @@ class ParityBroken(NightrankError):
 
 class DeviceUnavailable(NightrankError):
     """The config demands a device that this host does not have."""
+
+
+class PrefectUnavailable(NightrankError):
+    """There is no Prefect server to run a flow with."""
 
 
 class StoreError(NightrankError):

@@ -37,8 +37,11 @@ hypothesis.settings.load_profile("nightrank")
 
 _LONG_FIRST = ("tests/flows/test_scheduled", "tests/faults", "tests/flows", "tests/steps", "tests/serving")
 """Where whole nights are run. Files are handed out in this order, so that no worker gets a long one last."""
-_OF_THE_NURSERY = ("tests/faults/test_kill.py", "tests/steps/test_determinism.py", "tests/flows/test_replay.py")
-"""Files that share the `nursery`, and so a worker."""
+_TOGETHER = (
+    ("tests/faults/test_kill.py", "tests/steps/test_determinism.py", "tests/flows/test_replay.py"),
+    ("tests/flows/test_backfill.py", "tests/flows/test_cli.py", "tests/flows/test_nightly.py"),
+)
+"""Files that share the `nursery`, or one embedded `prefect`, and so a worker."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,13 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # xdist may not be there
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadfile`: give a worker whole files, and those of the nursery together."""
+    """With `--dist loadfile`: give a worker whole files, and together those that share what is slow to start."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return _OF_THE_NURSERY[0] if file in _OF_THE_NURSERY else file
+            return next((group[0] for group in _TOGETHER if file in group), file)
 
     return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 

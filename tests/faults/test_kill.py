@@ -99,10 +99,10 @@ def ready(finished: Finished, nursery: Nursery, tmp_path_factory: pytest.TempPat
     tree = finished.copy(folder / "world").world.config
     # The worst case for the pointer: the gate says go every night.
     config = {**tree, "gate": {**tree["gate"], "when_unsure": "promote", "margin": 10.0}}
-    # Every night after the first shares its graph; here it has to be traced.
-    shutil.rmtree(folder / "world" / "store" / PIPELINE / "work" / "graph")
     begun, exported = folder / "begun", folder / "exported"
     moved(config, folder / "world", begun)
+    # Every night after the first shares its graph; where nights are killed it has to be traced.
+    shutil.rmtree(begun / "store" / PIPELINE / "work" / "graph")
     trap = Trap("before", "^tiny/blobs/", wait=pipes(folder / "pipes"))
     running = nursery.start(config, finished.next_night, trap)
     go = running.reached()

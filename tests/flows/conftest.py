@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.testing import utilities
 
 
 @pytest.fixture(scope="session")
 def prefect(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    # Loads the whole server: only where it is wanted.
+    from prefect.testing import utilities
+
     def folder_with_database() -> str:
         folder = tmp_path_factory.mktemp("prefect")
         shutil.copy(prefect_database, folder / "prefect-test.db")

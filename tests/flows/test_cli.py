@@ -12,7 +12,7 @@ import yaml
 
 from flows import cli
 from tests.finished import Finished
-from tests.steps.plain import plain_night
+from tests.steps.plain import plain_night, plain_replay
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -76,11 +76,37 @@ def test_backfill_shows_plan_nights_and_summary(
     assert "the lake has no such night" in shown
 
 
+@pytest.mark.usefixtures("prefect")
+def test_replay_shows_the_pooled_tables_and_where_the_page_is(
+    world: Finished, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    first, last = (result.night for result in world.results)
+    plain = plain_replay(world.config, first, last, out=str(tmp_path / "plain"))
+    span = ["--start", first.isoformat(), "--end", last.isoformat()]
+    cli.main(["replay", "--config", config, *span, "--out", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    for fact in (
+        f"{first} examined (1 of 2)", "nightly, clicked, 2 nights", "contact 5, clicked, adapted by slice",
+        "contact 20, clicked: no rows", "matrix factorisation", "support 21+", str(tmp_path / "out" / "replay.html"),
+    ):  # fmt: skip
+        assert fact in shown
+    assert "user_id, clicked: own weights " in shown
+    assert "market, clicked: own weights " in shown
+    assert (tmp_path / "out" / "replay.parquet").read_bytes() == Path(plain.written.table).read_bytes()
+
+
 def started(home: Path, *arguments: str) -> "subprocess.Popen[str]":
     """The command line in a process of its own, with the embedded server that a person gets."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_LOGGING")}
+    code = """
+import atexit, pathlib, sys
+atexit.register(lambda: pathlib.Path(sys.argv.pop()).write_text("\\n".join(sys.modules)))
+from flows.cli import main
+main(sys.argv[1:-1])
+"""
     return subprocess.Popen(
-        [sys.executable, "-c", "from flows.cli import main; main()", *arguments],
+        [sys.executable, "-c", code, *arguments, str(home.parent / "loaded")],
         cwd=ROOT, env=environment | {"PREFECT_HOME": str(home)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
@@ -105,6 +131,9 @@ def test_a_failing_night_is_one_block_on_an_otherwise_clean_screen(
     assert "part-0.parquet" in errors
     assert len(errors.strip().splitlines()) == 2
     assert len(shown.strip().splitlines()) == 1
+    loaded = (tmp_path / "loaded").read_text().splitlines()
+    assert "prefect.flows" in loaded
+    assert "prefect.server.api.server" not in loaded, "the run has loaded the server into its own process"
 
 
 def test_a_broken_config_is_told_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

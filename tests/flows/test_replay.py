@@ -11,9 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
-from flows import cli
 from flows.config import RetrainConfig
 from flows.nightly import NightResult
 from flows.replay import ReplayedNight, ReplayResult, replay_told_to
@@ -234,31 +232,6 @@ def test_a_small_night_is_left_out_and_a_range_without_nights_is_refused(damagea
     with pytest.raises(InvalidConfig, match="has no night of this range"):
         replayed(config, nights[-1] + timedelta(days=1), nights[-1] + timedelta(days=2), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
-
-
-@pytest.mark.usefixtures("prefect")
-def test_the_command_shows_the_pooled_tables_and_where_the_page_is(
-    world: Finished,
-    beside: tuple[Seen, dict[str, bytes]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(world.world.config))
-    nights = world.world.nights
-    span = ["--start", nights[FIRST].isoformat(), "--end", nights[LAST].isoformat()]
-    cli.main(["replay", "--config", str(path), *span, "--out", str(tmp_path / "out")])
-    shown = capsys.readouterr().out
-    for fact in (
-        f"{nights[FIRST]} examined (1 of 3)", "nightly, clicked, 3 nights", "contact 5, clicked, adapted by slice",
-        "contact 20, clicked: no rows", "matrix factorisation", "support 21+", str(tmp_path / "out" / "replay.html"),
-    ):  # fmt: skip
-        assert fact in shown
-    assert "user_id, clicked: own weights " in shown
-    assert "market, clicked: own weights " in shown
-    assert (tmp_path / "out" / "replay.parquet").read_bytes() == Path(beside[0].result.written.table).read_bytes()
 
 
 def test_a_night_that_was_replayed_is_released_without_a_second_exam(

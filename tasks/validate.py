@@ -1,11 +1,13 @@
 """Validate: clean rows and quarantined rows of a frozen night, and whether it may be learned from."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tasks import errors
 from tasks.clients.workspace import StepRecord
 from tasks.data import expectations
 from tasks.data.contract import DataConfig
+from tasks.data.expectations import Validated
 from tasks.data.interactions import FrozenNight, thaw
 from tasks.errors import DataRejected
 from tasks.ingest import lake, thawed
@@ -25,8 +27,9 @@ def validate(place: Place, data: DataConfig, ingested: IngestRef) -> ValidateRef
         ValidatorBroken: there is no verdict.
     """
     frozen = thawed(record_of(place, ingested).content)
-    record, shared = validate_night(place, data, frozen)
-    docs = "" if ingested.replayed else _build_docs(place, data, frozen)[0].key
+    made: list[Validated] = []
+    record, shared = validate_night(place, data, frozen, made.append)
+    docs = "" if ingested.replayed else _build_docs(place, data, frozen, made)[0].key
     content = record.content
     return ValidateRef(
         **shared,
@@ -38,8 +41,16 @@ def validate(place: Place, data: DataConfig, ingested: IngestRef) -> ValidateRef
     )
 
 
-def validate_night(place: Place, data: DataConfig, frozen: FrozenNight) -> tuple[StepRecord, dict[str, object]]:
+def validate_night(
+    place: Place, data: DataConfig, frozen: FrozenNight, told: Callable[[Validated], None] = lambda found: None
+) -> tuple[StepRecord, dict[str, object]]:
     """The validation of a frozen night, made now or before.
+
+    Args:
+        place: where.
+        data: the contract.
+        frozen: the night.
+        told: called with what a validation found that is made now.
 
     Raises:
         ExpectationsFailed: as `validate`; the rejection itself is remembered.
@@ -54,6 +65,7 @@ def validate_night(place: Place, data: DataConfig, frozen: FrozenNight) -> tuple
             message = str(error).replace(str(bad), f"{{{QUARANTINE}}}")
             kept = {QUARANTINE: bad} if bad.exists() else {}
             return Product({"rejected": {"error": type(error).__name__, "message": message}}, {}, kept)
+        told(found)
         progress(found.rows, found.rows, "rows")
         parquet = {"clean.parquet": found.clean_file}
         if found.quarantine_file is not None:
@@ -87,16 +99,25 @@ def clean_file(place: Place, record: StepRecord) -> Path:
     return open_workspace(place).file(record, "clean.parquet")
 
 
-def _build_docs(place: Place, data: DataConfig, frozen: FrozenNight) -> tuple[StepRecord, dict[str, object]]:
-    """Data Docs are a step of their own: their bytes tell the time of the run, and no digest may depend on them."""
+def _build_docs(
+    place: Place, data: DataConfig, frozen: FrozenNight, made: Sequence[Validated]
+) -> tuple[StepRecord, dict[str, object]]:
+    """Data Docs are a step of their own: their bytes tell the time of the run, and no digest may depend on them.
+
+    They show the validation that was just made; where it was remembered, the night is judged once more for them.
+    """
 
     def work(folder: Path, progress: Progress) -> Product:
-        files = thaw(frozen, data, Path(place.scratch), lake(data))
-        found = expectations.validate(data, frozen.night, files, folder, docs=True)
-        assert found.docs is not None
+        if made:
+            found = made[-1]
+        else:
+            files = thaw(frozen, data, Path(place.scratch), lake(data))
+            found = expectations.validate(data, frozen.night, files, folder)
+        site = folder / "data_docs"
+        expectations.data_docs(found, site)
         pages = {
-            f"data_docs/{path.relative_to(found.docs).as_posix()}": path
-            for path in sorted(found.docs.rglob("*"))
+            f"data_docs/{path.relative_to(site).as_posix()}": path
+            for path in sorted(site.rglob("*"))
             if path.suffix in (".html", ".css")  # not the four megabytes of fonts and pictures, night after night
         }
         return Product({"pages": len(pages)}, {}, pages)

@@ -41,23 +41,23 @@ class Validated:
     clean_file: Path
     quarantine_file: Path | None
     """None where no row is bad."""
-    docs: Path | None
-    """Folder of Data Docs; None unless they were asked for."""
+    night: date
+    verdicts: tuple[tuple[Check, Any], ...]
+    """What was judged and Great Expectations' own result, for `data_docs`."""
 
 
-def validate(data: DataConfig, night: date, files: Sequence[Path], out: Path, docs: bool = False) -> Validated:
+def validate(data: DataConfig, night: date, files: Sequence[Path], out: Path) -> Validated:
     """Splits a night into clean and quarantined rows and decides whether it may be learned from.
 
-    Writes `clean.parquet`, `quarantine.parquet` where rows are bad, and `data_docs/` where asked for. The files are
-    read through DuckDB with bounded memory. Before the first night of a contract, canary batches made from the
-    contract prove that every generated expectation passes what is good and fails what is bad.
+    Writes `clean.parquet`, and `quarantine.parquet` where rows are bad. The files are read through DuckDB with bounded
+    memory. Before the first night of a contract, canary batches made from the contract prove that every generated
+    expectation passes what is good and fails what is bad.
 
     Args:
         data: the contract.
         night: the night's date.
         files: local Parquet files of the night, as `thaw` returns them.
         out: folder to write to.
-        docs: whether to build Data Docs.
 
     Raises:
         NightMissing: the files hold no rows.
@@ -86,7 +86,6 @@ def validate(data: DataConfig, night: date, files: Sequence[Path], out: Path, do
             parts = split(connection, data, checks, rows, clean_file, quarantine_file)
         results = _evaluate(connection, suite)
     expectations = [_told(check, result) for check, result in zip(suite, results, strict=True)]
-    folder = _data_docs(suite, results, night, out / "data_docs") if docs else None
     agree(f"night {night}", suite, expectations, parts.reasons)
     if found := failures(data, parts, expectations, quarantine_file):
         raise ExpectationsFailed(f"night {night} stops: {'; '.join(found)}")
@@ -99,7 +98,8 @@ def validate(data: DataConfig, night: date, files: Sequence[Path], out: Path, do
         examples=parts.examples,
         clean_file=clean_file,
         quarantine_file=quarantine_file if parts.bad else None,
-        docs=folder,
+        night=night,
+        verdicts=tuple(zip(suite, results, strict=True)),
     )
 
 
@@ -289,8 +289,8 @@ def _escaped(result: Any) -> Any:
     return told
 
 
-def _data_docs(checks: Sequence[Check], results: Sequence[Any], night: date, folder: Path) -> Path:
-    """Great Expectations' own site of a night's results, replacing what the folder held."""
+def data_docs(validated: Validated, folder: Path) -> None:
+    """Write Great Expectations' own site of a night's results, replacing what the folder held."""
     import great_expectations as gx
     from great_expectations.core.expectation_validation_result import ExpectationSuiteValidationResult
     from great_expectations.core.run_identifier import RunIdentifier
@@ -305,10 +305,13 @@ def _data_docs(checks: Sequence[Check], results: Sequence[Any], night: date, fol
     index = {"class_name": "DefaultSiteIndexBuilder"}
     site = {"class_name": "SiteBuilder", "store_backend": store, "site_index_builder": index}
     context = gx.get_context(mode="ephemeral", project_config=_project({"night": site}))
-    name = f"night-{night}"
-    statistics = calc_validation_statistics(list(results))
+    name = f"night-{validated.night}"
+    results = [result for _, result in validated.verdicts]
+    statistics = calc_validation_statistics(results)
     run = RunIdentifier(run_name=name)
-    suite = gx.ExpectationSuite(name=name, expectations=[_configured(check).to_domain_obj() for check in checks])
+    suite = gx.ExpectationSuite(
+        name=name, expectations=[_configured(check).to_domain_obj() for check, _ in validated.verdicts]
+    )
     outcome = ExpectationSuiteValidationResult(
         results=[_escaped(result) for result in results],
         success=bool(statistics.success),
@@ -322,4 +325,3 @@ def _data_docs(checks: Sequence[Check], results: Sequence[Any], night: date, fol
         identifier = ValidationResultIdentifier(ExpectationSuiteIdentifier(name), run, VIEW)
         context.validation_results_store.set(identifier, outcome)
         context.build_data_docs()
-    return folder

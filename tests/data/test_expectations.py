@@ -14,14 +14,14 @@ import pytest
 from tasks.data import expectations
 from tasks.data.canaries import canaries
 from tasks.data.contract import ColumnConfig, DataConfig, ExpectationConfig, ObjectiveConfig
-from tasks.data.expectations import Validated, validate
+from tasks.data.expectations import Validated, data_docs, validate
 from tasks.data.rules import Rule, rules
 from tasks.errors import CorruptFile, ExpectationsFailed, InvalidConfig, NightMissing, SchemaBroken, ValidatorBroken
 from tests.data.nights import NIGHT, contract, row, write
 
 
-def judge(folder: Path, rows: list[dict[str, Any]], docs: bool = False, **changes: Any) -> Validated:
-    return validate(contract(**changes), NIGHT, [write(folder / "0.parquet", rows)], folder / "out", docs)
+def judge(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Validated:
+    return validate(contract(**changes), NIGHT, [write(folder / "0.parquet", rows)], folder / "out")
 
 
 def good(count: int = 20) -> list[dict[str, Any]]:
@@ -36,7 +36,6 @@ def test_a_good_night_is_all_clean_and_tells_what_was_expected(tmp_path: Path) -
     found = judge(tmp_path, good())
     assert (found.rows, found.clean, found.bad, found.reasons, found.examples) == (20, 20, 0, {}, ())
     assert found.quarantine_file is None
-    assert found.docs is None
     assert pq.read_metadata(found.clean_file).num_rows == 20
     assert all(told["success"] for told in found.expectations)
     abouts = {told["about"] for told in found.expectations}
@@ -175,10 +174,10 @@ def test_a_second_validation_replaces_the_first(tmp_path: Path) -> None:
 
 
 def test_data_docs_are_built_into_a_folder_also_for_a_night_with_bad_rows(tmp_path: Path) -> None:
-    found = judge(tmp_path, [*good(), row(30, plan="<script>alert(1)</script>")], docs=True)
-    assert found.docs == tmp_path / "out" / "data_docs"
-    assert (found.docs / "index.html").exists()
-    page = next((found.docs / "validations").rglob("*.html")).read_text()
+    docs = tmp_path / "docs"
+    data_docs(judge(tmp_path, [*good(), row(30, plan="<script>alert(1)</script>")]), docs)
+    assert (docs / "index.html").exists()
+    page = next((docs / "validations").rglob("*.html")).read_text()
     assert "it's; --" in page or "it&#39;s; --" in page
     assert "<script>alert(1)" not in page
 
@@ -187,7 +186,7 @@ def test_nothing_is_printed_logged_or_warned_about(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        judge(tmp_path, [*good(), row(30, age=500)], docs=True)
+        data_docs(judge(tmp_path, [*good(), row(30, age=500)]), tmp_path / "docs")
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
 

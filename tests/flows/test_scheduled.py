@@ -42,7 +42,7 @@ def until(what: str, limit_seconds: float, look: Callable[[], Any], logs: Path) 
     while time.monotonic() < end:
         if found := look():
             return found
-        time.sleep(0.25)
+        time.sleep(0.5)
     told = "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(logs.glob("*.log")))
     raise AssertionError(f"waited {limit_seconds} s for {what}\n{told}")
 
@@ -83,19 +83,24 @@ class House:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def runs_of(self, deployment: str) -> list[dict[str, Any]]:
+    def runs_of(self, deployment: str, states: dict[str, list[str]]) -> list[dict[str, Any]]:
+        """The first few runs in these states; a schedule has dozens that wait."""
         found: list[dict[str, Any]] = self.ask(
             "/flow_runs/filter",
-            {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"},
+            {
+                "deployments": {"name": {"any_": [deployment]}},
+                "flow_runs": {"state": {"type": states}},
+                "sort": "EXPECTED_START_TIME_ASC",
+                "limit": 5,
+            },
         )
         return found
 
     def begun(self, deployment: str) -> list[dict[str, Any]]:
-        return [run for run in self.runs_of(deployment) if run["state_type"] not in ("SCHEDULED", "PENDING")]
+        return self.runs_of(deployment, {"not_any_": ["SCHEDULED", "PENDING"]})
 
     def ended(self, deployment: str) -> list[dict[str, Any]]:
-        terminal = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-        return [run for run in self.runs_of(deployment) if run["state_type"] in terminal]
+        return self.runs_of(deployment, {"any_": ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]})
 
 
 def yesterday() -> date:

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from sklearn.metrics import log_loss, roc_auc_score
+from numpy.typing import NDArray
+from sklearn.metrics import log_loss
 
 from tasks.data.contract import DataConfig
 from tasks.learning.exams import CANDIDATE, COMMON, CONDITIONS, PARENT, ZERO_STEPS, column
@@ -72,6 +73,12 @@ def belongs(row: dict[str, float], given: int) -> set[str]:
     return {"all", f"support {size}", novelty} | ({f"after the {COMMON}th row"} if row["at"] >= COMMON else set())
 
 
+def won(label: NDArray[np.float64], said: NDArray[np.float64]) -> float:
+    """Share of the pairs of one liked and one not in which the liked one is put higher; a tie is half a win."""
+    ahead = said[label == 1][:, None] - said[label == 0]
+    return float(np.mean((ahead > 0) + 0.5 * (ahead == 0)))
+
+
 def test_every_figure_is_that_of_a_loop_over_the_rows(tables: dict[str, pa.Table], lines: list[Line]) -> None:
     kept: dict[tuple[str, str, str, str], list[tuple[str, str, float, float, float]]] = defaultdict(list)
     for night, table in tables.items():
@@ -95,7 +102,7 @@ def test_every_figure_is_that_of_a_loop_over_the_rows(tables: dict[str, pa.Table
         assert line.log_loss == pytest.approx(log_loss(label, said, labels=[0, 1]))
         assert line.rmse is None
         assert line.calibration is not None
-        aucs = [roc_auc_score(label[lists == one], said[lists == one]) for one in set(lists)
+        aucs = [won(label[lists == one], said[lists == one]) for one in set(lists)
                 if len(set(label[lists == one])) == 2]  # fmt: skip
         assert line.auc == (pytest.approx(np.mean(aucs)) if aucs else None)
         gap = log_loss(label, own, labels=[0, 1]) - log_loss(label, said, labels=[0, 1])

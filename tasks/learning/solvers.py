@@ -6,7 +6,7 @@ Shapes: B segments, S support rows (padded), K objectives, D adapter features.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,13 +55,17 @@ def solve(
     >>> solve(ones, torch.zeros(1, 4, 1), ones, torch.ones(1, 4), torch.ones(1, 1), ["binary"])
     tensor([[[1.]]])
     """
+    rows = (features, offsets, labels, weights, precision, kinds)
     solution = features.new_zeros(features.shape[0], labels.shape[-1], features.shape[-1])
-    for _ in range(steps):
+    bent = torch.zeros_like(offsets)
+    for step in range(steps):
+        if step > 0:
+            bent = _bent(features, solution)
         if features.shape[1] < features.shape[2]:
-            solution = _newton_by_rows(features, offsets, labels, weights, precision, kinds, solution)
+            solution = _newton_by_rows(*rows, bent)
         else:
-            gradient, factor = _newton(features, offsets, labels, weights, precision, kinds, solution)
-            solution = solution + torch.cholesky_solve(gradient[..., None], factor)[..., 0]
+            gradient, hessian = _newton(*rows, solution, bent)
+            solution = solution + _solve_positive(hessian, gradient)
     return solution
 
 
@@ -118,8 +122,7 @@ def descend(
         seen, curving = seen.detach(), curving.detach()
     solution = features.new_zeros(features.shape[0], labels.shape[-1], features.shape[-1])
     for _ in range(steps):
-        bent = torch.einsum("bsd,bkd->bsk", features, solution)
-        residual, _, _ = _likelihood(offsets + bent, labels, weights, kinds)
+        residual, _, _ = _likelihood(offsets + _bent(features, solution), labels, weights, kinds)
         said = torch.einsum("bsd,bsk->bkd", features, mass * residual)
         slope = (said.detach() if first_order else said) - precision * solution
         way = slope / precision
@@ -157,8 +160,44 @@ def variances(
     >>> variances(ones, ones, ones, torch.ones(1, 4), torch.ones(1, 1), ["rating"], torch.zeros(1, 1, 1))
     tensor([[[0.2000]]])
     """
-    _, factor = _newton(features, offsets, labels, weights, precision, kinds, solution)
-    return torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1)
+    rows = (features, offsets, labels, weights, precision, kinds)
+    _, hessian = _newton(*rows, solution, _bent(features, solution))
+    return torch.cholesky_inverse(torch.linalg.cholesky(hessian)).diagonal(dim1=-2, dim2=-1)
+
+
+class _SolvePositive(torch.autograd.Function):
+    """x = A^-1 b of positive definite systems, with the derivative of the equation instead of that of its solution.
+
+    From A x = b follows dx = A^-1 (db - dA x): one more solve with the same factor, and nothing flows through the
+    factor. Source: Giles, An extended collection of matrix derivative results, 2008.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, systems: Tensor, right: Tensor) -> Tensor:
+        factor = torch.linalg.cholesky(systems)
+        solution = torch.cholesky_solve(right[..., None], factor)[..., 0]
+        ctx.save_for_backward(systems, factor, solution)
+        return solution
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
+        systems, factor, solution = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants a second derivative, which the factor does not carry
+            back = _solve_positive(systems, slope)
+        else:
+            back = torch.cholesky_solve(slope[..., None], factor)[..., 0]
+        return -back[..., :, None] * solution[..., None, :], back
+
+
+def _solve_positive(systems: Tensor, right: Tensor) -> Tensor:
+    """Solutions ``[..., N]`` of symmetric positive definite systems ``[..., N, N]``."""
+    solution: Tensor = _SolvePositive.apply(systems, right)  # type: ignore[no-untyped-call]
+    return solution
+
+
+def _bent(features: Tensor, solution: Tensor) -> Tensor:
+    """What weights ``[B, K, D]`` add to the scores of their segments' rows ``[B, S, K]``."""
+    return torch.einsum("bsd,bkd->bsk", features, solution)
 
 
 def _newton(
@@ -169,14 +208,14 @@ def _newton(
     precision: Tensor,
     kinds: Sequence[ObjectiveKind],
     solution: Tensor,
+    bent: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient ``[B, K, D]`` and Cholesky factor of the Hessian ``[B, K, D, D]`` of the penalised likelihood."""
-    bent = torch.einsum("bsd,bkd->bsk", features, solution)
+    """Gradient of the penalised likelihood ``[B, K, D]``, and minus its Hessian ``[B, K, D, D]``."""
     residual, curvature, mass = _likelihood(offsets + bent, labels, weights, kinds)
     gradient = torch.einsum("bsd,bsk->bkd", features, mass * residual) - precision * solution
     scaled = features[:, :, None, :] * (mass * curvature)[..., None]
     hessian = torch.einsum("bskd,bse->bkde", scaled, features) + torch.diag_embed(precision)
-    return gradient, torch.linalg.cholesky(hessian)
+    return gradient, hessian
 
 
 def _newton_by_rows(
@@ -186,7 +225,7 @@ def _newton_by_rows(
     weights: Tensor,
     precision: Tensor,
     kinds: Sequence[ObjectiveKind],
-    solution: Tensor,
+    bent: Tensor,
 ) -> Tensor:
     r"""The same Newton step from the rows' side, cheaper where a segment has fewer rows than features: ``[B, K, D]``.
 
@@ -194,7 +233,6 @@ def _newton_by_rows(
 
         w <- Lambda^-1 Phi' R (I + R Phi Lambda^-1 Phi' R)^-1 R z
     """
-    bent = torch.einsum("bsd,bkd->bsk", features, solution)
     residual, curvature, mass = _likelihood(offsets + bent, labels, weights, kinds)
     # The root of 0 has no finite slope, and padding has no mass.
     root = ((mass * curvature).clamp_min(1e-30).sqrt() * (mass > 0)).mT
@@ -202,7 +240,7 @@ def _newton_by_rows(
     spread = features[:, None] / precision[:, None, :]
     system = root[..., :, None] * (spread @ features[:, None].mT) * root[..., None, :]
     system = system + torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
-    dual = torch.cholesky_solve(target[..., None], torch.linalg.cholesky(system))[..., 0]
+    dual = _solve_positive(system, target)
     return torch.einsum("bks,bksd->bkd", root * dual, spread)
 
 

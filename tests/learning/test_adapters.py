@@ -220,3 +220,13 @@ def test_a_ridge_over_nothing_but_the_constant_is_refused():
         check_width(AdapterConfig(), 1)
     check_width(AdapterConfig(kind="bias"), 1)
     check_width(AdapterConfig(), 2)
+
+
+@SHAPES
+def test_the_second_derivative_is_that_of_finite_differences(shape):
+    features, offsets, labels, weights, precision = segments(3, batch=2, **shape)
+    inputs = tuple(part.clone().requires_grad_() for part in (features, offsets, labels, precision))
+    assert torch.autograd.gradgradcheck(
+        lambda features, offsets, labels, precision: solve(features, offsets, labels, weights, precision, KINDS, 2),
+        inputs,
+    )

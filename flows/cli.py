@@ -187,7 +187,7 @@ def _replay(options: argparse.Namespace, console: "Console") -> None:
     from flows.display import ReplayScreen, Screen, show_replay
     from flows.embedded import embedded
     from flows.replay import replay, replay_told_to
-    from tasks.release import earned
+    from tasks.release import earned, lift
     from tasks.release.slices import load
     from tasks.steps import watched_by
 
@@ -196,8 +196,9 @@ def _replay(options: argparse.Namespace, console: "Console") -> None:
     with embedded(), Screen(console) as screen, watched_by(screen), replay_told_to(ReplayScreen(console)):
         result = replay(config, **given)
     written = result.written
-    steps = earned.load(Path(written.earned))
-    show_replay(console, load(Path(written.table)), steps, (written.table, written.earned, written.page))
+    steps, gained = earned.load(Path(written.earned)), lift.summaries(lift.load(Path(written.lift)))
+    paths = (written.table, written.earned, written.lift, written.page)
+    show_replay(console, load(Path(written.table)), steps, gained, paths)
 
 
 def _releases(options: argparse.Namespace, console: "Console") -> None:

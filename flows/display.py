@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # their modules load Prefect and torch, which a ranked list n
     from flows.replay import ReplayedNight
     from tasks.references import ReleaseRow, ScoreRow
     from tasks.release.earned import Step
+    from tasks.release.lift import Summary
     from tasks.release.slices import Line
     from tasks.serving.ranker import Ranked
 
@@ -162,8 +163,14 @@ def show_backfill(console: Console, outcomes: Sequence["NightOutcome"]) -> None:
     console.print(table)
 
 
-def show_replay(console: Console, lines: Sequence["Line"], steps: Sequence["Step"], written: Sequence[str]) -> None:
-    """The end of a replay: every method on all rows, the candidate on each slice, and from where own weights pay."""
+def show_replay(
+    console: Console,
+    lines: Sequence["Line"],
+    steps: Sequence["Step"],
+    lifts: Sequence["Summary"],
+    written: Sequence[str],
+) -> None:
+    """The end of a replay: every method on all rows, the candidate on each slice, and to whom own weights pay."""
     from tasks.release.earned import in_words
     from tasks.release.replay_page import EXAMS
     from tasks.release.slices import ADAPTED, EVERYTHING, POOLED, SLICES
@@ -194,6 +201,9 @@ def show_replay(console: Console, lines: Sequence["Line"], steps: Sequence["Step
         for level in dict.fromkeys(step.level for step in steps if step.objective == objective):
             curve = [step for step in steps if (step.objective, step.level) == (objective, level)]
             console.print(f"{escape(level)}, {objective}: {in_words(curve)}")
+        for one in lifts:
+            if one.objective == objective:
+                console.print(f"{escape(one.level)}, {objective}: {one.in_words()}")
     for path in written:
         console.print(escape(path), soft_wrap=True)
 

@@ -9,12 +9,12 @@ from tasks.data.contract import DataConfig, Section, SegmentsConfig
 from tasks.errors import StoreUnwritable
 from tasks.evaluate import exam_table
 from tasks.references import ExamRef, ParentRef, Place
-from tasks.release import earned
+from tasks.release import earned, lift
 from tasks.release.replay_page import render
 from tasks.release.slices import compared, save
 from tasks.steps import looked_at, verb
 
-TABLE, EARNED, PAGE = "replay.parquet", "replay-support.parquet", "replay.html"
+TABLE, EARNED, LIFT, PAGE = "replay.parquet", "replay-support.parquet", "replay-segments.parquet", "replay.html"
 
 
 class ReplayRef(Section):
@@ -24,6 +24,8 @@ class ReplayRef(Section):
     """Path of the long table: a line per exam, slice, method, objective and night (`tasks.release.slices.Line`)."""
     earned: str
     """Path of what own weights are worth by support: a line per step of the curve (`tasks.release.earned.Step`)."""
+    lift: str
+    """Path of what each segment gains from own weights: a line per segment (`tasks.release.lift.Served`)."""
     page: str
     """Path of the page."""
 
@@ -59,6 +61,7 @@ def compare_nights(
     with looked_at("compare", f"{len(tables)} {'night' if len(tables) == 1 else 'nights'}, by slice") as progress:
         lines = compared(tables, data, segments.max_support, seed, progress)
         steps = earned.curve(list(tables.values()), data, segments.levels, seed)
+        gained = lift.lifts(list(tables.values()), data, segments.levels)
     began = "the first one started cold" if start is None else f"the first one started from {start.name}"
     missing = [(night.isoformat(), why) for night, why in left_out]
     folder = Path(out)
@@ -66,12 +69,15 @@ def compare_nights(
         folder.mkdir(parents=True, exist_ok=True)
         save(lines, folder / f".{TABLE}")
         earned.save(steps, folder / f".{EARNED}")
-        told = render(place.pipeline, began, lines, steps, missing, seed)
+        lift.save(gained, folder / f".{LIFT}")
+        told = render(place.pipeline, began, lines, steps, lift.summaries(gained), missing, seed)
         (folder / f".{PAGE}").write_text(told, encoding="utf-8")
-        for name in (TABLE, EARNED, PAGE):  # whole or not at all: a reader may have the last one open
+        for name in (TABLE, EARNED, LIFT, PAGE):  # whole or not at all: a reader may have the last one open
             os.replace(folder / f".{name}", folder / name)
     except OSError as error:
         raise StoreUnwritable(
             f"cannot write {error.filename or folder}: {error.strerror}; give another --out"
         ) from error
-    return ReplayRef(table=str(folder / TABLE), earned=str(folder / EARNED), page=str(folder / PAGE))
+    return ReplayRef(
+        table=str(folder / TABLE), earned=str(folder / EARNED), lift=str(folder / LIFT), page=str(folder / PAGE)
+    )

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from tasks.release.charts import Whisker, intervals, lines
 from tasks.release.earned import Step, in_words
+from tasks.release.lift import Summary
 from tasks.release.page import Child, Markup, el, page, section, swatch, table
 from tasks.release.slices import ADAPTED, BY_NOVELTY, BY_SUPPORT, COMMON_ROWS, EVERYTHING, POOLED, Line
 
@@ -21,6 +22,7 @@ def render(
     start: str,
     found: Sequence[Line],
     earned: Sequence[Step],
+    lifts: Sequence[Summary],
     left_out: Sequence[tuple[str, str]],
     seed: int,
 ) -> str:
@@ -31,6 +33,7 @@ def render(
         start: what the first night started from, in words.
         found: lines of every exam.
         earned: what own weights are worth by support, of every level.
+        lifts: what they are worth to the segments, of every level.
         left_out: nights that were not examined, with the reason.
         seed: of the bootstrap.
     """
@@ -45,6 +48,7 @@ def render(
         *(_exams(name, nights, [line for line in found if line.objective == name]) for name in objectives),
         *(_slices(name, [line for line in found if line.objective == name]) for name in objectives),
         *(_earned(name, [step for step in earned if step.objective == name]) for name in objectives),
+        *(_lifts(name, [one for one in lifts if one.objective == name]) for name in objectives),
         _nights(found, nights, left_out),
         el("footer", f"95 % intervals, bootstrapped by user with seed {seed}"),
     )
@@ -116,6 +120,27 @@ def _earned(objective: str, steps: Sequence[Step]) -> Markup:
         parts.append(el("p", "No row was served by a segment's own weights.", class_="soft"))
     lead = "Loss per row with a segment's own weights minus its parent's, by the support rows behind the own ones. "
     return section(f"Own weights by support: {objective}", f"{lead}Intervals are bootstrapped by segment.", *parts)
+
+
+def _lifts(objective: str, levels: Sequence[Summary]) -> Markup:
+    """Of each level, how many segments gain, and the ends of the scale."""
+    parts: list[Child] = []
+    headers = ("segment", "rows", "measured", "shrunk", "standard deviation")
+    for one in levels:
+        parts += [el("h3", f"{one.level}: {one.in_words()}"), el("p", f"Nightly, {one.rows:,} rows.", class_="soft")]
+        for words, ends in (("served best", one.best), ("served worst", one.worst)):
+            figures = ((f"{told.difference:+.4f}", f"{told.shrunk:+.4f}", f"{told.deviation:.4f}") for told in ends)
+            rows = ((told.segment, f"{told.rows:,}", *row) for told, row in zip(ends, figures, strict=True))
+            parts += [el("p", f"{words}:", class_="soft"), table(headers, rows, len(headers) - 1)]
+    if not levels:
+        parts.append(el("p", "Too few segments were served by weights of their own to compare them.", class_="soft"))
+    return section(
+        f"Segments: {objective}",
+        "Loss per row with a segment's own weights minus its parent's; below zero it is better off. A segment's "
+        "measured mean is drawn towards that of its level by how unsure it is (empirical Bayes); better and worse off "
+        "are those with a probability of 95 %.",
+        *parts,
+    )
 
 
 def _slice(name: str, rows: Sequence[Line]) -> Markup:

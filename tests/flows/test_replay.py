@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,7 +20,7 @@ from tasks.clients.object_store import ObjectStore
 from tasks.errors import DataRejected, InvalidConfig
 from tasks.evaluate import exam_table
 from tasks.ingest import released_before
-from tasks.release import earned
+from tasks.release import earned, lift
 from tasks.release.slices import ADAPTED, POOLED, SLICES, load
 from tasks.steps import recalled, watched_by
 from tests.faults.victims import Nursery, Outcome, Trap
@@ -181,7 +182,12 @@ def test_the_table_holds_every_method_night_and_slice(beside: tuple[Seen, dict[s
     served = {level: sum(step.rows for step in steps if step.level == level) for level in ("user_id", "market")}
     assert 0 < served["user_id"] < own[POOLED].rows
     assert 0 < sum(served.values()) <= own[POOLED].rows
+    gained = lift.load(Path(seen.result.written.lift))
+    users = gained.filter(pc.equal(gained["level"], "user_id"))
+    assert sum(users["rows"].to_pylist()) == served["user_id"]
     page = Path(seen.result.written.page).read_text()
+    (told,) = (one for one in lift.summaries(gained) if one.level == "user_id")
+    assert f"user_id: {told.in_words()}" in page
     for method in methods:
         assert f">{method}<" in page
     assert "http" not in page.replace("http-equiv", "")

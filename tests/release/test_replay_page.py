@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from tasks.release.charts import lines as line_chart
 from tasks.release.earned import Step
+from tasks.release.lift import Served, Summary
 from tasks.release.replay_page import EXAMS, render
 from tasks.release.slices import ADAPTED, POOLED, SLICES, Line
 from tests.release.test_report import HOSTILE, Page, harm
@@ -37,17 +38,26 @@ def earned() -> list[Step]:
     ]
 
 
+def lifts() -> list[Summary]:
+    """One level, with a segment at either end."""
+    best, worst = (Served("liked", "user_id", key, 40, 2 * at, at, 0.01) for key, at in (("7", -0.1), ("13", 0.05)))
+    return [Summary("liked", "user_id", 90, 1230, -0.02, 60, 3, (best,), (worst,))]
+
+
 def changed(change: Callable[[str], str]) -> str:
     lines = [replace(line, method=change(line.method), objective=change(line.objective)) for line in found()]
     lines = [replace(line, method=ADAPTED) if line.method.startswith(ADAPTED) else line for line in lines]
     steps = [replace(step, level=change(step.level), objective=lines[0].objective) for step in earned()]
-    return render(
-        change("movielens"), change("the first one started cold"), lines, steps, [(change("x"), change("y"))], 0
-    )
+    served = []
+    for one in lifts():
+        best = replace(one.best[0], segment=change("7"))
+        served.append(replace(one, objective=lines[0].objective, level=change(one.level), best=(best,)))
+    missing = [(change("x"), change("y"))]
+    return render(change("movielens"), change("the first one started cold"), lines, steps, served, missing, 0)
 
 
 def test_the_page_names_every_method_exam_and_slice() -> None:
-    page = Page(render("movielens", "the first one started cold", found(), earned(), LEFT_OUT, 7))
+    page = Page(render("movielens", "the first one started cold", found(), earned(), lifts(), LEFT_OUT, 7))
     words = " ".join(page.words)
     for said in (
         "movielens · 1998-02-09 to 1998-02-11", "3 nights", "started cold", "Nothing was published", *METHODS,
@@ -55,6 +65,8 @@ def test_the_page_names_every_method_exam_and_slice() -> None:
         "CorruptFile: part-0.parquet is cut short", "3 examined, 1 left out.", "1,234", "seed 7",
         "user_id: own weights pay from 2 support rows on", "job x age: own weights are not proven to pay",
         "support 2 to 3", "Nightly, 330 rows.",
+        "user_id: 60 of 90 segments are better off, 3 worse; -0.0200 on average, 0.1500 between the best and the worst",
+        "Nightly, 1,230 rows.", "-0.2000", "+0.1000", "+0.0500",
     ):  # fmt: skip
         assert said in words
     told = [value or "" for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
@@ -63,7 +75,7 @@ def test_the_page_names_every_method_exam_and_slice() -> None:
 
 
 def test_lines_by_night_show_each_value() -> None:
-    page = Page(render("movielens", "cold", found(), [], LEFT_OUT, 0))
+    page = Page(render("movielens", "cold", found(), [], [], LEFT_OUT, 0))
     titles = {word for word in page.words if word.startswith(f"{ADAPTED}, ")}
     assert titles == {f"{ADAPTED}, {night}: {0.6 + 0.001 * number:.4f}" for number, night in enumerate(NIGHTS)}
 

@@ -20,8 +20,8 @@ EMBEDDED = {
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # its own 20 s are too few on a busy host
-    # Writing each task run's event as it comes, the server is still at it when the run ends: it loses the last ones and
-    # fills the screen with tracebacks. Written together, the rest is written after it was told to stop.
+    # Writing each task run's event as it comes, the server is still at it when the run ends, and loses the last ones.
+    # Written together, the rest is written after it was told to stop.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "500",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "60",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",

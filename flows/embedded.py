@@ -15,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from http import HTTPStatus
+from typing import IO
 
 import prefect
 from prefect.settings import (
@@ -27,7 +29,7 @@ from prefect.settings import (
 )
 
 from flows.guard import end_with_this_process
-from tasks.errors import PrefectUnavailable
+from tasks.errors import NightrankError, PrefectUnavailable
 
 _HOST = "127.0.0.1"
 _TRIES = 3
@@ -42,60 +44,74 @@ def embedded() -> Iterator[None]:
     """Flows in this block have a server: the configured one, or one that ends with this process.
 
     Raises:
-        PrefectUnavailable: no server is configured, and none could be started.
+        PrefectUnavailable: no server is configured, and none could be started, or it ended before the block did.
     """
-    if PREFECT_API_URL.value() is not None:
+    if PREFECT_API_URL.value():
         yield
         return
     if not PREFECT_SERVER_EPHEMERAL_ENABLED.value():
         raise PrefectUnavailable(
-            "no Prefect server: PREFECT_API_URL is not set, and PREFECT_SERVER_EPHEMERAL_ENABLED is false; "
-            "set the one, or leave out the other"
+            "no Prefect server: this profile has no PREFECT_API_URL, and PREFECT_SERVER_EPHEMERAL_ENABLED is false in "
+            "it; set PREFECT_API_URL to a server's, or PREFECT_SERVER_EPHEMERAL_ENABLED to true"
         )
     for worker in ("EventsWorker", "APILogWorker"):  # at the end they count what they still have to send
         logging.getLogger(worker).setLevel(logging.ERROR)
     end_with_this_process()
-    url = _started()
-    # Nobody watches an embedded server for heartbeats, and each flow run would wait a second for their thread to end.
-    with temporary_settings({PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-        yield
+    with tempfile.TemporaryFile() as said:
+        process, url = _started(said)
+        # Nobody watches it for heartbeats, and each flow run would wait a second for their thread to end.
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            try:
+                yield
+            except NightrankError:
+                raise
+            except Exception as error:
+                if process.poll() is None:
+                    raise
+                raise PrefectUnavailable(
+                    f"the embedded Prefect server ended during the run (exit status {process.returncode}); run it "
+                    f"again: finished steps are kept. It said:\n{_last_words(said)}"
+                ) from error
 
 
-def _started() -> str:
-    """Start a server; returns the URL of its API once it answers."""
+def _started(said: IO[bytes]) -> "tuple[subprocess.Popen[bytes], str]":
+    """Start a server that writes to a file; returns it and the URL of its API once it answers."""
     patience = PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
     marks = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
-    last_words = ""
     for _ in range(_TRIES):
         port = _free_port()
-        with tempfile.TemporaryFile() as said:
-            process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app",
-                    "--app-dir", str(prefect.__module_path__.parent), "--host", _HOST, "--port", str(port),
-                    "--log-level", "error", "--lifespan", "on",
-                ],
-                env={**os.environ, **marks, **settings},
-                stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            # After what Prefect registers later: its threads send what they still have before the server goes.
-            atexit.register(_stop, process)
-            deadline = time.monotonic() + patience
-            while process.poll() is None and time.monotonic() < deadline:
-                if _answers(port):
-                    return f"http://{_HOST}:{port}/api"
-                time.sleep(0.05)
-            _stop(process)
-            said.seek(0)
-            last_words = said.read().decode(errors="replace")[-_LAST_WORDS:]
-        if process.returncode < 0:  # it ran out of time, and was stopped
+        # In a session of its own it outlives a Ctrl-C: the run has its own end to report.
+        process = subprocess.Popen(
+            [
+                sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app",
+                "--app-dir", str(prefect.__module_path__.parent), "--host", _HOST, "--port", str(port),
+                "--log-level", "error", "--lifespan", "on",
+            ],
+            env={**os.environ, **marks, **settings},
+            stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        # After what Prefect registers later: its threads send what they still have before the server goes.
+        atexit.register(_stop, process)
+        deadline = time.monotonic() + patience
+        while process.poll() is None and time.monotonic() < deadline:
+            if _answers(port):
+                return process, f"http://{_HOST}:{port}/api"
+            time.sleep(0.05)
+        late = process.poll() is None
+        _stop(process)
+        if late:
             break
     raise PrefectUnavailable(
         f"the embedded Prefect server did not answer (exit status {process.returncode}, "
         f"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS {patience}); mend what it says, or start `prefect server "
-        f"start` and set PREFECT_API_URL. It said:\n{last_words}"
+        f"start` and set PREFECT_API_URL. It said:\n{_last_words(said)}"
     )
+
+
+def _last_words(said: IO[bytes]) -> str:
+    said.seek(0)
+    return said.read().decode(errors="replace")[-_LAST_WORDS:].strip()
 
 
 def _free_port() -> int:
@@ -109,9 +125,9 @@ def _answers(port: int) -> bool:
     with closing(http.client.HTTPConnection(_HOST, port, timeout=5)) as connection:
         try:
             connection.request("GET", "/api/health")
-            return connection.getresponse().status == http.HTTPStatus.OK
-        except OSError:
-            return False  # it does not listen yet
+            return connection.getresponse().status == HTTPStatus.OK
+        except (OSError, http.client.HTTPException):
+            return False  # it does not listen yet, or something else does
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

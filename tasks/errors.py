@@ -13,7 +13,7 @@
     ├── TrainingDiverged           the loss left the finite numbers
     ├── ParityBroken               the exported graph does not say what the network says
     ├── DeviceUnavailable          the config demands a device that this host lacks
-    ├── PrefectUnavailable         no Prefect server is configured, and none could be started
+    ├── PrefectUnavailable         there is no Prefect server, or the run has lost its own
     ├── StoreError                 something about the object store
     │   ├── StoreUnavailable       no answer, throttled or failing (transient)
     │   ├── StoreUnwritable        no permission, no space, read-only

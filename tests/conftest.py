@@ -109,7 +109,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> "Finished":
 @pytest.fixture(scope="session")
 def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty database of Prefect with its tables, to be copied into a home as `prefect.db`."""
-    from tests.shared import made_once, migrate
+    from tests.prefect_homes import migrate
+    from tests.shared import made_once
 
     return made_once(tmp_path_factory, "prefect-home", migrate) / "prefect.db"
 

@@ -3,8 +3,6 @@
 import fcntl
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,22 +21,6 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(shared / name)
             lock.write("made")
     return shared / name
-
-
-def migrate(home: Path) -> None:
-    """Make Prefect's database in a home of its own: hundreds of migrations, more work than a small night."""
-    home.mkdir()
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "prefect"), "server", "database", "upgrade", "-y"],
-        env={**os.environ, "PREFECT_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    # Everything is in the one file, which is what the copies are made of.
-    assert not [path.name for path in home.iterdir() if path.name.startswith("prefect.db-")]
 
 
 def lend_graph(lender: str, store: str) -> None:

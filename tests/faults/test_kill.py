@@ -26,6 +26,7 @@ from tasks.release.manifest import Pointer, pointer_key
 from tasks.release.pointer import promote, read_manifest, read_pointer
 from tests.faults.victims import ROOT, Nursery, Outcome, Trap, moved, pipes
 from tests.finished import Finished
+from tests.prefect_homes import home_with, servers_of
 
 PIPELINE = "tiny"
 STEPS = (
@@ -287,17 +288,6 @@ def fresh(trap: Trap, store: ObjectStore) -> Trap:
     return Trap(trap.when, f"^(?!(?:{there})$){trap.key.removeprefix('^')}", trap.nth)
 
 
-def servers_of(home: Path) -> list[int]:
-    """Process ids of the Prefect servers that keep their database in this folder."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            environment = (folder / "environ").read_bytes().split(b"\0")
-            if f"PREFECT_HOME={home}".encode() in environment and b"uvicorn" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-    return found
-
-
 def until(true: Callable[[], bool], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while not true():
@@ -343,8 +333,7 @@ def test_a_run_through_prefect_that_is_killed_is_finished_by_the_next(
     ready: Ready, prefect_database: Path, tmp_path: Path
 ) -> None:
     """No server outlives either; the second leaves a clean screen, and every one of its steps on record."""
-    (tmp_path / "prefect").mkdir()
-    shutil.copy(prefect_database, tmp_path / "prefect" / "prefect.db")
+    home_with(prefect_database, tmp_path / "prefect")
     config = moved(ready.config, ready.exported, tmp_path)
     store = store_of(config)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 
 from flows import cli
 from tests.finished import Finished
+from tests.prefect_homes import home_with, servers_of
 from tests.steps.plain import plain_night, plain_replay
 
 ROOT = Path(__file__).parent.parent.parent
@@ -120,8 +120,7 @@ def test_a_failing_night_is_one_block_on_an_otherwise_clean_screen(
     if first:  # Prefect makes its database before the run begins
         monkeypatch.delenv("PREFECT_SERVER_DATABASE_MIGRATE_ON_START")
     else:
-        (tmp_path / "prefect").mkdir()
-        shutil.copy(prefect_database, tmp_path / "prefect" / "prefect.db")
+        home_with(prefect_database, tmp_path / "prefect")
     path = damageable.files_of(damageable.next_night)[0]
     path.write_bytes(path.read_bytes()[:-100])
     night = damageable.next_night.isoformat()
@@ -135,6 +134,7 @@ def test_a_failing_night_is_one_block_on_an_otherwise_clean_screen(
     loaded = (tmp_path / "loaded").read_text().splitlines()
     assert "prefect.flows" in loaded
     assert "prefect.server.api.server" not in loaded, "the run has loaded the server into its own process"
+    assert servers_of(tmp_path / "prefect") == []
 
 
 def test_a_broken_config_is_told_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ import yaml
 
 from flows.config import RetrainConfig
 from tasks.releases import releases
+from tests.prefect_homes import home_with
 from tests.shared import lend_graph
 from tests.world import World, write_world
 
@@ -131,14 +131,12 @@ def house(
     request: pytest.FixtureRequest,
 ) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("house")
-    (folder / "home").mkdir()
-    shutil.copy(prefect_database, folder / "home" / "prefect.db")
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump({**world.config, "night_lag_days": LAG}))
     port = free_port()
     environment = {
         **os.environ,
-        "PREFECT_HOME": str(folder / "home"),
+        "PREFECT_HOME": str(home_with(prefect_database, folder / "home")),
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -111,7 +111,7 @@ class ReplayScreen:
 
 @contextmanager
 def errors_to(console: Console) -> Iterator[None]:
-    """Print an error of our family as one block, and leave with exit code 2."""
+    """Print an error of our family as one block and leave with exit code 2, and on Ctrl-C with a line and 130."""
     try:
         yield
     except NightrankError as error:
@@ -120,6 +120,9 @@ def errors_to(console: Console) -> Iterator[None]:
         if again:
             console.print(again)
         sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("stopped; what was finished is kept, and the same command goes on from there")
+        sys.exit(130)
 
 
 def show_night(console: Console, result: "NightResult") -> None:

@@ -111,7 +111,7 @@ def _started(said: IO[bytes]) -> "tuple[subprocess.Popen[bytes], str]":
 
 def _last_words(said: IO[bytes]) -> str:
     said.seek(0)
-    return said.read().decode(errors="replace")[-_LAST_WORDS:].strip()
+    return said.read().decode(errors="replace")[-_LAST_WORDS:].strip() or "nothing"
 
 
 def _free_port() -> int:

@@ -27,7 +27,7 @@ NIGHTLY = CONDITIONS[0]
 SURE = NormalDist().inv_cdf(0.95)
 """Standard deviations from nothing at which a segment counts as better or worse off."""
 SHOWN = 5
-"""Segments at either end that a summary names."""
+"""Most segments at either end that a summary names."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def lifts(tables: Sequence[pa.Table], data: DataConfig, levels: Sequence[Sequenc
         levels: columns of the ladder's levels, finest first.
 
     Returns:
-        A table of `SCHEMA`. Levels with fewer than `MIN_CLUSTERS` segments of two rows or more are left out: they
-        cannot tell how much segments differ.
+        A table of `SCHEMA`. Levels with fewer than `MIN_CLUSTERS` segments that were served in two visits or more (a
+        visit: a user's night) are left out: there is no telling what is the segment's and what the visit's.
     """
     parts = [SCHEMA.empty_table()]
     level = np.concatenate([table["level"].to_numpy() for table in tables])
@@ -124,10 +124,13 @@ def lifts(tables: Sequence[pa.Table], data: DataConfig, levels: Sequence[Sequenc
         )
         for number, columns in enumerate(levels):
             rows = np.flatnonzero((level == number) & ~np.isnan(difference))
-            segments, place, count = np.unique(key[rows], return_inverse=True, return_counts=True)
-            if np.count_nonzero(count > 1) < MIN_CLUSTERS:
+            if not len(rows):
                 continue
-            mean, variance = _measured(place, count, visit[rows], difference[rows])
+            segments, place, count = np.unique(key[rows], return_inverse=True, return_counts=True)
+            found = _measured(place, count, visit[rows], difference[rows])
+            if found is None:
+                continue
+            mean, variance = found
             shrunk, deviation = shrink(mean, variance)
             order = np.lexsort((segments, shrunk))
             parts.append(
@@ -155,7 +158,8 @@ def summaries(found: pa.Table) -> list[Summary]:
         chosen = pc.and_(pc.equal(found["objective"], objective), pc.equal(found["level"], level))
         mine = found.filter(chosen)
         shrunk, least = mine["shrunk"].to_numpy(), SURE * mine["deviation"].to_numpy()
-        ends = (mine.slice(0, SHOWN), mine.slice(max(0, len(shrunk) - SHOWN)))
+        shown = min(SHOWN, len(shrunk) // 2)  # nobody stands at both ends
+        ends = (mine.slice(0, shown), mine.slice(len(shrunk) - shown))
         best, worst = ([Served(**row) for row in end.to_pylist()] for end in ends)
         told.append(
             Summary(
@@ -187,20 +191,24 @@ def _strings(table: pa.Table, name: str) -> NDArray[np.str_]:
     return np.asarray(table[name].to_numpy(zero_copy_only=False), np.str_)
 
 
-def _measured(place: I64, count: I64, visit: I64, difference: F64) -> tuple[F64, F64]:
-    """Mean difference of every segment [E] and the variance of that mean, from its rows [N].
+def _measured(place: I64, count: I64, visit: I64, difference: F64) -> tuple[F64, F64] | None:
+    """Mean difference of every segment [E] and the variance of that mean, from its rows [N]; None: too few visits.
 
-    Few segments have the rows to tell their own variance, so a row has that of all segments together. It is larger by
-    how much rows of the same user's night move together, as far as segments of several such visits tell.
+    Rows of a visit resemble each other, so a mean has two parts of noise: that of its rows and that of its visits. Few
+    segments can tell their own; both variances are those of all segments together, by moments (Searle, Casella and
+    McCulloch, Variance Components, 1992, chapter 3, unbalanced data).
     """
     mean = np.bincount(place, difference) / count
-    rest = difference - mean[place]
-    _, cluster = np.unique(place * np.int64(visit.max() + 1) + visit, return_inverse=True)
-    moved = np.bincount(cluster, rest)
-    alone = float(rest @ rest) / (len(rest) - len(count))
-    clusters, own = len(moved), len(moved) - len(count)
-    together = float(moved @ moved) / len(rest) * clusters / own if own > 0 else 0.0
-    return mean, max(alone, together) / count
+    pairs, cluster = np.unique(place * np.int64(visit.max() + 1) + visit, return_inverse=True)
+    owner, size = pairs // np.int64(visit.max() + 1), np.bincount(cluster)
+    if np.count_nonzero(np.bincount(owner) > 1) < MIN_CLUSTERS:
+        return None
+    of_visit = np.bincount(cluster, difference) / size
+    of_a_row = float(((difference - of_visit[cluster]) ** 2).sum()) / max(1, len(difference) - len(size))
+    squares = np.bincount(owner, size.astype(np.float64) ** 2)
+    between = float((size * (of_visit - mean[owner]) ** 2).sum()) - (len(size) - len(count)) * of_a_row
+    of_a_visit = max(0.0, between / (len(difference) - float((squares / count).sum())))
+    return mean, of_a_row / count + of_a_visit * squares / count.astype(np.float64) ** 2
 
 
 def shrink(mean: F64, variance: F64) -> tuple[F64, F64]:
@@ -213,16 +221,22 @@ def shrink(mean: F64, variance: F64) -> tuple[F64, F64]:
         mean: measured values [E].
         variance: of the measurements [E].
 
+    Returns:
+        Means and deviations [E]; a deviation counts in how unsure the prior's mean is.
+
     Two that were measured equally well, and whose difference of 2 is four times what noise explains:
 
     >>> shrink(np.array([-1.0, 1.0]), np.array([0.5, 0.5]))
-    (array([-0.75,  0.75]), array([0.61237244, 0.61237244]))
+    (array([-0.75,  0.75]), array([0.66143783, 0.66143783]))
     """
-    sure = 1.0 / np.maximum(variance, np.finfo(np.float64).tiny)
+    if not variance.any():  # nothing is unsure
+        return mean.copy(), np.zeros_like(mean)
+    variance = np.maximum(variance, variance.max() * 1e-9)
+    sure = 1.0 / variance
     middle = (sure * mean).sum() / sure.sum()
     more = (sure * (mean - middle) ** 2).sum() - (len(mean) - 1)
     spread = max(0.0, more / (sure.sum() - (sure**2).sum() / sure.sum()))
-    sure = 1.0 / np.maximum(spread + variance, np.finfo(np.float64).tiny)
+    sure = 1.0 / (spread + variance)
     middle = (sure * mean).sum() / sure.sum()
     kept = spread * sure
-    return middle + kept * (mean - middle), np.sqrt(kept * variance)
+    return middle + kept * (mean - middle), np.sqrt(kept * variance + (1 - kept) ** 2 / sure.sum())

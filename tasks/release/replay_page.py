@@ -128,12 +128,18 @@ def _lifts(objective: str, levels: Sequence[Summary]) -> Markup:
     headers = ("segment", "rows", "measured", "shrunk", "standard deviation")
     for one in levels:
         parts += [el("h3", f"{one.level}: {one.in_words()}"), el("p", f"Nightly, {one.rows:,} rows.", class_="soft")]
-        for words, ends in (("served best", one.best), ("served worst", one.worst)):
+        for words, ends in (("those that gain most", one.best), ("those that gain least", one.worst)):
             figures = ((f"{told.difference:+.4f}", f"{told.shrunk:+.4f}", f"{told.deviation:.4f}") for told in ends)
             rows = ((told.segment, f"{told.rows:,}", *row) for told, row in zip(ends, figures, strict=True))
             parts += [el("p", f"{words}:", class_="soft"), table(headers, rows, len(headers) - 1)]
     if not levels:
-        parts.append(el("p", "Too few segments were served by weights of their own to compare them.", class_="soft"))
+        parts.append(
+            el(
+                "p",
+                "Too few segments were served by own weights on two nights or more to compare them.",
+                class_="soft",
+            )
+        )
     return section(
         f"Segments: {objective}",
         "Loss per row with a segment's own weights minus its parent's; below zero it is better off. A segment's "

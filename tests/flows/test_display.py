@@ -180,3 +180,10 @@ def test_an_error_of_the_family_is_one_block(console: Console, error: NightrankE
 def test_a_bug_keeps_its_traceback(console: Console) -> None:
     with pytest.raises(KeyError), errors_to(console):
         raise KeyError("a bug")
+
+
+def test_a_ctrl_c_is_one_line_and_no_success(console: Console) -> None:
+    with pytest.raises(SystemExit) as caught, errors_to(console):
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert shown_on(console) == "stopped; what was finished is kept, and the same command goes on from there\n"

@@ -74,36 +74,67 @@ def test_shrunk_lifts_are_nearer_to_the_truth_and_say_how_near(spread: float) ->
         assert np.mean(np.abs(error) < 1.96 * deviation) == pytest.approx(0.95, abs=0.015)
 
 
-def test_noise_alone_makes_nobody_better_off() -> None:
-    """Own weights that differ from the parent's at random, in whole nights of a user at a time."""
-    random = np.random.default_rng(5)
-    users, each = 300, 20
-    who = np.repeat(np.arange(users), each)
-    tables = []
-    for _ in range(2):
-        shift = np.repeat(random.normal(0, 0.3, users), each)
-        own = 1 / (1 + np.exp(-(0.5 + shift)))
-        # In the mean over what may happen no shift is worth anything.
-        loss = -np.log(own)
-        parent = np.exp(-(loss - (shift - shift.mean()) * 0.4))
-        tables.append(
-            pa.table(
-                {
-                    "level": np.zeros(len(who), np.int8),
-                    "segment": [f"{one}" for one in who],
-                    "user": [f"{one}" for one in who],
-                    "label/liked": np.ones(len(who)),
-                    "label/stars": np.full(len(who), np.nan),
-                    "nightly/candidate/liked": own,
-                    "nightly/parent/liked": np.clip(parent, 1e-6, 1 - 1e-6),
-                    "nightly/candidate/stars": np.full(len(who), np.nan),
-                    "nightly/parent/stars": np.full(len(who), np.nan),
-                }
-            )
-        )
-    (told,) = summaries(lifts(tables, contract("full"), LEVELS))
-    assert told.segments == users
-    assert told.better + told.worse <= 0.1 * users
+def told(difference: np.ndarray, segment: np.ndarray, visit: np.ndarray) -> pa.Table:
+    """A night's exam in which own weights are worse than the parent's by these differences of log-loss."""
+    parent = np.full(len(segment), 0.5)
+    return pa.table(
+        {
+            "level": np.zeros(len(segment), np.int8),
+            "segment": [f"{one}" for one in segment],
+            "user": [f"{one}" for one in visit],
+            "label/liked": np.ones(len(segment)),
+            "label/stars": np.full(len(segment), np.nan),
+            "nightly/candidate/liked": parent * np.exp(-difference),
+            "nightly/parent/liked": parent,
+            "nightly/candidate/stars": np.full(len(segment), np.nan),
+            "nightly/parent/stars": np.full(len(segment), np.nan),
+        }
+    )
+
+
+@pytest.mark.parametrize("longest", [12, 120])
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_who_is_better_off_is_seldom_said_of_those_who_are_not(spread: float, longest: int) -> None:
+    """Visits of unequal length whose rows move together; three segments in four have one visit, a long one perhaps."""
+    called, covered = [], []
+    for seed in range(12):
+        random = np.random.default_rng(seed)
+        true = spread * random.normal(size=200)
+        visits = np.where(random.random(200) < 0.75, 1, random.integers(2, 5, 200))
+        owner = np.repeat(np.arange(200), visits)
+        size = np.where(visits[owner] == 1, random.integers(2, longest, len(owner)), random.integers(2, 12, len(owner)))
+        moved = true[owner] + 0.1 * random.normal(size=len(owner))
+        visit = np.repeat(np.arange(len(owner)), size)
+        difference = moved[visit] + 0.3 * random.normal(size=len(visit))
+        found = lifts([told(difference, owner[visit], visit)], contract("full"), LEVELS)
+        place = np.array([int(one) for one in found["segment"].to_pylist()])
+        shrunk, deviation = found["shrunk"].to_numpy(), found["deviation"].to_numpy()
+        (one,) = summaries(found)
+        called.append((one.better + one.worse) / one.segments)
+        covered.append(np.mean(np.abs(shrunk - true[place]) < 1.96 * deviation))
+    assert np.mean(covered) > 0.85
+    if spread == 0:
+        assert np.mean(called) < 0.12
+
+
+def test_without_noise_the_measured_is_the_truth() -> None:
+    for mean in (np.zeros(1000), np.full(1000, -0.01), np.linspace(-1, 1, 10)):
+        shrunk, deviation = shrink(mean, np.zeros(len(mean)))
+        np.testing.assert_array_equal(shrunk, mean)
+        assert not deviation.any()
+    shrunk, deviation = shrink(np.array([-1.0, 0.0, 1.0]), np.array([0.0, 0.1, 0.1]))
+    assert np.isfinite(shrunk).all()
+    assert shrunk[0] == pytest.approx(-1, abs=1e-6)
+    assert deviation[0] < 1e-3
+
+
+def test_nobody_stands_at_both_ends_and_single_visits_tell_nothing() -> None:
+    segment = np.repeat(np.arange(7), 6)
+    difference = np.random.default_rng(0).normal(size=len(segment))
+    (one,) = summaries(lifts([told(difference, segment, np.arange(len(segment)) // 3)], contract("full"), LEVELS))
+    assert (len(one.best), len(one.worst)) == (3, 3)
+    assert not {served.segment for served in one.best} & {served.segment for served in one.worst}
+    assert lifts([told(difference, segment, segment)], contract("full"), LEVELS).num_rows == 0
 
 
 def test_few_segments_cannot_tell_how_much_they_differ() -> None:

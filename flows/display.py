@@ -175,6 +175,7 @@ def show_replay(
 ) -> None:
     """The end of a replay: every method on all rows, the candidate on each slice, and to whom own weights pay."""
     from tasks.release.earned import in_words
+    from tasks.release.lift import TOO_FEW
     from tasks.release.replay_page import EXAMS
     from tasks.release.slices import ADAPTED, EVERYTHING, POOLED, SLICES
 
@@ -204,9 +205,8 @@ def show_replay(
         for level in dict.fromkeys(step.level for step in steps if step.objective == objective):
             curve = [step for step in steps if (step.objective, step.level) == (objective, level)]
             console.print(f"{escape(level)}, {objective}: {in_words(curve)}")
-        for one in lifts:
-            if one.objective == objective:
-                console.print(f"{escape(one.level)}, {objective}: {one.in_words()}")
+            gained = next((one for one in lifts if (one.objective, one.level) == (objective, level)), None)
+            console.print(f"{escape(level)}, {objective}: {TOO_FEW if gained is None else gained.in_words()}")
     for path in written:
         console.print(escape(path), soft_wrap=True)
 

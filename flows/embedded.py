@@ -35,7 +35,7 @@ _HOST = "127.0.0.1"
 _TRIES = 3
 """A port that was free may be taken by the time the server listens."""
 _LAST_WORDS = 2000
-"""Characters of what a server said before it failed."""
+"""Bytes of what a server said before it failed."""
 _STOP_SECONDS = 5.0
 
 
@@ -110,8 +110,8 @@ def _started(said: IO[bytes]) -> "tuple[subprocess.Popen[bytes], str]":
 
 
 def _last_words(said: IO[bytes]) -> str:
-    said.seek(0)
-    return said.read().decode(errors="replace")[-_LAST_WORDS:].strip() or "nothing"
+    said.seek(max(0, said.seek(0, os.SEEK_END) - _LAST_WORDS))
+    return said.read().decode(errors="replace").strip() or "nothing"
 
 
 def _free_port() -> int:

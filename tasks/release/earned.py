@@ -15,11 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.data.contract import DataConfig
-from tasks.learning.exams import CANDIDATE, CONDITIONS, PARENT
 from tasks.learning.intervals import paired_intervals, sum_by_user
-from tasks.release.evidence import losses
+from tasks.release.evidence import own_minus_parent
 
-NIGHTLY = CONDITIONS[0]
 LEAST = (1, 2, 4, 8, 16, 32, 64)
 """Least support rows of each step of the curve; the last one is open."""
 
@@ -76,17 +74,13 @@ def curve(tables: Sequence[pa.Table], data: DataConfig, levels: Sequence[Sequenc
         seed: of the bootstrap by segment.
     """
     found: list[Step] = []
+    level, support = (
+        np.concatenate([table[name].to_numpy() for table in tables]).astype(np.int64) for name in ("level", "support")
+    )
+    key = np.concatenate([table["segment"].to_numpy(zero_copy_only=False).astype(str) for table in tables])
+    step = np.searchsorted(LEAST, support, side="right") - 1
     for objective in data.objectives:
-        parts = [
-            losses(table, NIGHTLY, CANDIDATE, objective) - losses(table, NIGHTLY, PARENT, objective) for table in tables
-        ]
-        difference = np.concatenate(parts)
-        level, support = (
-            np.concatenate([table[name].to_numpy() for table in tables]).astype(np.int64)
-            for name in ("level", "support")
-        )
-        key = np.concatenate([table["segment"].to_numpy(zero_copy_only=False).astype(str) for table in tables])
-        step = np.searchsorted(LEAST, support, side="right") - 1
+        difference = np.concatenate([own_minus_parent(table, objective) for table in tables])
         for number, columns in enumerate(levels):
             for at, least in enumerate(LEAST):
                 rows = np.flatnonzero((level == number) & (step == at) & ~np.isnan(difference))

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.data.contract import DataConfig, ObjectiveConfig
-from tasks.learning.exams import CANDIDATE, COMMON, PARENT, SUPPORTS, ZERO_STEPS, column, contact
+from tasks.learning.exams import CANDIDATE, COMMON, CONDITIONS, PARENT, SUPPORTS, ZERO_STEPS, column, contact
 from tasks.learning.intervals import Interval, UserSums, paired_intervals, pool, sum_by_user
 from tasks.learning.metrics import adaptation_fitness, log_loss, squared_error
 from tasks.learning.summaries import binary_summary, rating_summary
@@ -23,6 +23,7 @@ from tasks.release.segment_gate import SegmentEvidence
 
 Figures = dict[str, float | None]
 F64 = npt.NDArray[np.float64]
+NIGHTLY = CONDITIONS[0]
 
 
 def methods(table: pa.Table, condition: str, objective: str) -> list[str]:
@@ -39,6 +40,14 @@ def losses(table: pa.Table, condition: str, method: str, objective: ObjectiveCon
     labels = np.where(np.isnan(said), np.nan, labels)
     said = np.where(np.isnan(labels), 0.5, said)
     return log_loss(labels, said) if objective.kind == "binary" else squared_error(labels, said)
+
+
+def own_minus_parent(table: pa.Table, objective: ObjectiveConfig) -> F64:
+    """What a segment's own weights change [N]: nightly loss with those that serve a row minus that with their parent's.
+
+    NaN without label or prediction; 0 where no own weights serve.
+    """
+    return losses(table, NIGHTLY, CANDIDATE, objective) - losses(table, NIGHTLY, PARENT, objective)
 
 
 def figures(table: pa.Table, condition: str, objective: ObjectiveConfig, common: bool = False) -> dict[str, Figures]:
@@ -104,7 +113,7 @@ def segment_evidence(tables: Sequence[pa.Table], objective: ObjectiveConfig) -> 
     """What the nightly exams say about each segment's own weights against its parent's."""
     parts: list[pa.Table] = []
     for table in tables:
-        difference = losses(table, "nightly", CANDIDATE, objective) - losses(table, "nightly", PARENT, objective)
+        difference = own_minus_parent(table, objective)
         part = pa.table(
             {
                 **{name: table[name] for name in ("level", "segment", "support")},
@@ -135,13 +144,13 @@ def both_exams(tables: Sequence[pa.Table], data: DataConfig, seed: int) -> list[
     told: list[dict[str, Any]] = []
     for objective in data.objectives:
         comparisons: list[dict[str, Any]] = []
-        conditions: list[tuple[str, int | None, bool]] = [("nightly", None, False)]
+        conditions: list[tuple[str, int | None, bool]] = [(NIGHTLY, None, False)]
         conditions += [(contact(k), k, common) for k in SUPPORTS for common in (False, True)]
         for condition, k, common in conditions:
             for method, (interval, nights) in compare(tables, condition, objective, seed, common).items():
                 comparisons.append(
                     {
-                        "exam": "nightly" if k is None else "first_contact",
+                        "exam": NIGHTLY if k is None else "first_contact",
                         "k": k,
                         "method": method,
                         "common_rows": common,
@@ -153,7 +162,7 @@ def both_exams(tables: Sequence[pa.Table], data: DataConfig, seed: int) -> list[
             {
                 "objective": objective.name,
                 "kind": objective.kind,
-                "nightly": figures(tables[0], "nightly", objective),
+                "nightly": figures(tables[0], NIGHTLY, objective),
                 "first_contact": {str(k): figures(tables[0], contact(k), objective) for k in SUPPORTS},
                 "common": {str(k): figures(tables[0], contact(k), objective, common=True) for k in SUPPORTS},
                 "comparisons": comparisons,

@@ -19,15 +19,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tasks.data.contract import DataConfig
-from tasks.learning.exams import CANDIDATE, CONDITIONS, PARENT
 from tasks.learning.intervals import F64, I64, MIN_CLUSTERS
-from tasks.release.evidence import losses
+from tasks.release.evidence import own_minus_parent
 
-NIGHTLY = CONDITIONS[0]
 SURE = NormalDist().inv_cdf(0.95)
 """Standard deviations from nothing at which a segment counts as better or worse off."""
 SHOWN = 5
 """Most segments at either end that a summary names."""
+TOO_FEW = (
+    f"fewer than {MIN_CLUSTERS} segments were served by own weights on two nights or more: they cannot be compared"
+)
+"""What there is to say of a level that `lifts` leaves out."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,7 @@ def lifts(tables: Sequence[pa.Table], data: DataConfig, levels: Sequence[Sequenc
     visit = np.unique(np.concatenate([_strings(table, "user") for table in tables]), return_inverse=True)[1]
     visit = visit * len(tables) + night
     for objective in data.objectives:
-        difference = np.concatenate(
-            [
-                losses(table, NIGHTLY, CANDIDATE, objective) - losses(table, NIGHTLY, PARENT, objective)
-                for table in tables
-            ]
-        )
+        difference = np.concatenate([own_minus_parent(table, objective) for table in tables])
         for number, columns in enumerate(levels):
             rows = np.flatnonzero((level == number) & ~np.isnan(difference))
             if not len(rows):

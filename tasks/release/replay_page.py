@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from tasks.release.charts import Whisker, intervals, lines
 from tasks.release.earned import Step, in_words
-from tasks.release.lift import Summary
+from tasks.release.lift import TOO_FEW, Summary
 from tasks.release.page import Child, Markup, el, page, section, swatch, table
 from tasks.release.slices import ADAPTED, BY_NOVELTY, BY_SUPPORT, COMMON_ROWS, EVERYTHING, POOLED, Line
 
@@ -48,7 +48,7 @@ def render(
         *(_exams(name, nights, [line for line in found if line.objective == name]) for name in objectives),
         *(_slices(name, [line for line in found if line.objective == name]) for name in objectives),
         *(_earned(name, [step for step in earned if step.objective == name]) for name in objectives),
-        *(_lifts(name, [one for one in lifts if one.objective == name]) for name in objectives),
+        *(_lifts(name, [one for one in lifts if one.objective == name], earned) for name in objectives),
         _nights(found, nights, left_out),
         el("footer", f"95 % intervals, bootstrapped by user with seed {seed}"),
     )
@@ -122,8 +122,8 @@ def _earned(objective: str, steps: Sequence[Step]) -> Markup:
     return section(f"Own weights by support: {objective}", f"{lead}Intervals are bootstrapped by segment.", *parts)
 
 
-def _lifts(objective: str, levels: Sequence[Summary]) -> Markup:
-    """Of each level, how many segments gain, and the ends of the scale."""
+def _lifts(objective: str, levels: Sequence[Summary], earned: Sequence[Step]) -> Markup:
+    """Of each level, how many segments gain, and the ends of the scale; or why there is nothing to tell of it."""
     parts: list[Child] = []
     headers = ("segment", "rows", "measured", "shrunk", "standard deviation")
     for one in levels:
@@ -132,14 +132,10 @@ def _lifts(objective: str, levels: Sequence[Summary]) -> Markup:
             figures = ((f"{told.difference:+.4f}", f"{told.shrunk:+.4f}", f"{told.deviation:.4f}") for told in ends)
             rows = ((told.segment, f"{told.rows:,}", *row) for told, row in zip(ends, figures, strict=True))
             parts += [el("p", f"{words}:", class_="soft"), table(headers, rows, len(headers) - 1)]
-    if not levels:
-        parts.append(
-            el(
-                "p",
-                "Too few segments were served by own weights on two nights or more to compare them.",
-                class_="soft",
-            )
-        )
+    told_of = {one.level for one in levels}
+    for level in dict.fromkeys(step.level for step in earned if step.objective == objective):
+        if level not in told_of:
+            parts.append(el("p", f"{level}: {TOO_FEW}.", class_="soft"))
     return section(
         f"Segments: {objective}",
         "Loss per row with a segment's own weights minus its parent's; below zero it is better off. A segment's "

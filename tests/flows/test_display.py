@@ -130,7 +130,7 @@ def test_a_replay_fits_80_columns_and_says_where_its_page_is(console: Console) -
     step = Step("clicked", "user_id [x]", 2, 3, 12, 240, -0.02, -0.03, -0.01)
     served = Served("clicked", "user_id [x]", "u", 40, -0.2, -0.1, 0.01)
     level = Summary("clicked", "user_id [x]", 1234, 56_789, -0.02, 600, 3, (served,), (replace(served, shrunk=0.05),))
-    steps = [step, replace(step, objective="stars")]
+    steps = [step, replace(step, level="job"), replace(step, objective="stars")]
     show_replay(console, lines, steps, [level, replace(level, objective="stars")], [f"/{'long/' * 30}replay.html"])
     ReplayScreen(console)(1, 60, ReplayedNight(night=NIGHT, state="rejected", why="[bold]"))
     shown = shown_on(console).splitlines()
@@ -138,7 +138,7 @@ def test_a_replay_fits_80_columns_and_says_where_its_page_is(console: Console) -
         "nightly, clicked, 1 nights", "-0.0100 [-0.5000, +0.2500]", "(too few users)", "123,456", "replay.html",
         "user_id [x], clicked: own weights pay from 2 support rows on",
         "user_id [x], clicked: 600 of 1,234 segments are better off, 3 worse; -0.0200 on",
-        "average, 0.1500 between the best and the worst served",
+        "average, 0.1500 between the best and the worst served", "job, clicked: fewer than 5 segments were served",
         "2026-03-05 rejected (1 of 60): [bold]", *(name for name in SLICES if name != "all"),
     ):  # fmt: skip
         assert any(fact in line for line in shown), fact

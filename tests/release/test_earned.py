@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from tasks.release.earned import LEAST, Step, curve, load, pays_from, save
+from tests.release.own_weights import exam_of
 from tests.releases import contract
 
 LEVELS = (("user",), ("job", "zone"))
@@ -19,18 +20,14 @@ def exam(seed: int, rows: int = 6000) -> pa.Table:
     level, support = random.integers(-1, 2, rows), random.integers(1, 90, rows)
     own = np.where(support < 4, 0.4, 0.8)
     liked = np.where(random.random(rows) < 0.1, np.nan, 1.0)
-    return pa.table(
-        {
-            "level": level,
-            "support": np.where(level < 0, 0, support),
-            "segment": [f"segment {value}" for value in random.integers(0, 25, rows)],
-            "label/liked": liked,
-            "label/stars": np.full(rows, np.nan),
-            "nightly/candidate/liked": own.astype(np.float32),
-            "nightly/parent/liked": random.uniform(0.5, 0.7, rows).astype(np.float32),
-            "nightly/candidate/stars": np.full(rows, np.nan, np.float32),
-            "nightly/parent/stars": np.full(rows, np.nan, np.float32),
-        }
+    segment = [f"segment {value}" for value in random.integers(0, 25, rows)]
+    return exam_of(
+        own.astype(np.float32),
+        random.uniform(0.5, 0.7, rows).astype(np.float32),
+        liked,
+        level=level,
+        support=np.where(level < 0, 0, support),
+        segment=segment,
     )
 
 

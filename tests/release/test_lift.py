@@ -9,6 +9,7 @@ import pytest
 
 from tasks.learning.intervals import MIN_CLUSTERS
 from tasks.release.lift import SCHEMA, SHOWN, lifts, load, save, shrink, summaries
+from tests.release.own_weights import exam_of
 from tests.releases import contract
 
 LEVELS = (("user",), ("job", "zone"))
@@ -19,19 +20,11 @@ def exam(seed: int, rows: int = 3000, segments: int = 40) -> pa.Table:
     random = np.random.default_rng(seed)
     level, number = random.integers(-1, 2, rows), random.integers(0, segments, rows)
     own = np.where(number % 2 == 0, 0.8, 0.4) + random.uniform(-0.1, 0.1, rows)
-    return pa.table(
-        {
-            "level": level,
-            "segment": [f"segment {value}" for value in number],
-            "user": [f"user {value}" for value in random.integers(0, 90, rows)],
-            "label/liked": np.where(random.random(rows) < 0.1, np.nan, 1.0),
-            "label/stars": np.full(rows, np.nan),
-            "nightly/candidate/liked": own.astype(np.float32),
-            "nightly/parent/liked": random.uniform(0.5, 0.7, rows).astype(np.float32),
-            "nightly/candidate/stars": np.full(rows, np.nan, np.float32),
-            "nightly/parent/stars": np.full(rows, np.nan, np.float32),
-        }
-    )
+    user = [f"user {value}" for value in random.integers(0, 90, rows)]
+    liked = np.where(random.random(rows) < 0.1, np.nan, 1.0)
+    segment = [f"segment {value}" for value in number]
+    parent = random.uniform(0.5, 0.7, rows).astype(np.float32)
+    return exam_of(own.astype(np.float32), parent, liked, level=level, segment=segment, user=user)
 
 
 def test_measured_lifts_are_those_of_a_loop_and_levels_are_apart() -> None:
@@ -77,19 +70,9 @@ def test_shrunk_lifts_are_nearer_to_the_truth_and_say_how_near(spread: float) ->
 def told(difference: np.ndarray, segment: np.ndarray, visit: np.ndarray) -> pa.Table:
     """A night's exam in which own weights are worse than the parent's by these differences of log-loss."""
     parent = np.full(len(segment), 0.5)
-    return pa.table(
-        {
-            "level": np.zeros(len(segment), np.int8),
-            "segment": [f"{one}" for one in segment],
-            "user": [f"{one}" for one in visit],
-            "label/liked": np.ones(len(segment)),
-            "label/stars": np.full(len(segment), np.nan),
-            "nightly/candidate/liked": parent * np.exp(-difference),
-            "nightly/parent/liked": parent,
-            "nightly/candidate/stars": np.full(len(segment), np.nan),
-            "nightly/parent/stars": np.full(len(segment), np.nan),
-        }
-    )
+    names = {"segment": [f"{one}" for one in segment], "user": [f"{one}" for one in visit]}
+    level = np.zeros(len(segment), np.int8)
+    return exam_of(parent * np.exp(-difference), parent, np.ones(len(segment)), level=level, **names)
 
 
 @pytest.mark.parametrize("longest", [12, 120])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from tasks.release.charts import lines as line_chart
 from tasks.release.earned import Step
-from tasks.release.lift import Served, Summary
+from tasks.release.lift import TOO_FEW, Served, Summary
 from tasks.release.replay_page import EXAMS, render
 from tasks.release.slices import ADAPTED, POOLED, SLICES, Line
 from tests.release.test_report import HOSTILE, Page, harm
@@ -66,7 +66,7 @@ def test_the_page_names_every_method_exam_and_slice() -> None:
         "user_id: own weights pay from 2 support rows on", "job x age: own weights are not proven to pay",
         "support 2 to 3", "Nightly, 330 rows.",
         "user_id: 60 of 90 segments are better off, 3 worse; -0.0200 on average, 0.1500 between the best and the worst",
-        "Nightly, 1,230 rows.", "-0.2000", "+0.1000", "+0.0500",
+        "Nightly, 1,230 rows.", "-0.2000", "+0.1000", "+0.0500", f"job x age: {TOO_FEW}.",
     ):  # fmt: skip
         assert said in words
     told = [value or "" for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]

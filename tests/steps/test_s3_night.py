@@ -32,9 +32,6 @@ def test_lake_and_store_in_s3_give_the_release_that_directories_give(
     for file in sorted(source.rglob("*.parquet")):
         if file.parent.name <= f"night={local.night}":
             assert lake.put_file_if_absent(file.relative_to(source).as_posix(), file)
-    store = open_store(f"{bucket}/store")
-    for key in finished.store.list("tiny/work/graph/"):  # traced again if it were another
-        store.put_if_absent(key, finished.store.get(key).data)
     places = {"store": f"{bucket}/store", "scratch": str(tmp_path / "elsewhere")}
     config = RetrainConfig.model_validate(tree | places | {"data": tree["data"] | {"source": f"{bucket}/lake"}})
 

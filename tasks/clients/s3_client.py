@@ -1,15 +1,24 @@
 """The connection to S3: bounded in time, and never repeating a call behind our back."""
 
 import os
+from functools import cache
 from typing import Any
 
 import boto3
+import botocore.session
 from botocore.config import Config
+from botocore.loaders import Loader, create_loader
 
 from tasks.errors import InvalidConfig
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 25
+
+
+@cache
+def _models() -> Loader:
+    """Descriptions of AWS's services, which every session would read again: most of the time that a client takes."""
+    return create_loader()
 
 
 def s3_client() -> Any:
@@ -32,6 +41,8 @@ def s3_client() -> Any:
         s3={"addressing_style": "path"} if custom else None,
     )
     try:
-        return boto3.session.Session().client("s3", config=config)
+        session = botocore.session.get_session()
+        session.register_component("data_loader", _models())
+        return boto3.session.Session(botocore_session=session).client("s3", config=config)
     except ValueError as error:
         raise InvalidConfig(f"S3 cannot be set up: {error}; correct AWS_ENDPOINT_URL_S3") from error

@@ -14,6 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
+import jinja2
+from jinja2.bccache import Bucket
 
 from tasks.data.canaries import Canary, canaries
 from tasks.data.contract import DataConfig
@@ -146,13 +148,13 @@ def _gx() -> _GreatExpectations:
         from great_expectations.validator.validator import Validator
     # what it logs comes back as exception_info, which is raised as ValidatorBroken
     logging.getLogger("great_expectations").setLevel(logging.CRITICAL)
-    context = gx.get_context(mode="ephemeral", project_config=_project({}))
+    context = gx.get_context(mode="ephemeral", project_config=_project())
     return _GreatExpectations(
         ExpectationConfiguration, SqlAlchemyExecutionEngine, Batch, SqlAlchemyBatchData, Validator, context
     )
 
 
-def _project(sites: dict[str, Any]) -> Any:
+def _project() -> Any:
     """A project in memory: no files, no analytics, no progress bars."""
     from great_expectations.data_context.types.base import (
         DataContextConfig,
@@ -162,7 +164,7 @@ def _project(sites: dict[str, Any]) -> Any:
 
     return DataContextConfig(
         store_backend_defaults=InMemoryStoreBackendDefaults(),
-        data_docs_sites=sites,
+        data_docs_sites={},
         analytics_enabled=False,
         progress_bars=ProgressBarsConfig(globally=False),
     )
@@ -274,6 +276,24 @@ def _judge(data: DataConfig, canary: Canary) -> None:
     agree(f"the {canary.name} canary batch", suite, expectations, parts.reasons)
 
 
+class _Compiled(jinja2.BytecodeCache):
+    """Templates that this process has compiled, for whichever environment asks for them next."""
+
+    def __init__(self) -> None:
+        self._code: dict[tuple[str, str], Any] = {}
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        """Fill the bucket if its source has been compiled."""
+        bucket.code = self._code.get((bucket.key, bucket.checksum))
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        """Keep what was compiled."""
+        self._code[bucket.key, bucket.checksum] = bucket.code
+
+
+_COMPILED = _Compiled()
+
+
 def _escaped(result: Any) -> Any:
     """A copy for Data Docs, whose templates put values of the data into the page as they are."""
 
@@ -298,13 +318,12 @@ def data_docs(validated: Validated, folder: Path) -> None:
         ExpectationSuiteIdentifier,
         ValidationResultIdentifier,
     )
+    from great_expectations.render.renderer.site_builder import SiteBuilder
     from great_expectations.validator.validation_statistics import calc_validation_statistics
 
     shutil.rmtree(folder, ignore_errors=True)
     store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(folder.absolute())}
-    index = {"class_name": "DefaultSiteIndexBuilder"}
-    site = {"class_name": "SiteBuilder", "store_backend": store, "site_index_builder": index}
-    context = gx.get_context(mode="ephemeral", project_config=_project({"night": site}))
+    context = gx.get_context(mode="ephemeral", project_config=_project())
     name = f"night-{validated.night}"
     results = [result for _, result in validated.verdicts]
     statistics = calc_validation_statistics(results)
@@ -324,4 +343,8 @@ def data_docs(validated: Validated, folder: Path) -> None:
         context.suites.add(suite)
         identifier = ValidationResultIdentifier(ExpectationSuiteIdentifier(name), run, VIEW)
         context.validation_results_store.set(identifier, outcome)
-        context.build_data_docs()
+        site = SiteBuilder(context, store, site_name="night", site_section_builders={"profiling": "None"})
+        # Every part of the site has an environment of its own, and would compile the same templates again.
+        for part in (*site.site_section_builders.values(), site.site_index_builder):
+            part.view_class.env.bytecode_cache = _COMPILED
+        site.build()

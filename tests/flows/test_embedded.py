@@ -140,7 +140,8 @@ def greet(listener: socket.socket) -> None:
 
 
 _RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from time import sleep
 from urllib.request import urlopen
 from prefect.settings import PREFECT_API_URL

@@ -9,13 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from flows.config import RetrainConfig
 from tasks.adapt import adapt
@@ -107,10 +105,8 @@ class Pipeline:
         partition.mkdir()
         pq.write_table(change(table), partition / "part-0.parquet")
 
-    def night(self, night: date, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> Examined:
+    def night(self, night: date, **sections: Any) -> Examined:
         """Carry a night out up to its exams; `sections` replace those of the config."""
-        # Data Docs are pages for people, and the slowest part of a small night.
-        monkeypatch.setattr("tasks.validate._build_docs", lambda *_: (SimpleNamespace(key="0" * 64), {}))
         config = RetrainConfig.model_validate({**self.tree, **sections})
         place, data, segments, adapter, gate = config.place(), config.data, config.segments, config.adapter, config.gate
         ingested = ingest.fn(place, data, gate, night, config.digest())

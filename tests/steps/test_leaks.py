@@ -3,7 +3,6 @@
 Each assertion is also shown a planted leak of its kind, and must catch it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -95,7 +94,7 @@ class Home:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     folder = tmp_path_factory.mktemp("leaks")
     world = write_world(folder / "world", nights=6, users=24)
     tree = world.config
@@ -105,15 +104,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     pipeline = Pipeline(folder / "home", tree)
     for night in world.nights:
         pipeline.change(night, lambda table: table.append_column("note", pa.array(["x"] * table.num_rows)))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        yield Home(world, pipeline, pipeline.night(NIGHT, monkeypatch))
+    return Home(world, pipeline, pipeline.night(NIGHT))
 
 
-def changed(home: Home, folder: Path, monkeypatch: pytest.MonkeyPatch, change: Change) -> Examined:
+def changed(home: Home, folder: Path, change: Change) -> Examined:
     """The same night after a change to its rows, all of it done again."""
     pipeline = Pipeline(folder / change.__name__, home.pipeline.tree, like=home.pipeline)
     pipeline.change(NIGHT, change)
-    return pipeline.night(NIGHT, monkeypatch)
+    return pipeline.night(NIGHT)
 
 
 def unchanged(table: pa.Table) -> pa.Table:
@@ -125,9 +123,9 @@ class TestTheNight:
 
     @pytest.mark.parametrize("change", [permuted_labels, newcomers, tenfold, fewer])
     def test_no_byte_of_history_base_or_exam_bank_depends_on_it(
-        self, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Change
+        self, home: Home, tmp_path: Path, change: Change
     ) -> None:
-        other = changed(home, tmp_path, monkeypatch, change)
+        other = changed(home, tmp_path, change)
         assert other.ingested.frozen != home.examined.ingested.frozen
         assert_history_is_untouched(home.examined, other)
         # With other rows beside it, a row stands in another batch, and its last bits may differ.
@@ -158,7 +156,7 @@ class TestTheNight:
             pipeline = Pipeline(tmp_path / change.__name__, home.pipeline.tree, like=home.pipeline)
             pipeline.change(NIGHT, change)
             leak(RetrainConfig.model_validate(pipeline.tree))
-            found.append(pipeline.night(NIGHT, monkeypatch))
+            found.append(pipeline.night(NIGHT))
         with pytest.raises(AssertionError, match="meta-train knows the night"):
             assert_history_is_untouched(*found)
 
@@ -166,7 +164,7 @@ class TestTheNight:
         self, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         count_own_night(monkeypatch)
-        found = [changed(home, tmp_path, monkeypatch, change) for change in (unchanged, permuted_labels)]
+        found = [changed(home, tmp_path, change) for change in (unchanged, permuted_labels)]
         with pytest.raises(AssertionError, match="nightly/"):
             assert_nightly_scores_stand(*found, tolerance=1e-3)
 
@@ -176,7 +174,7 @@ class TestTheNight:
         """With a window of four nights, the oldest of them drops out in between."""
         tree = home.pipeline.tree
         short = {"data": {**tree["data"], "window_nights": 4}, "statistics": {"cohort": ["market"]}}
-        tonight = home.pipeline.night(NIGHT, monkeypatch, **short, pipeline="short")
+        tonight = home.pipeline.night(NIGHT, **short, pipeline="short")
         shipped: list[Any] = []
 
         class Enough(Exception):
@@ -192,7 +190,7 @@ class TestTheNight:
         vocabularies, nights, made = shipped
         assert [night for night, _ in nights] == [NIGHT - timedelta(days=days) for days in (3, 2, 1, 0)]
         assert len(tonight.prepared.nights) == 4
-        tomorrow = home.pipeline.night(NIGHT + timedelta(days=1), monkeypatch, **short, pipeline="short")
+        tomorrow = home.pipeline.night(NIGHT + timedelta(days=1), **short, pipeline="short")
         assert tomorrow.prepared.nights[0] == NIGHT - timedelta(days=3)
         rows = history_rows(tomorrow)
         at = np.flatnonzero(np.asarray(rows.night) == tomorrow.ingested.night.toordinal())
@@ -329,7 +327,7 @@ class TestALabelColumn:
     """No label is an input, whether or not an objective reads it."""
 
     def test_a_release_is_the_same_bytes_when_an_unused_label_and_an_ignored_column_are_noise(
-        self, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, finished: Finished, tmp_path: Path
     ) -> None:
         """Compared with a night whose contract knows of no ignored column at all."""
         random = np.random.default_rng(3)
@@ -344,7 +342,7 @@ class TestALabelColumn:
         noisy = Pipeline(tmp_path / "noisy", {**tree, "data": contract})
         for night in finished.world.nights:
             noisy.change(night, noise)
-        other = noisy.night(made.night, monkeypatch)
+        other = noisy.night(made.night)
         steps = {ref.step: ref for ref in made.steps}
         assert other.record("validate").digest != steps["validate"].digest
         place = finished.config.place()
@@ -385,14 +383,12 @@ class TestALabelColumn:
 class TestRandomLabels:
     """Where nothing can be known, nothing is claimed."""
 
-    def test_adaptation_does_not_beat_the_global_rate(
-        self, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_adaptation_does_not_beat_the_global_rate(self, home: Home, tmp_path: Path) -> None:
         random = np.random.default_rng(11)
         blind = Pipeline(tmp_path / "blind", home.pipeline.tree)
         for night in home.world.nights:
             blind.change(night, lambda table: replaced(table, clicked=random.integers(0, 2, table.num_rows)))
-        there = blind.night(NIGHT, monkeypatch)
+        there = blind.night(NIGHT)
         lead = there.config.data.objectives[0]
         for condition in ("nightly", "contact 0", "contact 5"):
             interval = compare([there.table()], condition, lead, seed=0)["global rate"][0]

@@ -58,7 +58,7 @@ COLUMNS = {
         _column("at", "time", "timestamp"),
         _column("liked", "label", "int64"),
     ],
-    # Columns that are called like tensors of ours, and one rating.
+    # Columns that are called like tensors of ours, one rating, and cross layers.
     "clashing": [
         _column("slot", "user", "int64"),
         _column("candidate_ids", "item", "int64"),
@@ -168,7 +168,8 @@ def make_parts(kind: str, seed: int = 0) -> tuple[DataConfig, Ranker, npt.NDArra
         kinds=kinds,
     )
     torch.manual_seed(seed)
-    network = Ranker(shape, RankerConfig(embedding=4, hidden=8, factors=2, features=2)).eval()
+    config = RankerConfig(kind="dcn" if kind == "clashing" else "mlp", embedding=4, hidden=8, factors=2, features=2)
+    network = Ranker(shape, config).eval()
     with torch.no_grad():  # untrained layers that begin at zero would hide what they multiply
         for parameter in network.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)

@@ -58,6 +58,14 @@ def optimiser_of(
     )
 
 
+def pull_back(network: nn.Module, anchor: nn.Module, share: float) -> None:
+    """Take every trained parameter a share of the way back to where an anchor of the same shape has it."""
+    with torch.no_grad():
+        for moved, home in zip(network.parameters(), anchor.parameters(), strict=True):
+            if moved.requires_grad:
+                moved.lerp_(home, share)
+
+
 def blend(average: nn.Module, module: nn.Module, keep: float) -> None:
     """Move the average towards a module of the same shape; `keep` is the share of the average that stays."""
     with torch.no_grad():

@@ -6,6 +6,7 @@ Shapes: V visits, T query rows, K objectives.
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,9 +23,19 @@ QUERY_ROWS = 512
 """Most query rows read per visit in training."""
 
 
-def draw(visits: Visits, count: int, random: np.random.Generator) -> tuple[Visits, I64]:
-    """Visits without replacement, and how many of their first rows are support; at least one row is left to query."""
-    chosen = visits.take(random.choice(len(visits), min(count, len(visits)), replace=False))
+def draw(
+    visits: Visits, count: int, random: np.random.Generator, chances: npt.NDArray[np.float64] | None = None
+) -> tuple[Visits, I64]:
+    """Visits without replacement, and how many of their first rows are support; at least one row is left to query.
+
+    Args:
+        visits: to draw from [V].
+        count: how many, if there are so many.
+        random: draws.
+        chances: how likely each visit is drawn next, relative to the others [V], positive; None for alike.
+    """
+    share = None if chances is None else chances / chances.sum()
+    chosen = visits.take(random.choice(len(visits), min(count, len(visits)), replace=False, p=share))
     warm = np.floor(np.exp(random.random(len(chosen)) * np.log(MOST_SUPPORT))).astype(np.int64)
     after = np.where(random.random(len(chosen)) < COLD_SHARE, 0, warm)
     return chosen, np.minimum(after, chosen.rows.lengths - 1)

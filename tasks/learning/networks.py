@@ -8,20 +8,24 @@ from itertools import accumulate
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tasks.data.contract import Section
+from tasks.learning.layers import Cross, Normaliser
 
-SMALLEST_SCALE = 1e-6
-"""A column that spreads less has no scale of its own."""
+CROSS_LAYERS = 2
 
 
 class RankerConfig(Section):
     """The shared network."""
 
-    kind: Literal["mlp"] = "mlp"
-    """`mlp`: a calibrated item rate, plus two towers whose product a joint multi-layer perceptron reads."""
+    kind: Literal["mlp", "dcn"] = "mlp"
+    """What reads the request's and the candidate's tower together, beside a calibrated item rate. `mlp`: a multi-layer
+    perceptron over both and their product. `dcn`: cross layers, and a perceptron on what comes out of them (DCN-V2,
+    stacked); every unit of one tower then meets every unit of the other and the joint statistics."""
+    cross_layers: Annotated[int, Field(ge=1, le=8)] = CROSS_LAYERS
+    """Cross layers of `dcn`: how many inputs one product can have, less one."""
     embedding: Annotated[int, Field(ge=1, le=512)] = 16
     """Width of an embedding."""
     hidden: Annotated[int, Field(ge=1, le=4096)] = 32
@@ -46,6 +50,15 @@ class RankerConfig(Section):
     user_statistics: bool = False
     """Whether the network reads the user's as-of rate and count. A personal adapter reads the very rows that they sum
     up, and both together count the same evidence twice; turn it on where the ladder has no user level."""
+
+    @model_validator(mode="after")
+    def _only_what_is_built(self) -> Self:
+        if self.kind != "dcn" and self.cross_layers != CROSS_LAYERS:
+            raise ValueError(
+                f"ranker.cross_layers = {self.cross_layers} belongs to ranker.kind 'dcn', and the kind is "
+                f"{self.kind!r}; remove it, or set ranker.kind to 'dcn'"
+            )
+        return self
 
 
 class RankerShape(Section):
@@ -76,31 +89,6 @@ class RankerShape(Section):
     def statistics(self) -> int:
         """Length of the statistics vector."""
         return len(self.request_statistics) + len(self.candidate_statistics) + len(self.joint_statistics)
-
-
-class Normaliser(nn.Module):
-    """Centres and scales numbers; a missing one becomes 0 and raises its indicator."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
-
-    def fit(self, mean: Tensor, deviation: Tensor) -> None:
-        """Take over means and standard deviations ``[F]``; what hardly varies is centred and left alone."""
-        self.mean.copy_(mean)
-        self.scale.copy_(torch.where(deviation > SMALLEST_SCALE, deviation, torch.ones_like(deviation)))
-
-    def forward(self, numbers: Tensor) -> Tensor:
-        """Numbers ``[..., F]`` (NaN = missing) to ``[..., 2F]``: normalised values, clipped to ±5, then indicators."""
-        if not numbers.shape[-1]:
-            return numbers
-        missing = torch.isnan(numbers)
-        values = ((torch.where(missing, self.mean, numbers) - self.mean) / self.scale).clamp(-5.0, 5.0)
-        return torch.cat([values, missing.to(values.dtype)], dim=-1)
 
 
 def _columns(values: Tensor, positions: tuple[int, ...]) -> Tensor:
@@ -140,8 +128,10 @@ class Ranker(nn.Module):
         )
         self.request_tower = nn.Sequential(nn.Linear(requests, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
         self.candidate_tower = nn.Sequential(nn.Linear(candidates, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
+        both = 2 * hidden + len(shape.joint_statistics)
+        self.cross = Cross(both, config.cross_layers) if config.kind == "dcn" else None
         self.joint = nn.Sequential(
-            nn.Linear(3 * hidden + len(shape.joint_statistics), hidden),
+            nn.Linear(both if self.cross is not None else both + hidden, hidden),
             nn.ReLU(),
             nn.Dropout(config.dropout),
             nn.Linear(hidden, len(shape.kinds)),
@@ -244,7 +234,11 @@ class Ranker(nn.Module):
         left, right = self.request_tower(request), self.candidate_tower(self.dropout(candidate))
         if self.training and self.config.request_dropout > 0:
             left = left * (torch.rand(left.shape[:-1], device=left.device) >= self.config.request_dropout)[..., None]
-        joint = torch.cat([left, right, left * right, _columns(normal, shape.joint_statistics)], dim=-1)
+        seen = _columns(normal, shape.joint_statistics)
+        if self.cross is None:
+            joint = torch.cat([left, right, left * right, seen], dim=-1)
+        else:
+            joint = self.cross(torch.cat([left, right, seen], dim=-1))
         logits = _columns(statistics, shape.offsets) + self.wide(normal) + self.joint(joint)
         features = [torch.ones_like(logits[..., :1])]
         for at, table in zip(self.factored, self.factor_tables, strict=True):

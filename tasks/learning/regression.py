@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from tasks.data.columns import F32, Rows
+from tasks.learning.layers import Normaliser
 from tasks.learning.material import I64, Material
-from tasks.learning.networks import Normaliser
 from tasks.learning.solvers import ObjectiveKind
 
 CHUNK = 131_072

@@ -4,6 +4,7 @@ Shapes: N rows, S statistics, K objectives.
 """
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -59,7 +60,14 @@ def normalise(network: Ranker, data: DataConfig, rows: Rows, at: I64) -> None:
         normaliser.fit(torch.from_numpy(mean), torch.from_numpy(scale))
 
 
-def solve_start(network: Ranker, material: Material, at: I64, adapter: AdapterConfig, sweeps: int) -> None:
+def solve_start(
+    network: Ranker,
+    material: Material,
+    at: I64,
+    adapter: AdapterConfig,
+    sweeps: int,
+    counts: npt.NDArray[np.float64] | None = None,
+) -> None:
     """Solve the calibration of the statistics, then every table of factors, with the rest of the network as it is.
 
     Args:
@@ -68,11 +76,14 @@ def solve_start(network: Ranker, material: Material, at: I64, adapter: AdapterCo
         at: positions of the rows that are read [N].
         adapter: how strongly the factors are held.
         sweeps: passes of the factorisation.
+        counts: what each row counts, times its own weight [N]; None for 1.
     """
     network.eval()
     kinds, wide = network.shape.kinds, network.wide
     with torch.no_grad():
         labels, weights = material.labels(at), material.weights(at)
+        if counts is not None:
+            weights = weights * torch.from_numpy(counts).to(weights)
         # The linear layer is solved anew, on top of everything else.
         wide.weight.zero_()
         wide.bias.zero_()

@@ -8,8 +8,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -19,7 +21,7 @@ from tasks.data.contract import DataConfig, SegmentsConfig
 from tasks.errors import NotEnoughHistory, TrainingDiverged
 from tasks.learning.adapters import AdapterConfig, Precisions, check_width
 from tasks.learning.base import Base, grow
-from tasks.learning.descent import blend, optimiser_of
+from tasks.learning.descent import blend, optimiser_of, pull_back
 from tasks.learning.descent import steady as steady  # other verbs compute under it as well
 from tasks.learning.episodes import QUERY_ROWS, draw, row_loss, score_visits
 from tasks.learning.ladder import Ladder, learned_levels
@@ -39,6 +41,8 @@ FITTED = frozenset({"item factors", "category factors"})
 leaves their precisions alone; the stop nights scale them where a chain of nights starts."""
 DRIFTING = frozenset({"constant"})
 """Parts whose weights change from night to night more than the evidence of all nights together knows."""
+LEAST_COUNT = 1e-12
+"""What a night counts at least, however old: nothing is never drawn, and a sum of weights is never 0."""
 REMEMBERED = 500_000
 """Most rows of a history whose scores are kept in memory while the precisions are looked for."""
 REFRESHED = "its closed forms were solved once more on the whole history"
@@ -188,7 +192,7 @@ class _Run:
             network, precisions = copy.deepcopy(start.network), copy.deepcopy(start.precisions)
             curve.append((-1, None, self._stop_loss(network, precisions, stop)))
         best, kept = (copy.deepcopy(network), copy.deepcopy(precisions)), -1
-        solve_start(network, self.material, at, self.adapter, SWEEPS if start is None else MORE_SWEEPS)
+        self._solve(network, at, SWEEPS if start is None else MORE_SWEEPS)
         if start is None:
             how = f"{how}; {self._hold(network, precisions, fit, stop, random)}"
         curve.append((0, None, self._stop_loss(network, precisions, stop)))
@@ -207,6 +211,8 @@ class _Run:
                 for group in optimiser.param_groups:
                     group["lr"] = group["peak"] * min(1.0, steps / self.training.steps_per_epoch)
                 losses.append(self._step(network, precisions, optimiser, fit, random))
+                if start is not None and config.pull > 0:
+                    pull_back(network, start.network, config.pull)
                 keep = min(self.training.average, steps / (steps + 9))
                 blend(average[0], network, keep)
                 blend(average[1], precisions, keep)
@@ -247,6 +253,19 @@ class _Run:
         changed = ", ".join(f"{name} by {scale:g}" for name, scale in scales.items() if scale != 1)
         return "precisions by evidence" + (f", scaled on the stop nights ({changed})" if changed else "")
 
+    def _counts(self, night: npt.NDArray[np.signedinteger[Any]]) -> npt.NDArray[np.float64] | None:
+        """What nights (ordinals) count by their age, 1 for the newest before the base's; None if all count alike."""
+        half = self.training.half_life_nights
+        if half is None:
+            return None
+        counts: npt.NDArray[np.float64] = 0.5 ** ((self.night.toordinal() - 1 - night) / half)
+        return np.maximum(counts, LEAST_COUNT)
+
+    def _solve(self, network: Ranker, at: I64, sweeps: int) -> None:
+        """Solve the closed forms of the start on rows at positions."""
+        counts = self._counts(np.asarray(self.rows.night)[at])
+        solve_start(network, self.material, at, self.adapter, sweeps, counts)
+
     def _refreshed(self, network: Ranker, precisions: Precisions, through: date) -> Base:
         """The base with its closed forms solved once more on every night of the history.
 
@@ -254,7 +273,7 @@ class _Run:
         any baseline.
         """
         at = newest(self.rows, self.visits, self.training.start_rows)
-        solve_start(network, self.material, at, self.adapter, MORE_SWEEPS)
+        self._solve(network, at, MORE_SWEEPS)
         return Base(network.eval(), precisions, self.levels, self.adapter, through)
 
     def _step(
@@ -266,7 +285,7 @@ class _Run:
         random: np.random.Generator,
     ) -> float:
         network.train()
-        visits, after = draw(fit, self.training.visits_per_step, random)
+        visits, after = draw(fit, self.training.visits_per_step, random, self._counts(fit.night))
         optimiser.zero_grad()
         if self.training.outer == "reptile":
             told, slopes = reptile(

@@ -46,6 +46,12 @@ class TrainingConfig(Section):
     """Weight of the loss before adaptation, so that the base stands by itself."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.98
     """Decay of the moving average of the weights, which is what is scored and kept."""
+    half_life_nights: Annotated[float, Field(ge=1)] | None = None
+    """Nights after which a night counts half: in how often its visits are episodes, and in the weight of its rows where
+    closed forms are solved. For a window that is longer than tastes last; None counts all nights alike."""
+    pull: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the way back to the parent's weights that follows every gradient step: theta <- theta - pull (theta -
+    parent). For long chains of small nights, where each night's noise would add up; nothing where a chain begins."""
     patience: Annotated[int, Field(ge=1)] = 2
     """Epochs without a better stop loss before training ends."""
     stop_nights: Annotated[int, Field(ge=1)] = 7

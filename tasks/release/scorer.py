@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from tasks.data.statistics import StatisticsTables
-from tasks.learning import networks
+from tasks.learning import layers, networks
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.release.lookups import IR_VERSION, OPSETS, Wires, as_model
 
@@ -31,7 +31,8 @@ F32 = npt.NDArray[np.float32]
 PREFIX = "score/"
 """All names in the graph are the release's own or begin with this; then comes a parameter's name in the scorer."""
 # Read with the modules: what lies on the disk later may be newer than what runs.
-_CODE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (networks.__file__, __file__))).hexdigest()
+_FILES = (layers.__file__, networks.__file__, __file__)
+_CODE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in _FILES)).hexdigest()
 
 
 class Scorer(nn.Module):

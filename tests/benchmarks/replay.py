@@ -3,13 +3,15 @@
     nightrank demo-data
     python -m tests.benchmarks.replay --config infra/movielens.yaml --nights 60 --min-rows 100
 
-`nightrank replay` does the work. Here are the choice of the nights, chains side by side, and `--joint`, an ablation:
-the same network trained jointly, without adapters in its loss, and the same ridge solved on it afterwards.
+`nightrank replay` does the work. Here are the choice of the nights, chains side by side, several seeds of training,
+and `--joint`, an ablation: the same network trained jointly, without adapters in its loss, and the same ridge solved on
+it afterwards.
 """
 
 import argparse
 from collections.abc import Iterator, Sequence
 from datetime import date
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +22,19 @@ import torch
 from flows.config import RetrainConfig, load_config
 from flows.replay import ReplayedNight, replay_told_to
 from tasks.data import vocabulary
+from tasks.data.contract import ObjectiveConfig
 from tasks.data.interactions import nights as nights_of
 from tasks.evaluate import exam_table
 from tasks.ingest import lake
 from tasks.learning.adapters import apply
 from tasks.learning.bank import Bank, fill_bank
 from tasks.learning.base import Base, shape_of
-from tasks.learning.exams import Night, Scores, gather, joined, probability, sit_contact
+from tasks.learning.exams import CANDIDATE, PARENT, Night, Scores, gather, joined, probability, sit_contact
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, Visits
 from tasks.learning.training import meta_train
 from tasks.meta_train import rows_of
+from tasks.release.evidence import figures
 from tasks.release.slices import ADAPTED, COMMON_ROWS, EVERYTHING, POOLED, Line, compared
 from tasks.steps import open_workspace, recalled, record_of
 from tests.steps.plain import plain_replay
@@ -45,6 +49,9 @@ def main() -> None:
     parser.add_argument("--nights", type=int, default=60)
     parser.add_argument("--min-rows", type=int, default=100)
     parser.add_argument("--joint", action="store_true")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="trainings of each night: training.seed and those after it"
+    )
     parser.add_argument("--chains", type=int, default=1, help="chains of nights side by side, each started cold")
     parser.add_argument("--only", type=int, help="run this chain (0, 1, ...) and print nothing; for side-by-side runs")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
@@ -53,22 +60,30 @@ def main() -> None:
     config = load_config(options.config)
     chosen = newest_nights(config, options.nights, options.min_rows)
     tables: dict[str, pa.Table] = {}
-    for number, part in enumerate(np.array_split(np.array(chosen, dtype=object), options.chains)):
+    chains = enumerate(np.array_split(np.array(chosen, dtype=object), options.chains))
+    for (number, part), seed in product(chains, range(config.training.seed, config.training.seed + options.seeds)):
         if options.only not in (None, number):
             continue
-        # Each chain a pipeline of its own: chains side by side would wait for each other's lease.
-        chain = config if options.chains == 1 else config.model_copy(update={"pipeline": f"{config.pipeline}-{number}"})
-        out = str(Path(options.out) / f"{chain.pipeline}-{part[0]}-{part[-1]}")
+        chain = config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
+        if options.chains > 1:  # a pipeline each: chains side by side would wait for each other's lease
+            chain = chain.model_copy(update={"pipeline": f"{config.pipeline}-{number}"})
+        out = str(Path(options.out) / f"{chain.pipeline}-{part[0]}-{part[-1]}-seed-{seed}")
         with replay_told_to(lambda *event: print(*event[:2], event[2].night, event[2].why, flush=True)):
             result = plain_replay(chain, part[0], part[-1], min_rows=options.min_rows, out=out, seed=options.seed)
         examined = [night for night in result.nights if night.exam is not None]
         found = [exam_table(chain.place(), night.exam.key) for night in examined if night.exam is not None]
         if options.joint:
             found = [joined(table, answers) for table, answers in zip(found, joint(chain, examined), strict=True)]
-        tables |= {night.night.isoformat(): table for night, table in zip(examined, found, strict=True)}
+        tables |= {f"{night.night} {seed}": table for night, table in zip(examined, found, strict=True)}
     if options.only is not None:
         return
-    print(f"{len(tables)} nights, {min(tables)} to {max(tables)}, {sum(map(len, tables.values())):,} rows\n")
+    nights = sorted({key.split()[0] for key in tables})
+    rows = sum(map(len, tables.values())) // options.seeds
+    print(
+        f"{len(nights)} nights, {nights[0]} to {nights[-1]}, {rows:,} rows, each trained with {options.seeds} seeds\n"
+    )
+    # A row stands there once per seed, and all of a user's rows are resampled together: pooled is the mean over seeds,
+    # its interval that of users.
     lines = [
         line
         for line in compared(tables, config.data, config.segments.max_support, options.seed)
@@ -77,6 +92,21 @@ def main() -> None:
     for exam in dict.fromkeys(line.exam for line in lines):
         for name in (EVERYTHING, *([] if exam == "nightly" else [COMMON_ROWS])):
             print(markdown([line for line in lines if (line.exam, line.slice) == (exam, name)]))
+        if options.seeds > 1:
+            print(by_seed(tables, exam, config.data.objectives[0]))
+
+
+def by_seed(tables: dict[str, pa.Table], exam: str, objective: ObjectiveConfig) -> str:
+    """Each seed's pooled log-loss and its distance to the nearest baseline, as a table."""
+    shown = ["| seed | adapted | best baseline | log-loss | adapted minus it |", "|---|---:|---|---:|---:|"]
+    for seed in sorted({key.split()[1] for key in tables}, key=int):
+        mine = [table for key, table in tables.items() if key.split()[1] == seed]
+        told = figures(pa.concat_tables(mine, promote_options="default"), exam, objective)
+        found = {method: float(one["log_loss"]) for method, one in told.items() if method != PARENT}  # type: ignore[arg-type]
+        own = found.pop(CANDIDATE)
+        best = min(found, key=lambda method: found[method])
+        shown.append(f"| {seed} | {own:.4f} | {best} | {found[best]:.4f} | {own - found[best]:+.4f} |")
+    return "\n".join(shown) + "\n"
 
 
 def newest_nights(config: RetrainConfig, count: int, least: int) -> list[date]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tasks.learning.adapters import AdapterConfig, Precisions
-from tasks.learning.descent import blend, optimiser_of, steady
+from tasks.learning.descent import blend, optimiser_of, pull_back, steady
 from tasks.learning.networks import Ranker, RankerConfig
 from tests.learning.small_rows import opposed, shape
 
@@ -65,3 +65,14 @@ def test_the_moving_average_keeps_its_share():
     torch.nn.init.constant_(module.weight, 3.0)
     blend(average, module, 0.75)
     assert average.weight.item() == pytest.approx(1.5)
+
+
+def test_what_is_trained_goes_its_share_of_the_way_back_and_what_is_frozen_stays():
+    moved, home = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for module, value in ((moved, 3.0), (home, 1.0)):
+        torch.nn.init.constant_(module.weight, value)
+        torch.nn.init.constant_(module.bias, value)
+    moved.bias.requires_grad_(False)
+    pull_back(moved, home, 0.25)
+    assert (moved.weight.item(), moved.bias.item()) == (2.5, 3.0)
+    assert (home.weight.item(), home.bias.item()) == (1.0, 1.0)

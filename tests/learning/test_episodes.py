@@ -40,6 +40,16 @@ def test_more_visits_than_there_are_is_all_of_them():
     assert after.tolist() == [0, 0, 0]
 
 
+def test_visits_are_drawn_by_their_chances():
+    """One visit of nights that count 1, 2 and 5: drawn in these shares, and without replacement all of them come."""
+    visits = visits_of(table([1, 2, 3], [0, 1, 2]))
+    chances = np.array([1.0, 2.0, 5.0])[visits.night - FIRST]
+    random = np.random.default_rng(0)
+    drawn = [int(draw(visits, 1, random, chances)[0].night[0]) - FIRST for _ in range(4000)]
+    np.testing.assert_allclose(np.bincount(drawn) / 4000, [1 / 8, 2 / 8, 5 / 8], atol=0.03)
+    assert sorted(draw(visits, 9, random, chances * 1e-12)[0].night - FIRST) == [0, 1, 2]
+
+
 def test_supports_imitate_both_exams():
     """About a third without a row of the night; the others log-uniform from 1 to the most."""
     rows = table(np.repeat(np.arange(4000), 50) + 1, [0] * 200_000)

@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from tasks.learning.networks import Normaliser, Ranker, RankerConfig, RankerShape
+from tasks.learning.layers import Cross, Normaliser
+from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 
 SHAPE = RankerShape(
     request_vocabularies=(4, 3), candidate_vocabularies=(6, 5), request_numbers=2, candidate_numbers=1,
     request_statistics=(2, 3), candidate_statistics=(0, 1), joint_statistics=(4,), offsets=(0,), kinds=("binary",),
 )  # fmt: skip
 SMALL = RankerConfig(embedding=3, hidden=4, factors=2, category_factors=1, features=3)
+CROSSED = SMALL.model_copy(update={"kind": "dcn"})
 
 
 def inputs(*lead, seed=0):
@@ -38,9 +40,10 @@ def test_normal_numbers_are_centred_scaled_clipped_and_missing_ones_are_told():
     assert said.tolist() == [[2.0, 0.0, 0.0, 1.0], [5.0, -5.0, 0.0, 0.0]]
 
 
-def test_logits_and_features_by_hand():
+@pytest.mark.parametrize("config", [SMALL, CROSSED], ids=["mlp", "dcn"])
+def test_logits_and_features_by_hand(config):
     """One row through every layer, written out."""
-    network, (request, candidate, first, second, statistics) = ranker(), inputs()
+    network, (request, candidate, first, second, statistics) = ranker(config), inputs()
     first[1] = torch.nan
     state = {name: value.detach() for name, value in network.state_dict().items()}
 
@@ -60,7 +63,13 @@ def test_logits_and_features_by_hand():
         second, torch.zeros(1), statistics[:2],
     ])  # fmt: skip
     left, right = tower("request_tower", about_request), tower("candidate_tower", about_candidate)
-    joint = layer("joint.3", layer("joint.0", torch.cat([left, right, left * right, statistics[4:]])).relu())
+    if config.kind == "mlp":
+        read = torch.cat([left, right, left * right, statistics[4:]])
+    else:
+        begin = torch.cat([left, right, statistics[4:]])
+        once = begin * layer("cross.layers.0", begin) + begin
+        read = begin * layer("cross.layers.1", once) + once
+    joint = layer("joint.3", layer("joint.0", read).relu())
     heard = statistics * torch.tensor([1.0, 1, 0, 0, 1])  # the user's own statistics are off by default
     expected = statistics[:1] + layer("wide", heard) + joint
     logits, features = network(request, candidate, first, second, statistics)
@@ -70,17 +79,35 @@ def test_logits_and_features_by_hand():
     torch.testing.assert_close(features, wanted)
 
 
-def test_a_fresh_network_says_the_item_rate_and_gives_features_of_its_width():
-    network, batch = Ranker(SHAPE, SMALL).eval(), inputs(7)
+def test_cross_layers_are_the_products_of_their_inputs():
+    """With unit weights and no bias one layer is x_i (x_1 + x_2) + x_i."""
+    cross = Cross(2, 1)
+    for parameter, value in zip(cross.parameters(), (1.0, 0.0), strict=True):
+        nn.init.constant_(parameter, value)
+    first, second = 3.0, -0.5
+    expected = [first * (first + second) + first, second * (first + second) + second]
+    assert cross(torch.tensor([first, second])).tolist() == expected
+
+
+def test_cross_layers_are_refused_where_there_are_none():
+    assert RankerConfig(kind="dcn", cross_layers=3).cross_layers == 3
+    with pytest.raises(ValueError, match=r"cross_layers = 3 belongs to ranker.kind 'dcn', and the kind is 'mlp'"):
+        RankerConfig(cross_layers=3)
+
+
+@pytest.mark.parametrize("config", [SMALL, CROSSED], ids=["mlp", "dcn"])
+def test_a_fresh_network_says_the_item_rate_and_gives_features_of_its_width(config):
+    network, batch = Ranker(SHAPE, config).eval(), inputs(7)
     logits, features = network(*batch)
     assert torch.equal(logits, batch[4][..., :1])
     assert features.shape == (7, network.width) == (7, 8)
     assert torch.equal(features[:, :4], torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(7, 4))
 
 
+@pytest.mark.parametrize("config", [SMALL, CROSSED], ids=["mlp", "dcn"])
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
-def test_any_leading_axes_give_what_single_rows_give(lead):
-    network, batch = ranker(), inputs(*lead)
+def test_any_leading_axes_give_what_single_rows_give(lead, config):
+    network, batch = ranker(config), inputs(*lead)
     logits, features = network(*batch)
     assert logits.shape == (*lead, 1)
     flat = [part.reshape(-1, part.shape[-1]) for part in batch]

@@ -122,3 +122,17 @@ def test_parts_of_the_rows_leave_no_trace(history, monkeypatch):
 def test_a_network_without_factors_is_calibrated_all_the_same(history):
     fresh, network = started(history, ranker=SMALL.model_copy(update={"factors": 0, "category_factors": 0}))
     assert not torch.equal(network.wide.weight, fresh.wide.weight)
+
+
+def test_what_a_row_counts_is_a_factor_of_its_weight(history):
+    counts = np.random.default_rng(0).uniform(0.1, 2.0, len(history))
+    weighed = replace(history, weights=(history.weights * counts).astype(np.float32))
+    at, networks = np.arange(len(history)), []
+    for rows, more in ((history, (counts,)), (weighed, ())):
+        torch.manual_seed(0)
+        networks.append(Ranker(shape(history), SMALL))
+        starts.solve_start(networks[-1], Material(rows), at, AdapterConfig(), 2, *more)
+    counted, plain = (network.state_dict() for network in networks)
+    for name in ("wide.weight", "factor_tables.0.weight", "factor_tables.1.weight"):
+        torch.testing.assert_close(counted[name], plain[name], rtol=1e-4, atol=1e-5)
+        assert counted[name].abs().sum() > 0

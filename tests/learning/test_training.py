@@ -134,6 +134,45 @@ def test_the_curve_starts_in_closed_form_and_has_a_point_for_every_epoch(trained
     assert not trained.base.network.training
 
 
+def test_with_a_half_life_the_newest_nights_say_more(history):
+    """Everybody likes the dear of late and the cheap before that: most nights say the one, the newest two the other."""
+    dear = (history.candidate_numbers[:, :1] > np.median(history.candidate_numbers)).astype(float)
+    lately = np.asarray(history.night)[:, None] >= FIRST + NIGHTS - 2
+    turned = with_labels(history, np.where(lately, dear, 1 - dear))
+    config = SHORT.model_copy(update={"epochs": 0})
+    says = {}
+    for half_life in (None, 1.0):
+        base = train(
+            turned, config=config.model_copy(update={"half_life_nights": half_life}), adapter=AdapterConfig(kind="none")
+        ).base
+        with torch.no_grad():
+            logits = Material(turned).scorer(base.network)(np.arange(len(turned)))[0][:, 0].numpy()
+        says[half_life] = logits[dear[:, 0] == 1].mean() - logits[dear[:, 0] == 0].mean()
+    assert says[None] < says[1.0]
+
+
+def test_a_pull_keeps_a_warm_start_near_its_parent_and_a_cold_one_as_it_is(
+    world, history, trained, tmp_path, monkeypatch
+):
+    """Each step goes 90 % of the way back, so that a step's length and a ninth of it is all that can add up."""
+    longer, held = before(world, NIGHTS + 2), SHORT.model_copy(update={"pull": 0.9, "average": 0.0})
+    falling = iter(range(0, -99, -1))
+    ends = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_stop_loss", lambda *_: next(falling))  # so that the last epoch is kept
+        for pull in (0.9, 0.0):
+            config = held.model_copy(update={"pull": pull})
+            after = train(longer, config=config, night=NIGHTS + 2, parent=trained.base)
+            assert after.epoch == SHORT.epochs
+            ours, theirs = after.base.network.state_dict(), trained.base.network.state_dict()
+            layers = [part for part in ours if "tower" in part or part.startswith(("joint.", "head."))]
+            ends[pull] = max(float((ours[part] - theirs[part]).abs().max()) for part in layers)
+    assert ends[0.9] <= SHORT.learning_rate / 9 * 1.2
+    assert ends[0.0] > 2 * SHORT.learning_rate
+    cold = train(history, config=SHORT.model_copy(update={"pull": 0.9}))
+    assert bytes_of(cold, tmp_path / "cold") == bytes_of(trained, tmp_path / "plain")
+
+
 def test_joint_training_and_no_adapters_are_trained_as_well(history):
     joint = train(history, config=SHORT.model_copy(update={"outer": "joint", "epochs": 1}))
     losses = stop_losses(joint, history)

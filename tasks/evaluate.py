@@ -34,7 +34,7 @@ from tasks.learning.material import Material
 from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
 from tasks.references import BankRef, BaseRef, ExamRef, IngestRef, Place, PrepareRef, ScoreRow, ValidateRef, VerdictRef
-from tasks.release.alarms import Alarm, harmful, inert, leaking, vanished
+from tasks.release.alarms import Alarm, harmful, inert, leaking, rates_by_category, vanished
 from tasks.release.evidence import both_exams, compare, segment_evidence
 from tasks.release.gate import GateConfig, decide_release
 from tasks.release.segment_gate import decide_segments
@@ -221,6 +221,11 @@ def _alarms(
         ):
             inputs |= {name: np.asarray(numbers)[at, number] for number, name in enumerate(names)}
         labels = np.asarray(rows.labels)[at, data.objectives.index(lead)]
+        for names, ids in (
+            (data.named("request", "categorical"), np.asarray(rows.request_ids)[at]),
+            (data.named("candidate", "categorical"), np.asarray(rows.candidate_ids)[at, 1:]),  # 0 is the item
+        ):
+            inputs |= {name: rates_by_category(labels, ids[:, number]) for number, name in enumerate(names)}
         yield from leaking(labels, inputs)
     if earlier:
         for number, level in enumerate(rows.levels):

@@ -104,6 +104,30 @@ def vanished(
     )
 
 
+def rates_by_category(labels: FloatArray, categories: NDArray[np.integer[Any]]) -> FloatArray:
+    """What each row's category says about its label, learned from the other half of the rows.
+
+    A category's mean label over every other row, and one row of the mean besides; so that a row never tells of itself,
+    and a category that hardly comes twice says nothing.
+
+    Args:
+        labels: [N] 0 or 1, NaN where missing.
+        categories: [N] ids from 0; unknown and missing values are a category too.
+
+    >>> rates_by_category(np.array([1.0, 1.0, 0.0, 0.0]), np.array([7, 7, 2, 2])).tolist()
+    [0.75, 0.75, 0.25, 0.25]
+    """
+    known, half = ~np.isnan(labels), np.arange(len(labels)) % 2
+    rates = np.full(len(labels), np.nan)
+    for mine in (0, 1):
+        fit, asked = known & (half != mine), half == mine
+        if fit.any():
+            counts = np.bincount(categories[fit], minlength=int(categories.max()) + 1)
+            sums = np.bincount(categories[fit], weights=labels[fit], minlength=len(counts))
+            rates[asked] = ((sums + labels[fit].mean()) / (counts + 1))[categories[asked]]
+    return rates
+
+
 def leaking(labels: FloatArray, inputs: Mapping[str, FloatArray]) -> Sequence[Alarm]:
     """Inputs that by themselves tell tonight's labels.
 
@@ -111,7 +135,8 @@ def leaking(labels: FloatArray, inputs: Mapping[str, FloatArray]) -> Sequence[Al
 
     Args:
         labels: [N] 0 or 1, NaN where missing.
-        inputs: by name, [N] a statistic or numeric input, NaN where missing.
+        inputs: by name, [N] a statistic, a numeric input or the `rates_by_category` of a categorical one, NaN where
+            missing.
 
     >>> labels = np.repeat([0.0, 1.0], 50)
     >>> [alarm.message[:32] for alarm in leaking(labels, {"honest": np.tile([1.0, 2.0], 50), "copy": -labels})]

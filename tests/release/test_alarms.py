@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tasks.learning.intervals import Interval, paired_interval
-from tasks.release.alarms import harmful, inert, leaking, vanished
+from tasks.release.alarms import harmful, inert, leaking, rates_by_category, vanished
 
 
 def test_adaptation_that_changes_nothing_is_inert():
@@ -81,6 +81,28 @@ def test_a_value_that_is_missing_where_the_label_is_one_leaks():
     (alarm,) = leaking(labels, {"seconds_watched": np.where(labels == 1, np.nan, honest)})
     assert alarm.name == "leaking"
     assert "'seconds_watched'" in alarm.message
+
+
+def test_a_category_is_heard_through_the_rows_beside_it():
+    """By a loop over the rows: the mean of the other half's rows of the category, and one row of the mean."""
+    random = np.random.default_rng(0)
+    labels, ids = (random.random(61) < 0.4).astype(float), random.integers(0, 9, 61)
+    labels[::10] = np.nan
+    expected = []
+    for row in range(61):
+        others = [at for at in range(61) if at % 2 != row % 2 and not np.isnan(labels[at])]
+        alike = [labels[at] for at in others if ids[at] == ids[row]]
+        expected.append((sum(alike) + np.mean(labels[others])) / (len(alike) + 1))
+    np.testing.assert_allclose(rates_by_category(labels, ids), expected)
+
+
+def test_a_category_that_is_the_outcome_leaks_and_one_of_a_row_each_does_not():
+    labels, _ = world()
+    outcome, session = np.where(labels > 0, 3, 1), np.arange(len(labels))
+    noise = np.random.default_rng(1).integers(0, 40, len(labels))
+    told = {"outcome": outcome, "session": session, "noise": noise}
+    (alarm,) = leaking(labels, {name: rates_by_category(labels, ids) for name, ids in told.items()})
+    assert "'outcome'" in alarm.message
 
 
 def test_infinite_values_do_not_break_the_search():

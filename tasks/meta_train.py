@@ -1,8 +1,13 @@
 """Meta-train: one base for all segments, from the nights before this one."""
 
+import glob
+from datetime import date
 from pathlib import Path
 
-from tasks.clients.workspace import StepRecord
+import torch
+
+from tasks.clients.local_files import write_local
+from tasks.clients.workspace import StepRecord, digest_of
 from tasks.data import vocabulary
 from tasks.data.columns import Rows, open_rows
 from tasks.data.contract import DataConfig, SegmentsConfig
@@ -38,11 +43,12 @@ def meta_train(
     """
     history = recalled(place, "history", prepared.history)
     device = device_of(place)
+    inputs = {"history": history.digest, "parent": ingested.parent.digest if ingested.parent else "none"}
     section = {
         "objectives": [objective.model_dump(mode="json") for objective in data.objectives],
         "segments": segments.model_dump(mode="json"),
         "ranker": ranker.model_dump(mode="json"),
-        "training": training.model_dump(mode="json"),
+        "training": training.model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "adapter": adapter.model_dump(mode="json"),
         "device": device,
     }
@@ -51,12 +57,15 @@ def meta_train(
         rows = rows_of(place, history)
         vocabularies = vocabulary.load(data, open_workspace(place).file(history, "vocabulary.parquet"))
         parent, why = _parent(place, ingested.parent)
+        shelf = _Scratch(place, ingested.night, digest_of([VERSION, torch.__version__, inputs, section]))
         trained = learning.meta_train(
             *(data, segments, ranker, adapter, training, rows, shape_of(data, rows, vocabularies), ingested.night),
             parent=parent,
             device=device,
             report=progress,
+            shelf=shelf,
         )
+        shelf.clear()
         files = save_base(trained.base.to("cpu"), folder)
         content = {
             "epoch": trained.epoch,
@@ -65,7 +74,6 @@ def meta_train(
         }
         return Product(content, {"curve": [list(point) for point in trained.curve], "why": why + trained.why}, files)
 
-    inputs = {"history": history.digest, "parent": ingested.parent.digest if ingested.parent else "none"}
     record, shared = carry_out(place, "meta-train", VERSION, ingested.night, inputs, section, work)
     curve = record.notes["curve"]
     kept = [point[2] for point in curve if point[0] == record.content["epoch"]]
@@ -75,6 +83,28 @@ def meta_train(
         stop_loss=kept[0] if kept else None,
         parameters=record.content["parameters"],
     )
+
+
+class _Scratch:
+    """The checkpoint of a night's training: one local file, of equal inputs and config only."""
+
+    def __init__(self, place: Place, night: date, made_from: str) -> None:
+        self._file = Path(place.scratch) / "checkpoints" / f"{place.pipeline}-{night}.{made_from}"
+
+    def load(self) -> bytes | None:
+        """What a run that died has left here."""
+        return self._file.read_bytes() if self._file.exists() else None
+
+    def save(self, data: bytes) -> None:
+        """Replace it; what other configs or inputs of this night have left here goes."""
+        write_local(self._file, [data], None, "the checkpoint of a training")
+        for other in self._file.parent.glob(f"{glob.escape(self._file.stem)}.*"):
+            if other != self._file:
+                other.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Forget it: the training has ended."""
+        self._file.unlink(missing_ok=True)
 
 
 def _parent(place: Place, parent: ParentRef | None) -> tuple[Base | None, str]:

@@ -5,6 +5,8 @@ form (or from the parent), reads nights before the stop nights, and keeps what d
 """
 
 import copy
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -21,6 +23,7 @@ from tasks.data.contract import DataConfig, SegmentsConfig
 from tasks.errors import NotEnoughHistory, TrainingDiverged
 from tasks.learning.adapters import AdapterConfig, Precisions, check_width
 from tasks.learning.base import Base, grow
+from tasks.learning.checkpoint import Nowhere, Point, Shelf, Standing
 from tasks.learning.descent import blend, optimiser_of, pull_back
 from tasks.learning.descent import steady as steady  # other verbs compute under it as well
 from tasks.learning.episodes import QUERY_ROWS, draw, row_loss, score_visits
@@ -46,7 +49,10 @@ LEAST_COUNT = 1e-12
 REMEMBERED = 500_000
 """Most rows of a history whose scores are kept in memory while the precisions are looked for."""
 REFRESHED = "its closed forms were solved once more on the whole history"
+NOWHERE = Nowhere()
 Report = Callable[[float, float | None, str], None]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ def meta_train(
     parent: Base | None = None,
     device: str = "cpu",
     report: Report = lambda done, total, unit: None,
+    shelf: Shelf = NOWHERE,
 ) -> Trained:
     """Train a base for a night on the nights before it.
 
@@ -93,6 +100,7 @@ def meta_train(
         parent: the base to start from.
         device: `cpu` or `cuda`.
         report: progress, in epochs.
+        shelf: keeps the checkpoint of this very training: of equal arguments, and nobody else's.
 
     Returns:
         The best base and its learning curve.
@@ -105,7 +113,7 @@ def meta_train(
     check_outer(training.outer, adapter)
     seed = int(np.random.SeedSequence([training.seed, night.toordinal()]).generate_state(1)[0])
     with steady(seed, training.threads):
-        run = _Run(data, segments, ranker, adapter, training, rows, shape, night, device, report)
+        run = _Run(data, segments, ranker, adapter, training, rows, shape, night, device, report, shelf)
         try:
             return run.train(parent, seed)
         except LinAlgError as error:
@@ -131,9 +139,11 @@ class _Run:
         night: date,
         device: str,
         report: Report,
+        shelf: Shelf,
     ) -> None:
         self.data, self.ranker, self.adapter, self.training = data, ranker, adapter, training
         self.rows, self.shape, self.night, self.device, self.report = rows, shape, night, device, report
+        self.shelf = shelf
         self.ladder = Ladder(rows, segments, data.user)
         self.levels = learned_levels(segments, data.user)
         self.material = Material(rows, device)
@@ -179,53 +189,85 @@ class _Run:
         return None if grown is None else grown.to(self.device)
 
     def _descend(self, start: Base | None, fit: Visits, stop: Visits, through: date, how: str, seed: int) -> Trained:
-        random = np.random.default_rng(seed)
+        random, config = np.random.default_rng(seed), self.training
+        standing = self._resumed(start, random) or self._begun(start, fit, stop, how, random)
+        (network, precisions), average = standing.weights, standing.average
+        saved = time.monotonic()
+        while standing.epoch < config.epochs and standing.epoch - max(standing.kept, 0) < config.patience:
+            losses: list[float] = []
+            for step in range(standing.epoch * config.steps_per_epoch, (standing.epoch + 1) * config.steps_per_epoch):
+                for group in standing.optimiser.param_groups:
+                    group["lr"] = group["peak"] * min(1.0, (step + 1) / config.steps_per_epoch)
+                losses.append(self._step(network, precisions, standing.optimiser, fit, random))
+                if start is not None and config.pull > 0:
+                    pull_back(network, start.network, config.pull)
+                keep = min(config.average, (step + 1) / (step + 10))
+                blend(average[0], network, keep)
+                blend(average[1], precisions, keep)
+            epoch = standing.epoch + 1
+            standing.curve.append((epoch, sum(losses) / len(losses), self._stop_loss(*average, stop)))
+            standing.keep_best()
+            if time.monotonic() - saved >= config.checkpoint_seconds:
+                self.shelf.save(standing.dump())
+                saved = time.monotonic()
+            self.report(epoch, config.epochs, "epochs")
+        self.report(config.epochs, config.epochs, "epochs")
+        end = {-1: "kept the parent's base, which did best", 0: "kept the closed-form start, which did best"}
+        why = f"{standing.how}; {end.get(standing.kept, f'kept epoch {standing.kept}')} on the stop nights; {REFRESHED}"
+        return Trained(self._refreshed(*standing.best, through), tuple(standing.curve), standing.kept, why)
+
+    def _begun(self, start: Base | None, fit: Visits, stop: Visits, how: str, random: np.random.Generator) -> Standing:
+        """Training before its first step: started in closed form, or from the parent's base."""
         at = newest(self.rows, fit, self.training.start_rows)
-        curve: list[tuple[int, float | None, float]] = []
+        curve: list[Point] = []
         if start is None:
-            network = Ranker(self.shape, self.ranker).to(self.device)
-            check_width(self.adapter, network.width)
-            width = self.adapter.width(network.width)
-            precisions = Precisions(len(self.levels), len(self.shape.kinds), width, self.adapter).to(self.device)
+            network, precisions = self._fresh()
             normalise(network, self.data, self.rows, at)
         else:
             network, precisions = copy.deepcopy(start.network), copy.deepcopy(start.precisions)
             curve.append((-1, None, self._stop_loss(network, precisions, stop)))
-        best, kept = (copy.deepcopy(network), copy.deepcopy(precisions)), -1
+        best = copy.deepcopy(network), copy.deepcopy(precisions)
         self._solve(network, at, SWEEPS if start is None else MORE_SWEEPS)
         if start is None:
             how = f"{how}; {self._hold(network, precisions, fit, stop, random)}"
         curve.append((0, None, self._stop_loss(network, precisions, stop)))
-        if start is None or curve[-1][2] < curve[0][2]:
-            best, kept = (copy.deepcopy(network), copy.deepcopy(precisions)), 0
         average = copy.deepcopy(network), copy.deepcopy(precisions)
+        standing = Standing(
+            (network, precisions), average, best, self._optimiser(network, precisions), random, curve, how
+        )
+        standing.keep_best()
+        return standing
+
+    def _resumed(self, start: Base | None, random: np.random.Generator) -> Standing | None:
+        """Where an earlier run of this very training stood when it was last saved, if that can be read."""
+        data = self.shelf.load()
+        if data is None:
+            return None
+        before = random.bit_generator.state, torch.get_rng_state()
+        weights = self._fresh()
+        average, best = copy.deepcopy(weights), copy.deepcopy(weights)
+        standing = Standing(weights, average, best, self._optimiser(*weights), random, [], "")
+        try:
+            standing.restore(data)
+        except ValueError as error:
+            logger.warning("the checkpoint of night %s is left aside: %s", self.night, error)
+            random.bit_generator.state, noise = before
+            torch.set_rng_state(noise)
+            return None
+        standing.how = f"{standing.how}; resumed after epoch {standing.epoch}"
+        return standing
+
+    def _fresh(self) -> tuple[Ranker, Precisions]:
+        network = Ranker(self.shape, self.ranker).to(self.device)
+        check_width(self.adapter, network.width)
+        width = self.adapter.width(network.width)
+        precisions = Precisions(len(self.levels), len(self.shape.kinds), width, self.adapter)
+        return network, precisions.to(self.device)
+
+    def _optimiser(self, network: Ranker, precisions: Precisions) -> torch.optim.Optimizer:
         config = self.training
         thaw(network, config.freeze)
-        optimiser = optimiser_of(network, precisions, config.learning_rate, config.weight_decay, config.embedding_decay)
-        steps = 0
-        lowest = min(loss for _, _, loss in curve)
-        for epoch in range(1, self.training.epochs + 1):
-            losses: list[float] = []
-            for _ in range(self.training.steps_per_epoch):
-                steps += 1
-                for group in optimiser.param_groups:
-                    group["lr"] = group["peak"] * min(1.0, steps / self.training.steps_per_epoch)
-                losses.append(self._step(network, precisions, optimiser, fit, random))
-                if start is not None and config.pull > 0:
-                    pull_back(network, start.network, config.pull)
-                keep = min(self.training.average, steps / (steps + 9))
-                blend(average[0], network, keep)
-                blend(average[1], precisions, keep)
-            curve.append((epoch, sum(losses) / len(losses), self._stop_loss(*average, stop)))
-            self.report(epoch, self.training.epochs, "epochs")
-            if curve[-1][2] < lowest:
-                best, kept, lowest = (copy.deepcopy(average[0]), copy.deepcopy(average[1])), epoch, curve[-1][2]
-            if epoch - max(kept, 0) >= self.training.patience:
-                break
-        self.report(self.training.epochs, self.training.epochs, "epochs")
-        end = {-1: "kept the parent's base, which did best", 0: "kept the closed-form start, which did best"}
-        why = f"{how}; {end.get(kept, f'kept epoch {kept}')} on the stop nights; {REFRESHED}"
-        return Trained(self._refreshed(best[0], best[1], through), tuple(curve), kept, why)
+        return optimiser_of(network, precisions, config.learning_rate, config.weight_decay, config.embedding_decay)
 
     def _hold(
         self, network: Ranker, precisions: Precisions, fit: Visits, stop: Visits, random: np.random.Generator

@@ -52,6 +52,10 @@ class TrainingConfig(Section):
     pull: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the way back to the parent's weights that follows every gradient step: theta <- theta - pull (theta -
     parent). For long chains of small nights, where each night's noise would add up; nothing where a chain begins."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """After the first epoch that ends this long after the last checkpoint, where training stands is written to
+    `scratch`, five times the size of the network. A night that died goes on from there when it is run again, and ends
+    at the same weights."""
     patience: Annotated[int, Field(ge=1)] = 2
     """Epochs without a better stop loss before training ends."""
     stop_nights: Annotated[int, Field(ge=1)] = 7

@@ -21,10 +21,12 @@ from typing import Any
 import pytest
 import yaml
 
+from flows.config import RetrainConfig
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.release.manifest import Pointer, pointer_key
 from tasks.release.pointer import promote, read_manifest, read_pointer
-from tests.faults.victims import ROOT, Nursery, Outcome, Trap, moved, pipes
+from tasks.steps import recalled
+from tests.faults.victims import CHECKPOINT, ROOT, Nursery, Outcome, Trap, moved, pipes
 from tests.finished import Finished
 from tests.prefect_homes import home_with, servers_of
 
@@ -230,6 +232,22 @@ def test_a_night_that_is_killed_at_every_boundary_in_turn_does_every_step_once(r
     assert Counter(worked) == Counter(set(worked)) + Counter(lost)
     # Every run took the lease once; the last but one died with the pointer moved and publish's record lacking.
     assert assert_done_once(ready, store, last).fencing_token == ready.before.fencing_token + 2 * len(STEPS) - 1
+
+
+def test_a_training_that_is_killed_goes_on_from_its_last_epoch(ready: Ready, tmp_path: Path) -> None:
+    config = moved(ready.config, ready.begun, tmp_path)
+    config = {**config, "training": {**config["training"], "checkpoint_seconds": 0}}
+    checkpoints = tmp_path / "scratch" / "checkpoints"
+    dead = ready.nursery.run(config, ready.night, Trap("after", f"^{CHECKPOINT}$"))
+    assert dead.killed
+    assert len(list(checkpoints.iterdir())) == 1
+    last = ready.nursery.run(config, ready.night, Trap("after", record("meta-train")))
+    assert [step for step, _ in last.worked] == ["meta-train"]
+    place = RetrainConfig.model_validate(config).place()
+    made = recalled(place, *last.worked[0])
+    assert made.digest == ready.undisturbed.result["digests"]["meta-train"]
+    assert "resumed after epoch 1" in made.notes["why"]
+    assert list(checkpoints.iterdir()) == []
 
 
 SHORT = (PUBLISH[1], PUBLISH[4], PUBLISH[5], PUBLISH[7], PUBLISH[8], PUBLISH[10])

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = "a checkpoint"
+"""What a trap calls the write of a checkpoint, which goes to the scratch folder and has no key."""
 WRITES = ("put_if_absent", "put_file_if_absent", "swap")
 
 
@@ -201,13 +203,14 @@ def moved(config: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
 
 
 def spring(trap: Trap) -> None:
-    """Set a trap on every write to a directory store in this process."""
+    """Set a trap on every write to a directory store in this process, and on checkpoints."""
     from tasks.clients.directory_store import DirectoryStore
+    from tasks.meta_train import _Scratch
 
     count = 0
 
     def watch(write: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(self: DirectoryStore, key: str, *args: Any) -> Any:
+        def watched(self: Any, key: str, *args: Any) -> Any:
             nonlocal count
             hit = False
             if re.search(trap.key, key):
@@ -224,6 +227,9 @@ def spring(trap: Trap) -> None:
 
     for name in WRITES:
         setattr(DirectoryStore, name, watch(getattr(DirectoryStore, name)))
+    save = _Scratch.save
+    kept = watch(lambda self, _key, data: save(self, data))
+    _Scratch.save = lambda self, data: kept(self, CHECKPOINT, data)  # type: ignore[method-assign]
 
 
 def _act(trap: Trap) -> None:

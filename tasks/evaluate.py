@@ -40,7 +40,7 @@ from tasks.release.gate import GateConfig, decide_release
 from tasks.release.segment_gate import decide_segments
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
 
-VERSION = 3
+VERSION, JUDGE_VERSION = 3, 4
 TABLE = "exam.parquet"
 ANSWERS = "champion.parquet"
 
@@ -149,7 +149,7 @@ def judge(
         }
         return Product(content, notes, {ANSWERS: folder / ANSWERS})
 
-    record, shared = carry_out(place, "judge", VERSION, ingested.night, inputs, section, work)
+    record, shared = carry_out(place, "judge", JUDGE_VERSION, ingested.night, inputs, section, work)
     told = next(one for one in record.notes["exams"] if one["objective"] == lead.name)
     return VerdictRef(
         **shared,

@@ -16,9 +16,9 @@ READ_TIMEOUT_S = 25
 
 
 @cache
-def _models() -> Loader:
+def _models(folder: str | None) -> Loader:
     """Descriptions of AWS's services, which every session would read again: most of the time that a client takes."""
-    return create_loader()
+    return create_loader(folder)
 
 
 def s3_client() -> Any:
@@ -42,7 +42,10 @@ def s3_client() -> Any:
     )
     try:
         session = botocore.session.get_session()
-        session.register_component("data_loader", _models())
-        return boto3.session.Session(botocore_session=session).client("s3", config=config)
+        models = _models(session.get_config_variable("data_path"))
+        session.register_component("data_loader", models)
+        made = boto3.session.Session(botocore_session=session)
+        models.search_paths[:] = dict.fromkeys(models.search_paths)  # to which every session adds boto3's own
+        return made.client("s3", config=config)
     except ValueError as error:
         raise InvalidConfig(f"S3 cannot be set up: {error}; correct AWS_ENDPOINT_URL_S3") from error

@@ -58,11 +58,18 @@ def optimiser_of(
     )
 
 
-def pull_back(network: nn.Module, anchor: nn.Module, share: float) -> None:
-    """Take every trained parameter a share of the way back to where an anchor of the same shape has it."""
+def pull_back(network: nn.Module, anchor: nn.Module, share: float, free: tuple[str, ...] = ()) -> None:
+    """Take every trained parameter a share of the way back to where an anchor of the same shape has it.
+
+    Args:
+        network: is changed; what is frozen stays.
+        anchor: stays.
+        share: of the way, from 0 to 1.
+        free: how the names of parameters begin that are left alone.
+    """
     with torch.no_grad():
-        for moved, home in zip(network.parameters(), anchor.parameters(), strict=True):
-            if moved.requires_grad:
+        for (name, moved), home in zip(network.named_parameters(), anchor.parameters(), strict=True):
+            if moved.requires_grad and not name.startswith(free):
                 moved.lerp_(home, share)
 
 

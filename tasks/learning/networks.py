@@ -24,8 +24,8 @@ class RankerConfig(Section):
     """What reads the request's and the candidate's tower together, beside a calibrated item rate. `mlp`: a multi-layer
     perceptron over both and their product. `dcn`: cross layers, and a perceptron on what comes out of them (DCN-V2,
     stacked); every unit of one tower then meets every unit of the other and the joint statistics."""
-    cross_layers: Annotated[int, Field(ge=1, le=8)] = CROSS_LAYERS
-    """Cross layers of `dcn`: how many inputs one product can have, less one."""
+    cross_layers: Annotated[int, Field(ge=1, le=8, exclude_if=lambda layers: layers == CROSS_LAYERS)] = CROSS_LAYERS
+    """Cross layers of `dcn`: how many inputs one product can have, less one. A dump leaves the default out."""
     embedding: Annotated[int, Field(ge=1, le=512)] = 16
     """Width of an embedding."""
     hidden: Annotated[int, Field(ge=1, le=4096)] = 32

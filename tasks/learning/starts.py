@@ -20,6 +20,10 @@ PART = 65_536
 """About how many rows the network scores at a time."""
 
 
+SOLVED = ("wide.", "factor_tables.")
+"""How the names of the parameters begin that the start solves in closed form."""
+
+
 def newest(rows: Rows, visits: Visits, most: int) -> I64:
     """Positions of the newest rows of some visits, ascending [N].
 

@@ -32,7 +32,7 @@ from tasks.learning.material import I64, Material, Scorer, Visits, remembered, v
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.learning.outer import check_outer, reptile, thaw
 from tasks.learning.priors import MOST_USERS, estimate, scaled
-from tasks.learning.starts import newest, normalise, solve_start
+from tasks.learning.starts import SOLVED, newest, normalise, solve_start
 from tasks.learning.training_config import TrainingConfig
 
 STOP_SUPPORT = (0, 5, 20)
@@ -45,7 +45,7 @@ leaves their precisions alone; the stop nights scale them where a chain of night
 DRIFTING = frozenset({"constant"})
 """Parts whose weights change from night to night more than the evidence of all nights together knows."""
 LEAST_COUNT = 1e-12
-"""What a night counts at least, however old: nothing is never drawn, and a sum of weights is never 0."""
+"""What a night counts at least, however old, so that every visit can be drawn."""
 REMEMBERED = 500_000
 """Most rows of a history whose scores are kept in memory while the precisions are looked for."""
 REFRESHED = "its closed forms were solved once more on the whole history"
@@ -192,15 +192,15 @@ class _Run:
         random, config = np.random.default_rng(seed), self.training
         standing = self._resumed(start, random) or self._begun(start, fit, stop, how, random)
         (network, precisions), average = standing.weights, standing.average
-        saved = time.monotonic()
+        chances, saved = self._counts(fit.night), time.monotonic()
         while standing.epoch < config.epochs and standing.epoch - max(standing.kept, 0) < config.patience:
             losses: list[float] = []
             for step in range(standing.epoch * config.steps_per_epoch, (standing.epoch + 1) * config.steps_per_epoch):
                 for group in standing.optimiser.param_groups:
                     group["lr"] = group["peak"] * min(1.0, (step + 1) / config.steps_per_epoch)
-                losses.append(self._step(network, precisions, standing.optimiser, fit, random))
+                losses.append(self._step(network, precisions, standing.optimiser, fit, chances, random))
                 if start is not None and config.pull > 0:
-                    pull_back(network, start.network, config.pull)
+                    pull_back(network, start.network, config.pull, SOLVED)
                 keep = min(config.average, (step + 1) / (step + 10))
                 blend(average[0], network, keep)
                 blend(average[1], precisions, keep)
@@ -296,11 +296,11 @@ class _Run:
         return "precisions by evidence" + (f", scaled on the stop nights ({changed})" if changed else "")
 
     def _counts(self, night: npt.NDArray[np.signedinteger[Any]]) -> npt.NDArray[np.float64] | None:
-        """What nights (ordinals) count by their age, 1 for the newest before the base's; None if all count alike."""
+        """What nights (ordinals) count by how much older they are than the newest; None if all count alike."""
         half = self.training.half_life_nights
         if half is None:
             return None
-        counts: npt.NDArray[np.float64] = 0.5 ** ((self.night.toordinal() - 1 - night) / half)
+        counts: npt.NDArray[np.float64] = 0.5 ** ((night.max() - night) / half)
         return np.maximum(counts, LEAST_COUNT)
 
     def _solve(self, network: Ranker, at: I64, sweeps: int) -> None:
@@ -324,10 +324,11 @@ class _Run:
         precisions: Precisions,
         optimiser: torch.optim.Optimizer,
         fit: Visits,
+        chances: npt.NDArray[np.float64] | None,
         random: np.random.Generator,
     ) -> float:
         network.train()
-        visits, after = draw(fit, self.training.visits_per_step, random, self._counts(fit.night))
+        visits, after = draw(fit, self.training.visits_per_step, random, chances)
         optimiser.zero_grad()
         if self.training.outer == "reptile":
             told, slopes = reptile(

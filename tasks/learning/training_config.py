@@ -7,9 +7,14 @@ from pydantic import Field
 from tasks.data.contract import Section
 from tasks.learning.outer import Freeze, OuterLoop
 
+CHECKPOINT_SECONDS = 60.0
+
 
 class TrainingConfig(Section):
-    """How the base is trained."""
+    """How the base is trained.
+
+    What was added later is left out of a dump where it has its default: digests of configs and keys of steps stay.
+    """
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights, dropout and episodes; combined with the night."""
@@ -46,13 +51,16 @@ class TrainingConfig(Section):
     """Weight of the loss before adaptation, so that the base stands by itself."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.98
     """Decay of the moving average of the weights, which is what is scored and kept."""
-    half_life_nights: Annotated[float, Field(ge=1)] | None = None
+    half_life_nights: Annotated[float, Field(ge=1)] | None = Field(None, exclude_if=lambda nights: nights is None)
     """Nights after which a night counts half: in how often its visits are episodes, and in the weight of its rows where
     closed forms are solved. For a window that is longer than tastes last; None counts all nights alike."""
-    pull: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    pull: Annotated[float, Field(ge=0, lt=1, exclude_if=lambda share: share == 0)] = 0.0
     """Share of the way back to the parent's weights that follows every gradient step: theta <- theta - pull (theta -
-    parent). For long chains of small nights, where each night's noise would add up; nothing where a chain begins."""
-    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+    parent), for all of the network that closed forms do not solve. For long chains of small nights, where each night's
+    noise would add up; nothing where a chain begins."""
+    checkpoint_seconds: Annotated[float, Field(ge=0, exclude_if=lambda seconds: seconds == CHECKPOINT_SECONDS)] = (
+        CHECKPOINT_SECONDS
+    )
     """After the first epoch that ends this long after the last checkpoint, where training stands is written to
     `scratch`, five times the size of the network. A night that died goes on from there when it is run again, and ends
     at the same weights."""

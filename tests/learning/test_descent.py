@@ -73,6 +73,8 @@ def test_what_is_trained_goes_its_share_of_the_way_back_and_what_is_frozen_stays
         torch.nn.init.constant_(module.weight, value)
         torch.nn.init.constant_(module.bias, value)
     moved.bias.requires_grad_(False)
-    pull_back(moved, home, 0.25)
+    pull_back(moved, home, 0.25, free=("nothing",))
     assert (moved.weight.item(), moved.bias.item()) == (2.5, 3.0)
     assert (home.weight.item(), home.bias.item()) == (1.0, 1.0)
+    pull_back(moved, home, 0.25, free=("weight",))
+    assert moved.weight.item() == 2.5

@@ -91,6 +91,7 @@ def test_cross_layers_are_the_products_of_their_inputs():
 
 def test_cross_layers_are_refused_where_there_are_none():
     assert RankerConfig(kind="dcn", cross_layers=3).cross_layers == 3
+    assert "cross_layers" not in RankerConfig().model_dump(), "bases and configs from before are others by this"
     with pytest.raises(ValueError, match=r"cross_layers = 3 belongs to ranker.kind 'dcn', and the kind is 'mlp'"):
         RankerConfig(cross_layers=3)
 

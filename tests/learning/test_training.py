@@ -13,7 +13,7 @@ from tasks.errors import InvalidConfig, NotEnoughHistory, TrainingDiverged
 from tasks.learning import training
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.base import save_base
-from tasks.learning.episodes import score_visits
+from tasks.learning.episodes import draw, score_visits
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig
@@ -149,6 +149,38 @@ def test_with_a_half_life_the_newest_nights_say_more(history):
             logits = Material(turned).scorer(base.network)(np.arange(len(turned)))[0][:, 0].numpy()
         says[half_life] = logits[dear[:, 0] == 1].mean() - logits[dear[:, 0] == 0].mean()
     assert says[None] < says[1.0]
+
+
+@pytest.mark.parametrize(("half_life", "gap"), [(1.0, 0), (2.0, 7), (1.0, 60)])
+def test_an_age_is_counted_from_the_newest_row(history, half_life, gap):
+    """Where nothing ever turns, fewer rows that count cost little, however long ago the last of them was."""
+    late = {"night": NIGHTS + gap}
+    plain = train(history, config=SHORT.model_copy(update={"epochs": 0}), **late)
+    faded = train(history, config=SHORT.model_copy(update={"epochs": 0, "half_life_nights": half_life}), **late)
+    assert faded.curve[0][2] < plain.curve[0][2] + 0.02 < 0.5
+    tables = [run.base.network.factor_tables[0].weight.norm().item() for run in (plain, faded)]
+    assert tables[1] > 0.5 * tables[0]
+
+
+@pytest.mark.parametrize("outer", ["second_order", "joint"])
+def test_episodes_and_both_solves_are_of_nights_that_count_by_their_age(history, monkeypatch, outer):
+    drawn, solved = [], []
+
+    def draws(visits, count, random, chances=None):
+        drawn.append(dict(zip(visits.night - FIRST, chances, strict=True)))
+        return draw(visits, count, random, chances)
+
+    def solves(network, material, at, adapter, sweeps, counts=None):
+        solved.append(dict(zip(np.asarray(material.rows.night)[at] - FIRST, counts, strict=True)))
+        solve_start(network, material, at, adapter, sweeps, counts)
+
+    monkeypatch.setattr(training, "draw", draws)
+    monkeypatch.setattr(training, "solve_start", solves)
+    train(history, config=SHORT.model_copy(update={"half_life_nights": 2.0, "outer": outer, "epochs": 1}))
+    fit = {night: 0.5 ** ((NIGHTS - 3 - night) / 2) for night in range(NIGHTS - 2)}
+    whole = {night: 0.5 ** ((NIGHTS - 1 - night) / 2) for night in range(NIGHTS)}
+    assert drawn == [pytest.approx(fit)] * SHORT.steps_per_epoch
+    assert solved == [pytest.approx(fit), pytest.approx(whole)]
 
 
 def test_a_pull_keeps_a_warm_start_near_its_parent_and_a_cold_one_as_it_is(

@@ -84,13 +84,21 @@ def test_a_value_that_is_missing_where_the_label_is_one_leaks():
 
 
 def test_a_category_is_heard_through_the_rows_beside_it():
-    """By a loop over the rows: the mean of the other half's rows of the category, and one row of the mean."""
+    """By a loop over the rows: the mean of the other half's rows of the category, and one row of the mean.
+
+    Of a single row's label only the other half hears: that tells the halves.
+    """
     random = np.random.default_rng(0)
     labels, ids = (random.random(61) < 0.4).astype(float), random.integers(0, 9, 61)
     labels[::10] = np.nan
+    first = np.zeros(61)
+    first[1] = 1.0  # row 0 has no label
+    other = rates_by_category(first, np.zeros(61, int)) > 0
+    assert abs(int(other.sum()) - 30.5) == 0.5
+    assert not other[1]
     expected = []
     for row in range(61):
-        others = [at for at in range(61) if at % 2 != row % 2 and not np.isnan(labels[at])]
+        others = [at for at in range(61) if other[at] != other[row] and not np.isnan(labels[at])]
         alike = [labels[at] for at in others if ids[at] == ids[row]]
         expected.append((sum(alike) + np.mean(labels[others])) / (len(alike) + 1))
     np.testing.assert_allclose(rates_by_category(labels, ids), expected)
@@ -103,6 +111,13 @@ def test_a_category_that_is_the_outcome_leaks_and_one_of_a_row_each_does_not():
     told = {"outcome": outcome, "session": session, "noise": noise}
     (alarm,) = leaking(labels, {name: rates_by_category(labels, ids) for name, ids in told.items()})
     assert "'outcome'" in alarm.message
+
+
+def test_nothing_leaks_because_positives_and_negatives_take_turns():
+    """One sampled negative behind each positive, as logs have it."""
+    labels = np.tile([1.0, 0.0], 200)
+    told = {"constant": np.zeros(400, int), "noise": np.random.default_rng(1).integers(0, 40, 400)}
+    assert leaking(labels, {name: rates_by_category(labels, ids) for name, ids in told.items()}) == ()
 
 
 def test_infinite_values_do_not_break_the_search():

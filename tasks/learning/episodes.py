@@ -4,6 +4,7 @@ Shapes: V visits, T query rows, K objectives.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,26 @@ COLD_SHARE = 0.35
 """Share of episodes without support from the query's own night, as in the nightly exam."""
 MOST_SUPPORT = 40
 """Same-night support rows are drawn log-uniformly from 1 to this."""
+LEAST_COUNT = 1e-12
+"""What a night counts at least, however old, so that every visit can be drawn."""
 QUERY_ROWS = 512
 """Most query rows read per visit in training."""
+
+
+def counts_by_age(night: npt.NDArray[np.signedinteger[Any]], half_life: float | None) -> npt.NDArray[np.float64] | None:
+    """What visits or rows count by how much older their night is than the newest; None where all count alike.
+
+    Args:
+        night: ordinals [N].
+        half_life: nights after which one counts half.
+
+    >>> counts_by_age(np.array([10, 9, 7]), 1.0).tolist()
+    [1.0, 0.5, 0.125]
+    """
+    if half_life is None:
+        return None
+    counts: npt.NDArray[np.float64] = 0.5 ** ((night.max() - night) / half_life)
+    return np.maximum(counts, LEAST_COUNT)
 
 
 def draw(

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,7 @@ from tasks.learning.base import Base, grow
 from tasks.learning.checkpoint import Nowhere, Point, Shelf, Standing
 from tasks.learning.descent import blend, optimiser_of, pull_back
 from tasks.learning.descent import steady as steady  # other verbs compute under it as well
-from tasks.learning.episodes import QUERY_ROWS, draw, row_loss, score_visits
+from tasks.learning.episodes import QUERY_ROWS, counts_by_age, draw, row_loss, score_visits
 from tasks.learning.ladder import Ladder, learned_levels
 from tasks.learning.material import I64, Material, Scorer, Visits, remembered, visits_of
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
@@ -44,8 +43,6 @@ FITTED = frozenset({"item factors", "category factors"})
 leaves their precisions alone; the stop nights scale them where a chain of nights starts."""
 DRIFTING = frozenset({"constant"})
 """Parts whose weights change from night to night more than the evidence of all nights together knows."""
-LEAST_COUNT = 1e-12
-"""What a night counts at least, however old, so that every visit can be drawn."""
 REMEMBERED = 500_000
 """Most rows of a history whose scores are kept in memory while the precisions are looked for."""
 REFRESHED = "its closed forms were solved once more on the whole history"
@@ -192,7 +189,7 @@ class _Run:
         random, config = np.random.default_rng(seed), self.training
         standing = self._resumed(start, random) or self._begun(start, fit, stop, how, random)
         (network, precisions), average = standing.weights, standing.average
-        chances, saved = self._counts(fit.night), time.monotonic()
+        chances, saved = counts_by_age(fit.night, config.half_life_nights), time.monotonic()
         while standing.epoch < config.epochs and standing.epoch - max(standing.kept, 0) < config.patience:
             losses: list[float] = []
             for step in range(standing.epoch * config.steps_per_epoch, (standing.epoch + 1) * config.steps_per_epoch):
@@ -295,17 +292,9 @@ class _Run:
         changed = ", ".join(f"{name} by {scale:g}" for name, scale in scales.items() if scale != 1)
         return "precisions by evidence" + (f", scaled on the stop nights ({changed})" if changed else "")
 
-    def _counts(self, night: npt.NDArray[np.signedinteger[Any]]) -> npt.NDArray[np.float64] | None:
-        """What nights (ordinals) count by how much older they are than the newest; None if all count alike."""
-        half = self.training.half_life_nights
-        if half is None:
-            return None
-        counts: npt.NDArray[np.float64] = 0.5 ** ((night.max() - night) / half)
-        return np.maximum(counts, LEAST_COUNT)
-
     def _solve(self, network: Ranker, at: I64, sweeps: int) -> None:
         """Solve the closed forms of the start on rows at positions."""
-        counts = self._counts(np.asarray(self.rows.night)[at])
+        counts = counts_by_age(np.asarray(self.rows.night)[at], self.training.half_life_nights)
         solve_start(network, self.material, at, self.adapter, sweeps, counts)
 
     def _refreshed(self, network: Ranker, precisions: Precisions, through: date) -> Base:

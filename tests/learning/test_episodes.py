@@ -6,7 +6,7 @@ import torch
 from sklearn import metrics as reference
 
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.episodes import COLD_SHARE, MOST_SUPPORT, draw, row_loss, score_visits
+from tasks.learning.episodes import COLD_SHARE, MOST_SUPPORT, counts_by_age, draw, row_loss, score_visits
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tests.learning.small_rows import FIRST, ladder_of, opposed, table, told
@@ -38,6 +38,12 @@ def test_more_visits_than_there_are_is_all_of_them():
     chosen, after = draw(visits, 50, np.random.default_rng(0))
     assert sorted(chosen.first.tolist()) == [0, 1, 2]
     assert after.tolist() == [0, 0, 0]
+
+
+def test_a_night_counts_half_after_its_half_life_and_never_nothing():
+    night = FIRST + np.array([0, 30, 27, -4000])
+    assert counts_by_age(night, 3.0).tolist() == [2.0**-10, 1.0, 0.5, 1e-12]
+    assert counts_by_age(night, None) is None
 
 
 def test_visits_are_drawn_by_their_chances():

@@ -57,7 +57,6 @@ def meta_train(
         rows = rows_of(place, history)
         vocabularies = vocabulary.load(data, open_workspace(place).file(history, "vocabulary.parquet"))
         parent, why = _parent(place, ingested.parent)
-        shelf = _Scratch(place, ingested.night, digest_of([VERSION, torch.__version__, inputs, section]))
         trained = learning.meta_train(
             *(data, segments, ranker, adapter, training, rows, shape_of(data, rows, vocabularies), ingested.night),
             parent=parent,
@@ -65,7 +64,6 @@ def meta_train(
             report=progress,
             shelf=shelf,
         )
-        shelf.clear()
         files = save_base(trained.base.to("cpu"), folder)
         content = {
             "epoch": trained.epoch,
@@ -74,7 +72,9 @@ def meta_train(
         }
         return Product(content, {"curve": [list(point) for point in trained.curve], "why": why + trained.why}, files)
 
+    shelf = _Scratch(place, ingested.night, digest_of([VERSION, torch.__version__, inputs, section]))
     record, shared = carry_out(place, "meta-train", VERSION, ingested.night, inputs, section, work)
+    shelf.clear()
     curve = record.notes["curve"]
     kept = [point[2] for point in curve if point[0] == record.content["epoch"]]
     return BaseRef(
@@ -103,7 +103,7 @@ class _Scratch:
                 other.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget it: the training has ended."""
+        """Forget it: the training is on record."""
         self._file.unlink(missing_ok=True)
 
 

@@ -241,8 +241,8 @@ def test_a_training_that_is_killed_goes_on_from_its_last_epoch(ready: Ready, tmp
     dead = ready.nursery.run(config, ready.night, Trap("after", f"^{CHECKPOINT}$"))
     assert dead.killed
     assert len(list(checkpoints.iterdir())) == 1
-    last = ready.nursery.run(config, ready.night, Trap("after", record("meta-train")))
-    assert [step for step, _ in last.worked] == ["meta-train"]
+    last = ready.nursery.run(config, ready.night, Trap("before", record("adapt-exam")))
+    assert [step for step, _ in last.worked] == ["meta-train", "adapt-exam"]
     place = RetrainConfig.model_validate(config).place()
     made = recalled(place, *last.worked[0])
     assert made.digest == ready.undisturbed.result["digests"]["meta-train"]

@@ -62,7 +62,7 @@ def meta_train(
             parent=parent,
             device=device,
             report=progress,
-            shelf=shelf,
+            checkpoint=checkpoint,
         )
         files = save_base(trained.base.to("cpu"), folder)
         content = {
@@ -72,9 +72,9 @@ def meta_train(
         }
         return Product(content, {"curve": [list(point) for point in trained.curve], "why": why + trained.why}, files)
 
-    shelf = _Scratch(place, ingested.night, digest_of([VERSION, torch.__version__, inputs, section]))
+    checkpoint = CheckpointFile(place, ingested.night, digest_of([VERSION, torch.__version__, inputs, section]))
     record, shared = carry_out(place, "meta-train", VERSION, ingested.night, inputs, section, work)
-    shelf.clear()
+    checkpoint.clear()
     curve = record.notes["curve"]
     kept = [point[2] for point in curve if point[0] == record.content["epoch"]]
     return BaseRef(
@@ -85,7 +85,7 @@ def meta_train(
     )
 
 
-class _Scratch:
+class CheckpointFile:
     """The checkpoint of a night's training: one local file, of equal inputs and config only."""
 
     def __init__(self, place: Place, night: date, made_from: str) -> None:

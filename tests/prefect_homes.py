@@ -25,8 +25,8 @@ def migrate(home: Path) -> None:
 
 
 def home_with(database: Path, home: Path) -> Path:
-    """A new home with a copy of a migrated database."""
-    home.mkdir()
+    """A home with a copy of a migrated database."""
+    home.mkdir(parents=True, exist_ok=True)
     shutil.copy(database, home / "prefect.db")
     return home
 

@@ -126,7 +126,8 @@ def load_base(files: Mapping[str, Path]) -> Base:
         description = json.loads(files[DESCRIPTION].read_text())
         if description["format"] not in (FORMAT, CROSS_FORMAT):
             raise FormatUnknown(
-                f"{files[DESCRIPTION]} has format {description['format']}, and this version of nightrank reads {FORMAT}"
+                f"{files[DESCRIPTION]} has format {description['format']}, and this version of nightrank reads "
+                f"{FORMAT} and {CROSS_FORMAT}"
             )
         shape, config = RankerShape(**description["shape"]), RankerConfig(**description["ranker"])
         adapter = AdapterConfig(**description["adapter"])

@@ -18,13 +18,13 @@ from tasks.learning.networks import Ranker
 FORMAT = 1
 _DIGEST = 64
 """Hexadecimal digits of the SHA-256 that goes before the tensors."""
-_STATE, _NOISE = "state", "noise"
+_STATE, _RANDOM = "state", "generator"
 
 Weights = tuple[Ranker, Precisions]
 Point = tuple[int, float | None, float]
 
 
-class Shelf(Protocol):
+class Checkpoint(Protocol):
     """Where a training keeps its checkpoint, the newest one only."""
 
     def load(self) -> bytes | None:
@@ -34,7 +34,7 @@ class Shelf(Protocol):
         """Replace what was saved before, wholly or not at all."""
 
 
-class Nowhere:
+class NoCheckpoint:
     """Keeps nothing."""
 
     def load(self) -> bytes | None:
@@ -46,7 +46,7 @@ class Nowhere:
 
 
 @dataclass
-class Standing:
+class TrainingState:
     """Everything that the next epoch depends on, beside the rows and the config.
 
     Attributes:
@@ -83,7 +83,7 @@ class Standing:
             self.best = copy.deepcopy(self.average)
 
     def dump(self) -> bytes:
-        """The standing as bytes, equal for equal standings."""
+        """The state as bytes, equal for equal states."""
         tensors = {
             f"{name}.{which}.{entry}": value
             for name, pair in self._pairs().items()
@@ -93,9 +93,9 @@ class Standing:
         for number, entries in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{entry}": value for entry, value in entries.items()}
         device = next(self.weights[0].parameters()).device
-        tensors[f"{_NOISE}.cpu"] = torch.get_rng_state()
+        tensors[f"{_RANDOM}.cpu"] = torch.get_rng_state()
         if device.type == "cuda":
-            tensors[f"{_NOISE}.cuda"] = torch.cuda.get_rng_state(device)
+            tensors[f"{_RANDOM}.cuda"] = torch.cuda.get_rng_state(device)
         state = {
             "format": FORMAT,
             "curve": self.curve,
@@ -110,7 +110,7 @@ class Standing:
         """Become what was dumped.
 
         Raises:
-            ValueError: the bytes are damaged, or of a training with other layers; nothing can be said of the standing
+            ValueError: the bytes are damaged, or of a training with other layers; nothing can be said of the state
                 then, and another one has to be made.
         """
         digest, data = data[:_DIGEST], data[_DIGEST:]
@@ -130,10 +130,10 @@ class Standing:
             self.curve = [(int(epoch), trained, stop) for epoch, trained, stop in state["curve"]]
             self.how = state["how"]
             self.random.bit_generator.state = state["random"]
-            torch.set_rng_state(tensors[f"{_NOISE}.cpu"])
-            if f"{_NOISE}.cuda" in tensors:
+            torch.set_rng_state(tensors[f"{_RANDOM}.cpu"])
+            if f"{_RANDOM}.cuda" in tensors:
                 device = next(self.weights[0].parameters()).device
-                torch.cuda.set_rng_state(tensors[f"{_NOISE}.cuda"], device)
+                torch.cuda.set_rng_state(tensors[f"{_RANDOM}.cuda"], device)
         except (RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"it does not fit: {' '.join(str(error).split())[:200]}") from error
 

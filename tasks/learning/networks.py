@@ -15,6 +15,7 @@ from tasks.data.contract import Section
 from tasks.learning.layers import Cross, Normaliser
 
 CROSS_LAYERS = 2
+"""Of `dcn`, where the config says nothing."""
 
 
 class RankerConfig(Section):

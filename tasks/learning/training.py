@@ -22,7 +22,7 @@ from tasks.data.contract import DataConfig, SegmentsConfig
 from tasks.errors import NotEnoughHistory, TrainingDiverged
 from tasks.learning.adapters import AdapterConfig, Precisions, check_width
 from tasks.learning.base import Base, grow
-from tasks.learning.checkpoint import Nowhere, Point, Shelf, Standing
+from tasks.learning.checkpoint import Checkpoint, NoCheckpoint, Point, TrainingState
 from tasks.learning.descent import blend, optimiser_of, pull_back
 from tasks.learning.descent import steady as steady  # other verbs compute under it as well
 from tasks.learning.episodes import QUERY_ROWS, counts_by_age, draw, row_loss, score_visits
@@ -46,7 +46,7 @@ DRIFTING = frozenset({"constant"})
 REMEMBERED = 500_000
 """Most rows of a history whose scores are kept in memory while the precisions are looked for."""
 REFRESHED = "its closed forms were solved once more on the whole history"
-NOWHERE = Nowhere()
+NO_CHECKPOINT = NoCheckpoint()
 Report = Callable[[float, float | None, str], None]
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def meta_train(
     parent: Base | None = None,
     device: str = "cpu",
     report: Report = lambda done, total, unit: None,
-    shelf: Shelf = NOWHERE,
+    checkpoint: Checkpoint = NO_CHECKPOINT,
 ) -> Trained:
     """Train a base for a night on the nights before it.
 
@@ -97,7 +97,7 @@ def meta_train(
         parent: the base to start from.
         device: `cpu` or `cuda`.
         report: progress, in epochs.
-        shelf: keeps the checkpoint of this very training: of equal arguments, and nobody else's.
+        checkpoint: keeps the checkpoint of this very training: of equal arguments, and nobody else's.
 
     Returns:
         The best base and its learning curve.
@@ -110,7 +110,7 @@ def meta_train(
     check_outer(training.outer, adapter)
     seed = int(np.random.SeedSequence([training.seed, night.toordinal()]).generate_state(1)[0])
     with steady(seed, training.threads):
-        run = _Run(data, segments, ranker, adapter, training, rows, shape, night, device, report, shelf)
+        run = _Run(data, segments, ranker, adapter, training, rows, shape, night, device, report, checkpoint)
         try:
             return run.train(parent, seed)
         except LinAlgError as error:
@@ -136,11 +136,11 @@ class _Run:
         night: date,
         device: str,
         report: Report,
-        shelf: Shelf,
+        checkpoint: Checkpoint,
     ) -> None:
         self.data, self.ranker, self.adapter, self.training = data, ranker, adapter, training
         self.rows, self.shape, self.night, self.device, self.report = rows, shape, night, device, report
-        self.shelf = shelf
+        self.checkpoint = checkpoint
         self.ladder = Ladder(rows, segments, data.user)
         self.levels = learned_levels(segments, data.user)
         self.material = Material(rows, device)
@@ -187,33 +187,36 @@ class _Run:
 
     def _descend(self, start: Base | None, fit: Visits, stop: Visits, through: date, how: str, seed: int) -> Trained:
         random, config = np.random.default_rng(seed), self.training
-        standing = self._resumed(start, random) or self._begun(start, fit, stop, how, random)
-        (network, precisions), average = standing.weights, standing.average
-        chances, saved = counts_by_age(fit.night, config.half_life_nights), time.monotonic()
-        while standing.epoch < config.epochs and standing.epoch - max(standing.kept, 0) < config.patience:
+        state = self._resumed(random) or self._begun(start, fit, stop, how, random)
+        (network, precisions), average = state.weights, state.average
+        chances = counts_by_age(fit.night, config.half_life_nights)
+        saved = time.monotonic()
+        while state.epoch < config.epochs and state.epoch - max(state.kept, 0) < config.patience:
             losses: list[float] = []
-            for step in range(standing.epoch * config.steps_per_epoch, (standing.epoch + 1) * config.steps_per_epoch):
-                for group in standing.optimiser.param_groups:
+            for step in range(state.epoch * config.steps_per_epoch, (state.epoch + 1) * config.steps_per_epoch):
+                for group in state.optimiser.param_groups:
                     group["lr"] = group["peak"] * min(1.0, (step + 1) / config.steps_per_epoch)
-                losses.append(self._step(network, precisions, standing.optimiser, fit, chances, random))
+                losses.append(self._step(network, precisions, state.optimiser, fit, chances, random))
                 if start is not None and config.pull > 0:
                     pull_back(network, start.network, config.pull, SOLVED)
                 keep = min(config.average, (step + 1) / (step + 10))
                 blend(average[0], network, keep)
                 blend(average[1], precisions, keep)
-            epoch = standing.epoch + 1
-            standing.curve.append((epoch, sum(losses) / len(losses), self._stop_loss(*average, stop)))
-            standing.keep_best()
+            epoch = state.epoch + 1
+            state.curve.append((epoch, sum(losses) / len(losses), self._stop_loss(*average, stop)))
+            state.keep_best()
             if time.monotonic() - saved >= config.checkpoint_seconds:
-                self.shelf.save(standing.dump())
+                self.checkpoint.save(state.dump())
                 saved = time.monotonic()
             self.report(epoch, config.epochs, "epochs")
         self.report(config.epochs, config.epochs, "epochs")
         end = {-1: "kept the parent's base, which did best", 0: "kept the closed-form start, which did best"}
-        why = f"{standing.how}; {end.get(standing.kept, f'kept epoch {standing.kept}')} on the stop nights; {REFRESHED}"
-        return Trained(self._refreshed(*standing.best, through), tuple(standing.curve), standing.kept, why)
+        why = f"{state.how}; {end.get(state.kept, f'kept epoch {state.kept}')} on the stop nights; {REFRESHED}"
+        return Trained(self._refreshed(*state.best, through), tuple(state.curve), state.kept, why)
 
-    def _begun(self, start: Base | None, fit: Visits, stop: Visits, how: str, random: np.random.Generator) -> Standing:
+    def _begun(
+        self, start: Base | None, fit: Visits, stop: Visits, how: str, random: np.random.Generator
+    ) -> TrainingState:
         """Training before its first step: started in closed form, or from the parent's base."""
         at = newest(self.rows, fit, self.training.start_rows)
         curve: list[Point] = []
@@ -229,30 +232,30 @@ class _Run:
             how = f"{how}; {self._hold(network, precisions, fit, stop, random)}"
         curve.append((0, None, self._stop_loss(network, precisions, stop)))
         average = copy.deepcopy(network), copy.deepcopy(precisions)
-        standing = Standing(
+        state = TrainingState(
             (network, precisions), average, best, self._optimiser(network, precisions), random, curve, how
         )
-        standing.keep_best()
-        return standing
+        state.keep_best()
+        return state
 
-    def _resumed(self, start: Base | None, random: np.random.Generator) -> Standing | None:
+    def _resumed(self, random: np.random.Generator) -> TrainingState | None:
         """Where an earlier run of this very training stood when it was last saved, if that can be read."""
-        data = self.shelf.load()
+        data = self.checkpoint.load()
         if data is None:
             return None
         before = random.bit_generator.state, torch.get_rng_state()
         weights = self._fresh()
         average, best = copy.deepcopy(weights), copy.deepcopy(weights)
-        standing = Standing(weights, average, best, self._optimiser(*weights), random, [], "")
+        state = TrainingState(weights, average, best, self._optimiser(*weights), random, [], "")
         try:
-            standing.restore(data)
+            state.restore(data)
         except ValueError as error:
-            logger.warning("the checkpoint of night %s is left aside: %s", self.night, error)
-            random.bit_generator.state, noise = before
-            torch.set_rng_state(noise)
+            logger.warning("the checkpoint of night %s is left aside: %s; training begins anew", self.night, error)
+            random.bit_generator.state, generator = before
+            torch.set_rng_state(generator)
             return None
-        standing.how = f"{standing.how}; resumed after epoch {standing.epoch}"
-        return standing
+        state.how = f"{state.how}; resumed after epoch {state.epoch}"
+        return state
 
     def _fresh(self) -> tuple[Ranker, Precisions]:
         network = Ranker(self.shape, self.ranker).to(self.device)

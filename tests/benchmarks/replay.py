@@ -79,9 +79,7 @@ def main() -> None:
         return
     nights = sorted({key.split()[0] for key in tables})
     rows = sum(map(len, tables.values())) // options.seeds
-    print(
-        f"{len(nights)} nights, {nights[0]} to {nights[-1]}, {rows:,} rows, each trained with {options.seeds} seeds\n"
-    )
+    print(f"{len(nights)} nights, {nights[0]} to {nights[-1]}, {rows:,} rows, {options.seeds} seed(s)\n")
     # A row stands there once per seed, and all of a user's rows are resampled together: pooled is the mean over seeds,
     # its interval that of users.
     lines = [
@@ -97,12 +95,13 @@ def main() -> None:
 
 
 def by_seed(tables: dict[str, pa.Table], exam: str, objective: ObjectiveConfig) -> str:
-    """Each seed's pooled log-loss and its distance to the nearest baseline, as a table."""
-    shown = ["| seed | adapted | best baseline | log-loss | adapted minus it |", "|---|---:|---|---:|---:|"]
+    """Each seed's pooled loss (log-loss, RMSE of a rating) and its distance to the nearest baseline, as a table."""
+    shown = ["| seed | adapted | best baseline | loss | adapted minus it |", "|---|---:|---|---:|---:|"]
     for seed in sorted({key.split()[1] for key in tables}, key=int):
         mine = [table for key, table in tables.items() if key.split()[1] == seed]
         told = figures(pa.concat_tables(mine, promote_options="default"), exam, objective)
-        found = {method: float(one["log_loss"]) for method, one in told.items() if method != PARENT}  # type: ignore[arg-type]
+        losses = {method: one.get("log_loss", one.get("rmse")) for method, one in told.items() if method != PARENT}
+        found = {method: loss for method, loss in losses.items() if loss is not None}
         own = found.pop(CANDIDATE)
         best = min(found, key=lambda method: found[method])
         shown.append(f"| {seed} | {own:.4f} | {best} | {found[best]:.4f} | {own - found[best]:+.4f} |")

@@ -205,7 +205,7 @@ def moved(config: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
 def spring(trap: Trap) -> None:
     """Set a trap on every write to a directory store in this process, and on checkpoints."""
     from tasks.clients.directory_store import DirectoryStore
-    from tasks.meta_train import _Scratch
+    from tasks.meta_train import CheckpointFile
 
     count = 0
 
@@ -227,9 +227,9 @@ def spring(trap: Trap) -> None:
 
     for name in WRITES:
         setattr(DirectoryStore, name, watch(getattr(DirectoryStore, name)))
-    save = _Scratch.save
+    save = CheckpointFile.save
     kept = watch(lambda self, _key, data: save(self, data))
-    _Scratch.save = lambda self, data: kept(self, CHECKPOINT, data)  # type: ignore[method-assign]
+    CheckpointFile.save = lambda self, data: kept(self, CHECKPOINT, data)  # type: ignore[method-assign]
 
 
 def _act(trap: Trap) -> None:

@@ -15,7 +15,7 @@ STEPS = KEEPING.steps_per_epoch
 
 
 class Memory:
-    """A shelf that counts."""
+    """A checkpoint that counts."""
 
     def __init__(self) -> None:
         self.data: bytes | None = None
@@ -72,12 +72,12 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_cold_start_goes_on_to_the_same_bytes(history, whole, steps, tmp_path, way, epoch):
     changed, adapter = WAYS[way]
-    config, shelf = KEEPING.model_copy(update=changed), Memory()
+    config, checkpoint = KEEPING.model_copy(update=changed), Memory()
     with pytest.raises(Stopped):
-        train(history, config=config, adapter=adapter, shelf=shelf, report=stopped_after(epoch))
-    assert (shelf.saved, len(steps)) == (epoch, epoch * STEPS)
+        train(history, config=config, adapter=adapter, checkpoint=checkpoint, report=stopped_after(epoch))
+    assert (checkpoint.saved, len(steps)) == (epoch, epoch * STEPS)
     steps.clear()
-    resumed = train(history, config=config, adapter=adapter, shelf=shelf)
+    resumed = train(history, config=config, adapter=adapter, checkpoint=checkpoint)
     assert len(steps) == (KEEPING.epochs - epoch) * STEPS
     assert (resumed.curve, resumed.epoch) == (whole[way].curve, whole[way].epoch)
     assert bytes_of(resumed, tmp_path / "resumed") == bytes_of(whole[way], tmp_path / "whole")
@@ -86,34 +86,34 @@ def test_a_cold_start_goes_on_to_the_same_bytes(history, whole, steps, tmp_path,
 
 def test_a_warm_start_that_is_pulled_goes_on_to_the_same_bytes(history, tmp_path):
     parent = train(before(history, NIGHTS - 2), night=NIGHTS - 2).base
-    config, shelf = KEEPING.model_copy(update={"pull": 0.3}), Memory()
+    config, checkpoint = KEEPING.model_copy(update={"pull": 0.3}), Memory()
     whole = train(history, config=config, parent=parent)
     with pytest.raises(Stopped):
-        train(history, config=config, parent=parent, shelf=shelf, report=stopped_after(1))
-    resumed = train(history, config=config, parent=parent, shelf=shelf)
+        train(history, config=config, parent=parent, checkpoint=checkpoint, report=stopped_after(1))
+    resumed = train(history, config=config, parent=parent, checkpoint=checkpoint)
     assert resumed.curve == whole.curve
     assert bytes_of(resumed, tmp_path / "resumed") == bytes_of(whole, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("damage", ["a byte", "half of it", "other layers"])
 def test_what_cannot_be_read_is_left_aside_and_said(history, whole, tmp_path, caplog, damage):
-    shelf = Memory()
+    checkpoint = Memory()
     layers = RankerConfig(embedding=4, hidden=6, factors=2, features=3) if damage == "other layers" else SMALL
     with pytest.raises(Stopped):
-        train(history, config=KEEPING, ranker=layers, shelf=shelf, report=stopped_after(2))
+        train(history, config=KEEPING, ranker=layers, checkpoint=checkpoint, report=stopped_after(2))
     if damage == "a byte":
-        shelf.data = shelf.data[:-9] + bytes([shelf.data[-9] ^ 1]) + shelf.data[-8:]
+        checkpoint.data = checkpoint.data[:-9] + bytes([checkpoint.data[-9] ^ 1]) + checkpoint.data[-8:]
     elif damage == "half of it":
-        shelf.data = shelf.data[: len(shelf.data) // 2]
+        checkpoint.data = checkpoint.data[: len(checkpoint.data) // 2]
     with caplog.at_level(logging.WARNING):
-        again = train(history, config=KEEPING, shelf=shelf)
+        again = train(history, config=KEEPING, checkpoint=checkpoint)
     assert "is left aside: it" in caplog.text
     assert bytes_of(again, tmp_path / "again") == bytes_of(whole["second order"], tmp_path / "whole")
 
 
 def test_equal_standings_are_equal_bytes_and_a_short_training_saves_none(history):
     one, other, none = Memory(), Memory(), Memory()
-    for shelf, config in ((one, KEEPING), (other, KEEPING), (none, SHORT)):
-        train(history, config=config, shelf=shelf)
+    for checkpoint, config in ((one, KEEPING), (other, KEEPING), (none, SHORT)):
+        train(history, config=config, checkpoint=checkpoint)
     assert one.data == other.data
     assert (one.saved, none.saved) == (KEEPING.epochs, 0)

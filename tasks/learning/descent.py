@@ -1,5 +1,6 @@
 """The mechanics of gradient descent: steady arithmetic, the optimiser and the moving average of the weights."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,17 +22,29 @@ def steady(seed: int, threads: int | None) -> Iterator[None]:
         seed: of torch's global generators.
         threads: of the arithmetic on the CPU; None leaves them.
     """
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    before = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True)
+        # The same switch as torch.use_deterministic_algorithms, which loads the compiler as well.
+        torch.set_deterministic_debug_mode("error")
         if threads is not None:
             torch.set_num_threads(threads)
         try:
             yield
         finally:
             torch.set_num_threads(before[0])
-            torch.use_deterministic_algorithms(before[1])
+            torch.set_deterministic_debug_mode(before[1])
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW as it is, without what tells torch's compiler to leave it alone.
+
+    Nothing is compiled here, and to tell the compiler so the wrappers load it: two seconds a process.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def optimiser_of(
@@ -47,7 +60,7 @@ def optimiser_of(
         kind = "factors" if name.startswith("factor_tables") else "embeddings" if "_tables." in name else "layers"
         if parameter.requires_grad:
             groups[kind].append(parameter)
-    return torch.optim.AdamW(
+    return _AdamW(
         [
             {"params": groups["embeddings"], "weight_decay": embedding_decay, "peak": rate},
             {"params": groups["layers"], "weight_decay": weight_decay, "peak": rate},

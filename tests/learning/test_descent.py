@@ -1,5 +1,9 @@
 """The mechanics of descent: what is put back, what is decayed, what is averaged."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -48,6 +52,45 @@ def test_factors_and_precisions_are_not_decayed_and_every_parameter_is_optimised
     for name, parameter in named:
         expected = 0.0 if name.startswith(("factor_tables", "logarithm")) else 0.3 if "_tables." in name else 0.2
         assert decay[id(parameter)] == expected
+
+
+def losses_of(optimiser, weight, steps=4):
+    """Squared distances to 1 on the way down."""
+    losses = []
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss = ((weight - 1) ** 2).sum()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_steps_are_those_of_adamw():
+    network = Ranker(shape(opposed(nights=1, users=6)), RankerConfig(embedding=4, hidden=8))
+    ours = optimiser_of(network, Precisions(2, 1, network.width, AdapterConfig()), 0.1, 0.2, 0.3)
+    weight = network.wide.weight
+    twin = torch.nn.Parameter(weight.detach().clone())
+    reference = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.2)
+    found = losses_of(ours, weight)
+    assert found == losses_of(reference, twin)
+    assert found[-1] < found[0]
+    assert torch.equal(weight, twin)
+
+
+def test_training_does_not_load_the_compiler():
+    code = """
+import sys, torch
+from tests.learning.test_descent import *
+network = Ranker(shape(opposed(nights=1, users=6)), RankerConfig(embedding=4, hidden=8))
+with steady(0, 1):
+    optimiser = optimiser_of(network, Precisions(2, 1, network.width, AdapterConfig()), 0.1, 0.2, 0.3)
+    losses_of(optimiser, network.wide.weight)
+print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules])
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_what_wants_no_gradient_is_not_optimised():

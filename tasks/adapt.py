@@ -12,6 +12,7 @@ from tasks.clients.workspace import digest_of
 from tasks.data import vocabulary
 from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, SegmentsConfig
+from tasks.data.segments import level_name
 from tasks.data.vocabulary import Vocabularies
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.bank import Bank, Harmful, fill_bank
@@ -76,7 +77,7 @@ def adapt(
         solved = sum(len(level.keys) for level in filled.levels)
         progress(solved, solved, "segments")
         content = {
-            "names": [" x ".join(level.columns) for level in rows.levels],
+            "names": [level_name(level.columns) for level in rows.levels],
             "seen": [level.size for level in rows.levels],
             "levels": [len(level.keys) for level in filled.levels],
             "refused": [len(level.refused) for level in filled.levels],

@@ -13,6 +13,7 @@ from tasks.champion import champion_scores
 from tasks.clients.workspace import digest_of
 from tasks.data import vocabulary
 from tasks.data.contract import DataConfig, ObjectiveConfig, SegmentsConfig
+from tasks.data.segments import level_name
 from tasks.learning.bank import Bank
 from tasks.learning.baselines import Baselines, BaselinesConfig
 from tasks.learning.exams import (
@@ -235,7 +236,7 @@ def _alarms(
             then = then.group_by("segment").aggregate([([], "count_all")])
             now = table.filter(pc.equal(table["level"], number))["segment"].to_numpy(zero_copy_only=False)
             alarm = vanished(
-                " x ".join(level.columns),
+                level_name(level.columns),
                 then["segment"].to_numpy(zero_copy_only=False).astype(str),
                 then["count_all"].to_numpy(),
                 np.unique(now.astype(str)),

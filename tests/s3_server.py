@@ -9,7 +9,6 @@ import http.client
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,21 +18,11 @@ from typing import Self
 
 import boto3
 
+from tests.ports import free_ports
+
 ADMIN = ("nightrank-admin", "nightrank-admin-secret")
 READER = ("nightrank-reader", "nightrank-reader-secret")
 _PATIENCE_S = 60.0
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on now, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def installed(program: str) -> str | None:

@@ -69,6 +69,15 @@ def check_levels(data: DataConfig, segments: SegmentsConfig) -> None:
             raise InvalidConfig(f"segments.levels[{number}] repeats an earlier level: {', '.join(columns)}")
 
 
+def level_name(columns: Sequence[str]) -> str:
+    """What people call a level.
+
+    >>> level_name(("occupation", "age_band"))
+    'occupation x age_band'
+    """
+    return " x ".join(columns)
+
+
 def mixed_radix(ids: Sequence[I64], radices: Sequence[int], what: str) -> I64:
     """One int64 key per row from one id per column.
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.data.contract import DataConfig
+from tasks.data.segments import level_name
 from tasks.learning.intervals import paired_intervals, sum_by_user
 from tasks.release.evidence import own_minus_parent
 
@@ -91,7 +92,7 @@ def curve(tables: Sequence[pa.Table], data: DataConfig, levels: Sequence[Sequenc
                 found.append(
                     Step(
                         objective=objective.name,
-                        level=" x ".join(columns),
+                        level=level_name(columns),
                         least=least,
                         most=LEAST[at + 1] - 1 if at + 1 < len(LEAST) else None,
                         segments=interval.users,

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tasks.data.contract import DataConfig
+from tasks.data.segments import level_name
 from tasks.learning.intervals import F64, I64, MIN_CLUSTERS
 from tasks.release.evidence import own_minus_parent
 
@@ -134,7 +135,7 @@ def lifts(tables: Sequence[pa.Table], data: DataConfig, levels: Sequence[Sequenc
                 pa.table(
                     {
                         "objective": [objective.name] * len(order),
-                        "level": [" x ".join(columns)] * len(order),
+                        "level": [level_name(columns)] * len(order),
                         "segment": segments[order],
                         "rows": count[order],
                         "difference": mean[order],

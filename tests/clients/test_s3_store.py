@@ -24,7 +24,8 @@ from tasks.errors import (
     StoreUnwritable,
 )
 from tests.clients.fault_proxy import Fault, FaultProxy
-from tests.s3_server import READER, S3Server, aws_environment, free_ports, installed
+from tests.ports import free_ports
+from tests.s3_server import READER, S3Server, aws_environment, installed
 
 # The server finished, and then: nothing, an error of its own, an error of something in between.
 LOST_ANSWERS = [Fault(), Fault(status=500), Fault(status=502), Fault(status=504), Fault(status=409)]

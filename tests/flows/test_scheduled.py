@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import yaml
 
 from flows.config import RetrainConfig
 from tasks.releases import releases
+from tests.ports import free_ports
 from tests.prefect_homes import home_with
 from tests.shared import lend_graph
 from tests.world import World, write_world
@@ -27,13 +27,6 @@ from tests.world import World, write_world
 ROOT = Path(__file__).parent.parent.parent
 PREFECT = str(Path(sys.executable).parent / "prefect")
 LAG = 2
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def until(what: str, limit_seconds: float, look: Callable[[], Any], logs: Path) -> Any:
@@ -133,7 +126,7 @@ def house(
     folder = tmp_path_factory.mktemp("house")
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump({**world.config, "night_lag_days": LAG}))
-    port = free_port()
+    port = free_ports(1)[0]
     environment = {
         **os.environ,
         "PREFECT_HOME": str(home_with(prefect_database, folder / "home")),

@@ -21,7 +21,7 @@ from tasks.parents import parent_base
 from tasks.references import BaseRef, IngestRef, ParentRef, Place, PrepareRef
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
 
-VERSION = 2
+VERSION = 3
 
 
 @verb

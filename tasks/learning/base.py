@@ -23,9 +23,8 @@ from tasks.learning.adapters import AdapterConfig, Precisions
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.learning.solvers import ObjectiveKind
 
-FORMAT, CROSS_FORMAT = 2, 3
-"""2: tables of factors for every categorical candidate column, and numbers of candidates as adapter features. 3: a
-network with cross layers, which an older version of nightrank must not take for a damaged one."""
+FORMAT = 4
+"""4: what an item's columns say of its factors. Before it, 2 and 3 (cross layers) had no such layer."""
 WEIGHTS, DESCRIPTION = "base.safetensors", "base.json"
 
 
@@ -101,7 +100,7 @@ def save_base(base: Base, folder: Path) -> dict[str, Path]:
     tensors |= {f"precisions.{name}": value for name, value in base.precisions.state_dict().items()}
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / WEIGHTS)
     description = {
-        "format": CROSS_FORMAT if base.network.config.kind == "dcn" else FORMAT,
+        "format": FORMAT,
         "shape": base.network.shape.model_dump(mode="json"),
         "ranker": base.network.config.model_dump(mode="json"),
         "adapter": base.adapter.model_dump(mode="json"),
@@ -124,10 +123,9 @@ def load_base(files: Mapping[str, Path]) -> Base:
     """
     try:
         description = json.loads(files[DESCRIPTION].read_text())
-        if description["format"] not in (FORMAT, CROSS_FORMAT):
+        if description["format"] != FORMAT:
             raise FormatUnknown(
-                f"{files[DESCRIPTION]} has format {description['format']}, and this version of nightrank reads "
-                f"{FORMAT} and {CROSS_FORMAT}"
+                f"{files[DESCRIPTION]} has format {description['format']}, and this version of nightrank reads {FORMAT}"
             )
         shape, config = RankerShape(**description["shape"]), RankerConfig(**description["ranker"])
         adapter = AdapterConfig(**description["adapter"])

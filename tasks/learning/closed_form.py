@@ -3,17 +3,20 @@
 Both are streamed over the history in chunks and cost a few passes; gradient descent goes on from there. A ranker that
 starts from them begins about where factor models end.
 
-Shapes: N rows, S statistics, K objectives, F factors, I items, U users.
+Shapes: N rows, S statistics, K objectives, F factors, I items, U users, C categorical columns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tasks.learning.layers import WarmUp
 from tasks.learning.solvers import SMALLEST_CURVATURE, ObjectiveKind
 
 CHUNK = 262_144
+HELD = 10.0
+"""Precision of what columns say of an item's factors, in items."""
 
 
 def _chunks(count: int) -> Iterator[slice]:
@@ -84,6 +87,7 @@ def factorise(
     strength: float = 4.0,
     bias_strength: float = 4.0,
     sweeps: int = 10,
+    mean: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Item factors by alternating least squares on the residuals of the offsets.
 
@@ -103,12 +107,14 @@ def factorise(
         strength: precision of every factor, in rows.
         bias_strength: precision of the users' bias, in rows.
         sweeps: passes over both sides.
+        mean: from the item factors of the sweep before ``[I, F]`` to what each is held to ``[I, F]``; None for 0.
 
     Returns:
         Item factors ``[I, F]``.
     """
     residual, curvature = weighted_residual(offsets.double(), labels.double(), weights.double(), kind)
     factors = factors.double().clone()
+    factors[torch.bincount(items, minlength=len(factors)) == 0] = 0.0
     factors[0] = 0.0
     width = factors.shape[1]
     if width == 0:
@@ -118,9 +124,55 @@ def factorise(
     for _ in range(sweeps):
         tastes = _one_side(users, user_count, residual, curvature, prior, factors, items, constant=True)
         rest = torch.cat([residual[part] - curvature[part] * tastes[users[part], 0] for part in _chunks(len(users))])
-        factors = _one_side(items, len(factors), rest, curvature, prior[1:], tastes[:, 1:], users, constant=False)
+        towards = 0.0 if mean is None else mean(factors)
+        factors = _one_side(
+            items, len(factors), rest, curvature, prior[1:], tastes[:, 1:], users, constant=False, mean=towards
+        )
         factors[0] = 0.0
     return factors.float()
+
+
+@torch.no_grad()
+def fit_warm_up(warm_up: WarmUp, factors: Tensor, numbers: Tensor, categories: Tensor, sweeps: int = 5) -> Tensor:
+    """Solve what the items' columns say of their factors: a ridge on the numbers, and shrunk means by category in turn.
+
+    Args:
+        warm_up: is changed.
+        factors: ``[I, F]``; items whose factors are all 0 have no rows: they are neither read nor told.
+        numbers: of each item, normalised ``[I, ...]``.
+        categories: ids of each item, int64 ``[I, C]``; what is unknown (0) says nothing.
+        sweeps: passes over the columns; without categories one is exact.
+
+    Returns:
+        What the columns say of every item's factors ``[I, F]``; 0 for items without rows.
+    """
+    known = torch.nonzero((factors != 0).any(dim=-1))[:, 0]
+    target, ids = factors[known].double(), categories[known]
+    inputs = torch.cat([torch.ones_like(target[:, :1]), numbers[known].double()], dim=1)
+    system = inputs.T @ inputs + HELD * torch.eye(inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
+    tables = [target.new_zeros(table.weight.shape) for table in _embeddings(warm_up)]
+    for _ in range(sweeps if tables else 1):
+        told = sum((table[ids[:, at]] for at, table in enumerate(tables)), torch.zeros_like(target))
+        solution = torch.linalg.solve(system, inputs.T @ (target - told))
+        rest = target - told - inputs @ solution
+        for at, table in enumerate(tables):
+            rest = rest + table[ids[:, at]]
+            count = torch.bincount(ids[:, at], minlength=len(table)).to(rest)
+            table.zero_().index_add_(0, ids[:, at], rest).div_((count + HELD)[:, None])
+            table[0] = 0.0
+            rest = rest - table[ids[:, at]]
+    warm_up.constant.copy_(solution[0])
+    if warm_up.line is not None:
+        warm_up.line.weight.copy_(solution[1:].T)
+    for module, table in zip(_embeddings(warm_up), tables, strict=True):
+        module.weight.copy_(table)
+    mean = torch.zeros_like(factors, dtype=torch.float64)
+    mean[known] = target - rest
+    return mean
+
+
+def _embeddings(warm_up: WarmUp) -> list[nn.Embedding]:
+    return [table for table in warm_up.tables if isinstance(table, nn.Embedding)]
 
 
 def _one_side(
@@ -132,10 +184,11 @@ def _one_side(
     others: Tensor,
     other: Tensor,
     constant: bool,
+    mean: Tensor | float = 0.0,
 ) -> Tensor:
     """Ridge solutions ``[count, W]`` of all owners, by batched normal equations over the rows of the other side.
 
-    A row's inputs are ``others[other]``, behind a 1 where there is a `constant`.
+    A row's inputs are ``others[other]``, behind a 1 where there is a `constant`. Every owner is held to its `mean`.
     """
     width = len(prior)
     gradient = residual.new_zeros(count, width)
@@ -147,5 +200,6 @@ def _one_side(
         gradient.index_add_(0, owner[part], rows * residual[part, None])
         outer = (rows[:, :, None] * (rows * curvature[part, None])[:, None, :]).reshape(len(rows), -1)
         hessian.index_add_(0, owner[part], outer)
+    gradient = gradient + prior * mean
     system = hessian.reshape(count, width, width) + torch.diag(prior)
     return torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(system))[..., 0]

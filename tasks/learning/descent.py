@@ -57,7 +57,13 @@ def optimiser_of(
     """
     groups: dict[str, list[nn.Parameter]] = {"embeddings": [], "factors": [], "layers": []}
     for name, parameter in network.named_parameters():
-        kind = "factors" if name.startswith("factor_tables") else "embeddings" if "_tables." in name else "layers"
+        kind = (
+            "factors"
+            if name.startswith(("factor_tables", "warm_up"))
+            else "embeddings"
+            if "_tables." in name
+            else "layers"
+        )
         if parameter.requires_grad:
             groups[kind].append(parameter)
     return _AdamW(

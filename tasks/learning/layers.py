@@ -1,7 +1,9 @@
-"""Layers that torch does not have: numbers as a network reads them, and products of all that it has read.
+"""Layers that torch does not have: numbers as a network reads them, products of them, and factors of new items.
 
-Shapes: ``...`` any leading axes, F numbers, W width.
+Shapes: ``...`` any leading axes, F numbers, W width, C categorical columns.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,3 +63,39 @@ class Cross(nn.Module):
         for layer in self.layers:
             crossed = values * layer(crossed) + crossed
         return crossed
+
+
+class WarmUp(nn.Module):
+    """Factors that an item has by its columns alone: what its own rows are held to, and all there is before them.
+
+    A line in its numbers plus one row of a table for each of its categories. It begins at 0 and is solved with the
+    items' own factors (``closed_form.factorise``). Sources: attribute-to-feature mappings (Gantner et al., 2010), as
+    the mean of the factors' prior (Agarwal and Chen, regression-based latent factor models, 2009).
+    """
+
+    def __init__(self, numbers: int, categories: Sequence[int], width: int) -> None:
+        """Begin at 0.
+
+        Args:
+            numbers: of an item, its indicators of missing ones included: F.
+            categories: rows of each categorical column's table, the unknown row 0 included: C of them.
+            width: factors: W.
+        """
+        super().__init__()
+        self.constant = nn.Parameter(torch.empty(width))
+        self.line = nn.Linear(numbers, width, bias=False) if numbers else None
+        self.tables = nn.ModuleList(nn.Embedding(rows, width) for rows in categories)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, numbers: Tensor, categories: Sequence[Tensor]) -> Tensor:
+        """Factors ``[..., W]``.
+
+        Args:
+            numbers: normalised, ``[..., F]``.
+            categories: ids that the tables have, one ``[...]`` per column.
+        """
+        factors: Tensor = self.constant if self.line is None else self.constant + self.line(numbers)
+        for table, ids in zip(self.tables, categories, strict=True):
+            factors = factors + table(ids)
+        return factors

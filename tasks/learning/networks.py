@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tasks.data.contract import Section
-from tasks.learning.layers import Cross, Normaliser
+from tasks.learning.layers import Cross, Normaliser, WarmUp
 
 CROSS_LAYERS = 2
 """Of `dcn`, where the config says nothing."""
@@ -33,6 +33,9 @@ class RankerConfig(Section):
     """Width of the hidden layers and of the towers' outputs."""
     factors: Annotated[int, Field(ge=0, le=256)] = 4
     """Adapter features that are free factors of the item, started in closed form from the history."""
+    warm_up: bool = True
+    """Whether an item's factors are held to what its columns say of them: a new item begins there, and its own rows
+    take over as they come. Without it factors are held to 0, and a new item has none."""
     category_factors: Annotated[int, Field(ge=0, le=256)] = 4
     """Adapter features that are free factors of a category, for each categorical candidate column, started likewise."""
     direct: bool = True
@@ -147,6 +150,12 @@ class Ranker(nn.Module):
         for table in self.factor_tables:
             assert isinstance(table, nn.Embedding)
             nn.init.zeros_(table.weight)
+        told = bool(shape.candidate_numbers or len(shape.candidate_vocabularies) > 1)
+        self.warm_up = (
+            WarmUp(2 * shape.candidate_numbers, shape.candidate_vocabularies[1:], config.factors)
+            if config.warm_up and config.factors and told
+            else None
+        )
         self.dropout = nn.Dropout(config.dropout)
         read = [config.user_statistics or at not in shape.request_statistics for at in range(shape.statistics)]
         self.register_buffer("read", torch.tensor(read, dtype=torch.float32), persistent=False)
@@ -184,6 +193,11 @@ class Ranker(nn.Module):
         if self.training and self.config.id_dropout > 0:
             known = known * (torch.rand(ids.shape, device=ids.device) >= self.config.id_dropout)
         return known
+
+    def _categories(self, candidate_ids: Tensor) -> list[Tensor]:
+        """Ids of the candidate's categories, the item left out."""
+        rows = self.candidate_rows
+        return [self._known(candidate_ids[..., at], rows[at]) for at in range(1, len(self.candidate_tables))]
 
     def _embed(self, tables: nn.ModuleList, rows: Tensor, ids: Tensor) -> list[Tensor]:
         return [table(self._known(ids[..., at], rows[at])) for at, table in enumerate(tables)]
@@ -243,7 +257,12 @@ class Ranker(nn.Module):
         logits = _columns(statistics, shape.offsets) + self.wide(normal) + self.joint(joint)
         features = [torch.ones_like(logits[..., :1])]
         for at, table in zip(self.factored, self.factor_tables, strict=True):
-            features.append(table(self._known(candidate_ids[..., at], self.candidate_rows[at])))
+            factors = table(self._known(candidate_ids[..., at], self.candidate_rows[at]))
+            if at == 0 and self.warm_up is not None:
+                # Without rows they are 0 to the bit: closed forms leave them so, and no gradient moves them.
+                learned = (factors != 0).any(dim=-1, keepdim=True)
+                factors = torch.where(learned, factors, self.warm_up(numbers, self._categories(candidate_ids)))
+            features.append(factors)
         if self.config.direct and shape.candidate_numbers:
             features.append(numbers[..., : shape.candidate_numbers])
         if self.head is not None:

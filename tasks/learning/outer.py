@@ -27,7 +27,7 @@ PATH_RATE = 0.05
 far apart the visits' networks drift, not how far the shared one moves."""
 PATH_NUMBERS = 32_000_000
 """Most parameters of visits' own networks held at once in Reptile."""
-HEAD = ("wide.", "joint.3.", "head.")
+HEAD = ("wide.", "joint.3.", "head.", "warm_up.constant", "warm_up.line.")
 """The layers that end in scores or in adapter features."""
 
 
@@ -54,7 +54,7 @@ def check_outer(outer: OuterLoop, adapter: AdapterConfig) -> None:
 def thaw(network: Ranker, freeze: Freeze) -> None:
     """Mark the parameters that the outer loop trains, and no others, as those that want a gradient."""
     for name, parameter in network.named_parameters():
-        table = "_tables." in name
+        table = "tables." in name
         parameter.requires_grad_(
             {"nothing": True, "embeddings": not table, "all_but_head": name.startswith(HEAD)}[freeze]
         )

@@ -3,6 +3,9 @@
 Shapes: N rows, S statistics, K objectives.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,7 +15,7 @@ from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig
 from tasks.errors import TrainingDiverged
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.closed_form import calibrate, factorise
+from tasks.learning.closed_form import calibrate, factorise, fit_warm_up
 from tasks.learning.material import I64, Material, Visits
 from tasks.learning.networks import Ranker
 
@@ -20,7 +23,7 @@ PART = 65_536
 """About how many rows the network scores at a time."""
 
 
-SOLVED = ("wide.", "factor_tables.")
+SOLVED = ("wide.", "factor_tables.", "warm_up.")
 """How the names of the parameters begin that the start solves in closed form."""
 
 
@@ -102,6 +105,7 @@ def solve_start(
             table = module.weight
             assert isinstance(table, Tensor)
             keys = torch.from_numpy(np.ascontiguousarray(ids[:, column])).to(table.device)
+            tell = _teller(network, material, at) if column == 0 else None
             begin = table if table.abs().sum() > 0 else torch.randn_like(table) * 0.1
             factors = factorise(
                 torch.from_numpy(user.astype(np.int64)).to(table.device),
@@ -115,8 +119,29 @@ def solve_start(
                 strength=adapter.precision,
                 bias_strength=adapter.precision,
                 sweeps=sweeps,
+                mean=tell,
             )
             table.copy_(factors)
+            if tell is not None:
+                tell(factors)
+
+
+def _teller(network: Ranker, material: Material, at: I64) -> Callable[[Tensor], Tensor] | None:
+    """What fits the warm-up to factors of the items, each described by its newest row; None if there is no warm-up."""
+    if (warm_up := network.warm_up) is None:
+        return None
+    time, ids = np.asarray(material.rows.time)[at], np.asarray(material.rows.candidate_ids)[at]
+    tables = network.shape.candidate_vocabularies
+    ids = np.where(ids < np.array(tables), ids, 0)
+    order = np.lexsort((time, ids[:, 0]))
+    last = order[np.r_[np.flatnonzero(np.diff(ids[order, 0])), len(order) - 1]]
+    items = torch.from_numpy(ids[last, 0])
+    _, _, _, given, _ = material.inputs(at[last])
+    numbers = given.new_zeros(tables[0], 2 * network.shape.candidate_numbers)
+    numbers[items] = network.candidate_normaliser(given)
+    categories = items.new_zeros(tables[0], len(tables) - 1)
+    categories[items] = torch.from_numpy(ids[last, 1:])
+    return partial(fit_warm_up, warm_up, numbers=numbers, categories=categories.to(numbers.device))
 
 
 def _scores(network: Ranker, material: Material, at: I64) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ from scipy import optimize
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from tasks.learning import closed_form
-from tasks.learning.closed_form import calibrate, factorise
+from tasks.learning.closed_form import HELD, calibrate, factorise, fit_warm_up
+from tasks.learning.layers import WarmUp
 
 SEEDS = range(3)
 
@@ -98,12 +99,12 @@ def planted(seed, users=60, items=25, factors=2, each=15, noise=0.1):
     return user, item, labels, random.normal(0, 0.1, (items + 1, factors))
 
 
-def run(user, item, labels, start, kind, sweeps=10, strength=1.0, bias=2.0, weights=None, offsets=None):
+def run(user, item, labels, start, kind, sweeps=10, strength=1.0, bias=2.0, weights=None, offsets=None, mean=None):
     weights = np.ones(len(user)) if weights is None else weights
     offsets = np.zeros(len(user)) if offsets is None else offsets
     return factorise(
         *tensors(user, item, offsets, labels, weights), kind, int(user.max()) + 1, torch.from_numpy(start),
-        strength, bias, sweeps,
+        strength, bias, sweeps, mean,
     )  # fmt: skip
 
 
@@ -211,3 +212,78 @@ def test_the_starting_factors_are_left_alone_and_no_factors_stay_none():
     run(user, item, labels, start, "rating")
     assert np.array_equal(start, before)
     assert run(user, item, labels, start[:, :0], "rating").shape == (26, 0)
+
+
+# What columns say of factors
+
+
+def items_with_columns(seed=0, items=40):
+    """Factors of items, two numbers and two categories of each; items 0, 7 and 11 have no rows."""
+    random = np.random.default_rng(seed)
+    numbers = random.normal(size=(items, 2))
+    categories = np.c_[random.integers(0, 4, items), random.integers(0, 3, items)]
+    factors = random.normal(size=(items, 3)) + numbers @ random.normal(size=(2, 3))
+    factors[[0, 7, 11]] = 0.0
+    return factors, numbers, categories
+
+
+def test_columns_are_told_by_a_ridge_on_numbers_and_known_categories():
+    factors, numbers, categories = items_with_columns()
+    warm_up = WarmUp(2, (4, 3), 3)
+    said = fit_warm_up(warm_up, *tensors(factors, numbers, categories), sweeps=200)
+    known = factors.any(axis=1)
+    hot = [(categories[:, [at]] == np.arange(1, rows)).astype(float) for at, rows in enumerate((4, 3))]
+    design = np.c_[np.ones(len(numbers)), numbers, *hot]
+    model = Ridge(alpha=HELD, fit_intercept=False).fit(design[known], factors[known])
+    expected = design @ model.coef_.T
+    np.testing.assert_allclose(said.numpy()[known], expected[known], atol=1e-8)
+    assert not said.numpy()[~known].any()
+    with torch.no_grad():
+        layer = warm_up(*tensors(numbers.astype(np.float32)), list(torch.from_numpy(categories).T))
+    np.testing.assert_allclose(layer.numpy(), expected, atol=1e-5)  # of items without rows as well
+    few = fit_warm_up(WarmUp(2, (4, 3), 3), *tensors(factors, numbers, categories))
+    np.testing.assert_allclose(few.numpy()[known], expected[known], atol=0.02)
+
+
+def test_numbers_alone_are_exact_in_one_pass_and_categories_need_no_numbers():
+    factors, numbers, categories = items_with_columns(1)
+    known, none = factors.any(axis=1), np.zeros((len(factors), 0))
+    design = np.c_[np.ones(len(numbers)), numbers]
+    model = Ridge(alpha=HELD, fit_intercept=False).fit(design[known], factors[known])
+    said = fit_warm_up(WarmUp(2, (), 3), *tensors(factors, numbers, none.astype(np.int64)))
+    np.testing.assert_allclose(said.numpy()[known], (design @ model.coef_.T)[known], atol=1e-9)
+    warm_up = WarmUp(0, (4,), 3)
+    said = fit_warm_up(warm_up, *tensors(factors, none, categories[:, :1]), sweeps=200)
+    hot = np.c_[np.ones(len(factors)), categories[:, [0]] == np.arange(1, 4)]
+    model = Ridge(alpha=HELD, fit_intercept=False).fit(hot[known], factors[known])
+    np.testing.assert_allclose(said.numpy()[known], (hot @ model.coef_.T)[known], atol=1e-8)
+    with torch.no_grad():
+        assert warm_up(torch.zeros(2, 0), [torch.tensor([0, 0])]).tolist() == [warm_up.constant.tolist()] * 2
+
+
+def test_factors_are_held_to_what_is_told_of_them_and_rows_take_over():
+    """Each item's ridge towards its mean, one item at a time; the more rows, the less the mean matters."""
+    user, item, labels, start = planted(3)
+    keep = (item != 4) | (np.cumsum(item == 4) <= 1)  # one row of item 4, none of item 9
+    keep &= item != 9
+    user, item, labels = user[keep], item[keep], labels[keep]
+    mean = np.random.default_rng(1).normal(size=start.shape) * 3
+    seen = []
+
+    def told(factors):
+        seen.append(factors.clone())
+        return torch.from_numpy(np.where(factors.numpy().any(axis=1, keepdims=True), mean, 0.0))
+
+    found = run(user, item, labels, start, "rating", sweeps=2, mean=told).numpy()
+    residual, curve = labels, np.ones(len(labels))
+    before = seen[1].numpy()
+    tastes = best_tastes(user, item, residual, curve, before, 1.0, 2.0)
+    for one in range(1, len(start)):
+        mine = item == one
+        phi, rest = tastes[user[mine], 1:], residual[mine] - tastes[user[mine], 0]
+        expected = np.linalg.solve(phi.T @ phi + np.eye(2), phi.T @ rest + mean[one]) if mine.any() else np.zeros(2)
+        np.testing.assert_allclose(found[one], expected, atol=1e-4)
+    assert not found[[0, 9]].any()
+    plain = run(user, item, labels, start, "rating", sweeps=2).numpy()
+    moved = np.linalg.norm(found - plain, axis=1) / np.linalg.norm(mean, axis=1)
+    assert moved[4] > 3 * np.median(moved[1:])

@@ -50,7 +50,9 @@ def test_factors_and_precisions_are_not_decayed_and_every_parameter_is_optimised
     named = [*network.named_parameters(), *precisions.named_parameters()]
     assert sum(len(group["params"]) for group in groups) == len(decay) == len(named)
     for name, parameter in named:
-        expected = 0.0 if name.startswith(("factor_tables", "logarithm")) else 0.3 if "_tables." in name else 0.2
+        expected = (
+            0.0 if name.startswith(("factor_tables", "warm_up", "logarithm")) else 0.3 if "_tables." in name else 0.2
+        )
         assert decay[id(parameter)] == expected
 
 

@@ -192,6 +192,7 @@ def test_without_categories_and_numbers_there_are_no_parts_of_them():
     bare = SHAPE.model_copy(update={"candidate_vocabularies": (6,), "candidate_numbers": 0})
     network = Ranker(bare, RankerConfig()).eval()
     assert list(network.parts) == ["constant", "item factors"]
+    assert network.warm_up is None
     request, candidate, first, _, statistics = inputs(3)
     assert network(request, candidate[:, :1], first, torch.zeros(3, 0), statistics)[1].shape == (3, 5)
 
@@ -202,6 +203,29 @@ def test_an_unknown_category_has_the_factors_of_the_unknown_row():
     part = network.parts["category factors"]
     rows = network.factor_tables[1].weight[[0, 1, 4, 0, 0]]
     assert torch.equal(network(request, candidate, *rest)[1][:, part], rows)
+
+
+def test_an_item_without_rows_has_the_factors_that_its_columns_tell():
+    """By hand: the constant, the line in its numbers and its category's row; its own row is 0, or its id is new."""
+    network, (request, candidate, first, second, statistics) = ranker(), inputs(5)
+    with torch.no_grad():
+        network.factor_tables[0].weight[[0, 2]] = 0.0
+    candidate[:, 0] = torch.tensor([2, 0, 99, 1, 2])
+    candidate[:, 1] = torch.tensor([1, 2, 3, 4, 99])
+    second[1] = torch.nan
+    state = network.state_dict()
+    numbers = torch.cat([second.nan_to_num().clamp(-5, 5), second.isnan().float()], dim=1)
+    told = state["warm_up.constant"] + numbers @ state["warm_up.line.weight"].T
+    told = told + state["warm_up.tables.0.weight"][[1, 2, 3, 4, 0]]
+    told[3] = state["factor_tables.0.weight"][1]
+    found = network(request, candidate, first, second, statistics)[1][:, network.parts["item factors"]]
+    torch.testing.assert_close(found, told)
+    plain = ranker(SMALL.model_copy(update={"warm_up": False}))
+    assert plain.warm_up is None
+    with torch.no_grad():
+        plain.factor_tables[0].weight[[0, 2]] = 0.0
+    cold = plain(request, candidate, first, second, statistics)[1][:, plain.parts["item factors"]]
+    assert cold.any(dim=1).tolist() == [False, False, False, True, False]
 
 
 def test_dropout_of_ids_requests_and_units_is_for_training_only():

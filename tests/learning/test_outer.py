@@ -138,7 +138,7 @@ def test_reptile_copies_and_moves_only_what_is_trained(episodes):
     frozen = copy.deepcopy(network)
     thaw(frozen, "embeddings")
     found = told(rows, visits, frozen, steps=1)[1]
-    assert found.keys() == {name for name in everything if "_tables." not in name}
+    assert found.keys() == {name for name in everything if "tables." not in name}
 
 
 # Freezing
@@ -165,8 +165,8 @@ def test_what_is_frozen_stays_as_it_is_to_the_bit(monkeypatch, history, kind, ou
     for name, _ in Ranker(shape(history), SMALL).named_parameters():
         moves = {
             "nothing": True,
-            "embeddings": "_tables." not in name,
-            "all_but_head": name.split(".")[0] in ("wide", "head") or name.startswith("joint.3."),
+            "embeddings": "tables." not in name,
+            "all_but_head": name.startswith(("wide.", "head.", "joint.3.", "warm_up.constant", "warm_up.line")),
         }[freeze]
         if name.startswith("candidate_tables.0") and outer == "reptile" and freeze == "nothing":
             moves = True

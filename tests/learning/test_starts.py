@@ -1,6 +1,8 @@
 """Starts against numpy, and the closed form against its own pieces."""
 
+import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from tasks.learning import starts
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.closed_form import calibrate, factorise
+from tasks.learning.closed_form import calibrate, factorise, fit_warm_up
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import Ranker, RankerConfig
 from tests.learning.small_rows import contract, one_aim, opposed, shape
@@ -74,7 +76,7 @@ def test_solving_the_start_again_gives_the_same_linear_layer(history):
 def test_nothing_but_the_linear_layer_and_the_factors_is_touched(history):
     fresh, network = started(history)
     for (name, before), after in zip(fresh.state_dict().items(), network.state_dict().values(), strict=True):
-        moved = name in ("wide.weight", "wide.bias", "factor_tables.0.weight", "factor_tables.1.weight")
+        moved = name.startswith(("wide.", "factor_tables.", "warm_up."))
         assert torch.equal(before, after) != moved, name
 
 
@@ -86,6 +88,19 @@ def test_unknown_items_and_items_beyond_the_table_have_no_factors(history):
     for table in network.factor_tables:
         assert not table.weight[0].any()
         assert table.weight[1:].any(dim=1).all()
+
+
+def described(network, rows):
+    """Of every item its newest row: normalised numbers, and categories; one row at a time."""
+    items, columns = network.shape.candidate_vocabularies[0], len(network.shape.candidate_vocabularies) - 1
+    numbers = torch.zeros(items, 2 * network.shape.candidate_numbers)
+    categories = torch.zeros(items, columns, dtype=torch.int64)
+    for at in np.argsort(rows.time, kind="stable"):
+        item, *rest = rows.candidate_ids[at].tolist()
+        with torch.no_grad():
+            numbers[item] = network.candidate_normaliser(torch.from_numpy(rows.candidate_numbers[at].copy()))
+        categories[item] = torch.tensor(rest)
+    return {"numbers": numbers, "categories": categories}
 
 
 @pytest.mark.parametrize("column", [0, 1])
@@ -101,11 +116,12 @@ def test_every_table_is_the_factorisation_of_its_own_column(history, column):
         normal = network.normal_statistics(material.inputs(at)[4])
     solved = calibrate(normal, offsets, material.labels(at), material.weights(at), ["binary"]).float()
     scores = offsets[:, 0] + normal @ solved[0, :-1] + solved[0, -1]
+    told = partial(fit_warm_up, copy.deepcopy(network.warm_up), **described(network, history)) if column == 0 else None
     starts.solve_start(network, material, at, AdapterConfig(precision=3.0), 2)
     users = torch.from_numpy(np.unique(history.user, return_inverse=True)[1])
     expected = factorise(
         *(users, torch.from_numpy(history.candidate_ids[:, column].copy()), scores, material.labels(at)[:, 0]),
-        *(material.weights(at), "binary", int(users.max()) + 1, before[column], 3.0, 3.0, 2),
+        *(material.weights(at), "binary", int(users.max()) + 1, before[column], 3.0, 3.0, 2, told),
     )
     torch.testing.assert_close(network.factor_tables[column].weight.detach(), expected, rtol=1e-3, atol=1e-4)
 

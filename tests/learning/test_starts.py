@@ -7,13 +7,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from tasks.learning import starts
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.closed_form import calibrate, factorise, fit_warm_up
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import Ranker, RankerConfig
-from tests.learning.small_rows import contract, one_aim, opposed, shape
+from tasks.learning.solvers import solve
+from tests.learning.small_rows import contract, one_aim, opposed, shape, table
 
 SMALL = RankerConfig(embedding=4, hidden=8, factors=2, category_factors=2, features=3)
 
@@ -85,9 +87,9 @@ def test_unknown_items_and_items_beyond_the_table_have_no_factors(history):
     smaller = sized.model_copy(update={"candidate_vocabularies": (9, sized.candidate_vocabularies[1] - 1)})
     network = Ranker(smaller, SMALL)
     starts.solve_start(network, Material(history), np.arange(len(history)), AdapterConfig(), 1)
-    for table in network.factor_tables:
-        assert not table.weight[0].any()
-        assert table.weight[1:].any(dim=1).all()
+    for factors in network.factor_tables:
+        assert not factors.weight[0].any()
+        assert factors.weight[1:].any(dim=1).all()
 
 
 def described(network, rows):
@@ -124,6 +126,37 @@ def test_every_table_is_the_factorisation_of_its_own_column(history, column):
         *(material.weights(at), "binary", int(users.max()) + 1, before[column], 3.0, 3.0, 2, told),
     )
     torch.testing.assert_close(network.factor_tables[column].weight.detach(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_what_a_user_likes_of_new_items_is_known_by_their_columns_alone(warm_up):
+    """Tastes for a price and a genre, learned through items that were seen; 20 of 60 items are new to the base."""
+    random = np.random.default_rng(0)
+    item = np.concatenate([random.permutation(60)[:30] + 1 for _ in range(80)])
+    user = np.repeat(np.arange(80), 30)
+    price, genre = random.normal(size=61), random.integers(1, 3, 61)
+    taste = random.choice([-2.0, 2.0], (80, 2))
+    pull = taste[user, 0] * price[item] + taste[user, 1] * np.where(genre[item] == 1, 1, -1)
+    clicks = (random.random(len(user)) < 1 / (1 + np.exp(-pull))).astype(np.float32)
+    rows = table(user + 1, 0 * user, item=item, labels=clicks[:, None], price=price[item], genre=genre[item])
+    seen, new = (np.flatnonzero(mask) for mask in (rows.item <= 40, rows.item > 40))
+    sized = shape(rows).model_copy(update={"candidate_vocabularies": (41, 3)})
+    torch.manual_seed(0)
+    config = RankerConfig(embedding=4, hidden=8, factors=2, category_factors=0, direct=False, warm_up=warm_up)
+    network, material = Ranker(sized, config), Material(rows)
+    starts.normalise(network, contract(), rows, seen)
+    starts.solve_start(network, material, seen, AdapterConfig(), 10)
+    with torch.no_grad():
+        logits, features = material.scorer(network.eval())(np.arange(len(rows)))
+    held, losses = torch.full((1, 3), 4.0), []
+    for who in range(1, 81):
+        mine, theirs = (torch.from_numpy(part[rows.user[part] == who]) for part in (seen, new))
+        support = (features[mine], logits[mine], material.labels(mine.numpy()), torch.ones(len(mine)))
+        own = solve(*(part[None] for part in support), held, ["binary"], 2)[0]
+        scores = (logits[theirs], logits[theirs] + features[theirs] @ own.T)
+        losses += [binary_cross_entropy_with_logits(one, material.labels(theirs.numpy())).item() for one in scores]
+    unadapted, adapted = np.array(losses).reshape(80, 2).mean(axis=0)
+    assert (adapted < 0.8 * unadapted) == warm_up, (adapted, unadapted)
 
 
 def test_parts_of_the_rows_leave_no_trace(history, monkeypatch):

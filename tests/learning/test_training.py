@@ -205,6 +205,17 @@ def test_a_pull_keeps_a_warm_start_near_its_parent_and_a_cold_one_as_it_is(
     assert bytes_of(cold, tmp_path / "cold") == bytes_of(trained, tmp_path / "plain")
 
 
+def test_training_leaves_the_factors_of_items_without_rows_at_nothing(history, monkeypatch):
+    """To the bit, as that is how the network tells them; what their columns say is trained beside."""
+    monkeypatch.setattr(training._Run, "_refreshed", lambda self, network, precisions, through: network)
+    network = train(history, more=3, ranker=SMALL.model_copy(update={"id_dropout": 0.3})).base
+    factors = network.factor_tables[0].weight
+    assert not factors[0].any()
+    assert not factors[-3:].any()
+    assert factors[1:-3].any(dim=1).all()
+    assert network.warm_up.constant.any()
+
+
 def test_joint_training_and_no_adapters_are_trained_as_well(history):
     joint = train(history, config=SHORT.model_copy(update={"outer": "joint", "epochs": 1}))
     losses = stop_losses(joint, history)

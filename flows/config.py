@@ -20,7 +20,7 @@ from tasks.learning.adapters import AdapterConfig
 from tasks.learning.baselines import BaselinesConfig
 from tasks.learning.networks import RankerConfig
 from tasks.learning.outer import misfit
-from tasks.learning.training_config import TrainingConfig
+from tasks.learning.training_config import BESIDE, TrainingConfig
 from tasks.references import Device, Place
 from tasks.release.gate import GateConfig
 
@@ -96,8 +96,9 @@ class RetrainConfig(Section):
         return Place(store=self.store, pipeline=self.pipeline, scratch=self.scratch, device=self.device)
 
     def digest(self) -> str:
-        """SHA-256 of what the nights obey; where they run (store, scratch, device) is no part of it."""
-        content = self.model_dump(mode="json", exclude={"store", "scratch", "device", "night_lag_days"})
+        """SHA-256 of what the nights obey; where they run (store, scratch, device) and what they tell is no part."""
+        where: dict[str, Any] = dict.fromkeys(("store", "scratch", "device", "night_lag_days"), True)
+        content = self.model_dump(mode="json", exclude={**where, "training": set(BESIDE)})
         return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -20,6 +20,8 @@ from tasks.prepare import prepare
 from tasks.publish import publish
 from tasks.references import FinishedSteps, PrepareRef, PublishRef, StepRef, ValidateRef, VerdictRef
 from tasks.steps import hold
+from tasks.tensorboard import check as check_tensorboard
+from tasks.tensorboard import write_verdict
 from tasks.validate import validate
 
 
@@ -76,6 +78,7 @@ def nightly_retrain(
     """
     config = resolve(config)
     config.baselines.check()  # now, not after the training that they are to be compared with
+    check_tensorboard(config.training)
     night = night or night_of(runtime.flow_run.scheduled_start_time, config)
     place, data, segments, adapter, gate = config.place(), config.data, config.segments, config.adapter, config.gate
     with hold(place) as lease:
@@ -86,6 +89,7 @@ def nightly_retrain(
         bank = adapt(place, data, segments, adapter, prepared, base, bank="exam")
         exam = evaluate(place, data, segments, config.baselines, gate, ingested, prepared, base, bank)
         verdict = judge(place, data, segments, gate, ingested, validated, prepared, exam)
+        write_verdict(config.training, place, night, verdict)
         ship = adapt(place, data, segments, adapter, prepared, base, bank="ship", exam=exam)
         exported = export(place, data, segments, config.statistics, ingested, validated, prepared, base, ship)
         done = FinishedSteps(

@@ -30,6 +30,7 @@ from tasks.prepare import prepare
 from tasks.references import ExamRef, ParentRef, PrepareRef
 from tasks.replay import ReplayRef, compare_nights
 from tasks.steps import hold
+from tasks.tensorboard import check as check_tensorboard
 from tasks.validate import validate
 
 log = logging.getLogger("nightrank.replay")
@@ -112,6 +113,7 @@ def replay(
     """
     config, tell = resolve(config), _onlooker.get()
     config.baselines.check()  # now, not after the training that they are to be compared with
+    check_tensorboard(config.training)
     present = _nights(config, start, end)
     parent, exams = released_before(config.place(), config.gate, start) if warm else (None, ())
     began = parent

@@ -16,10 +16,11 @@ from tasks.learning import training as learning
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base, save_base, shape_of
 from tasks.learning.networks import RankerConfig
-from tasks.learning.training_config import TrainingConfig
+from tasks.learning.training_config import BESIDE, TrainingConfig
 from tasks.parents import parent_base
 from tasks.references import BaseRef, IngestRef, ParentRef, Place, PrepareRef
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
+from tasks.tensorboard import scalars_of
 
 VERSION = 3
 
@@ -40,6 +41,7 @@ def meta_train(
     Raises:
         TrainingDiverged: the loss left the finite numbers.
         DeviceUnavailable: the config demands a device that is not there.
+        InvalidConfig: scalars are to be written, and TensorBoard is not installed.
     """
     history = recalled(place, "history", prepared.history)
     device = device_of(place)
@@ -48,7 +50,7 @@ def meta_train(
         "objectives": [objective.model_dump(mode="json") for objective in data.objectives],
         "segments": segments.model_dump(mode="json"),
         "ranker": ranker.model_dump(mode="json"),
-        "training": training.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+        "training": training.model_dump(mode="json", exclude=set(BESIDE)),
         "adapter": adapter.model_dump(mode="json"),
         "device": device,
     }
@@ -57,13 +59,16 @@ def meta_train(
         rows = rows_of(place, history)
         vocabularies = vocabulary.load(data, open_workspace(place).file(history, "vocabulary.parquet"))
         parent, why = _parent(place, ingested.parent)
-        trained = learning.meta_train(
-            *(data, segments, ranker, adapter, training, rows, shape_of(data, rows, vocabularies), ingested.night),
-            parent=parent,
-            device=device,
-            report=progress,
-            checkpoint=checkpoint,
-        )
+        shape = shape_of(data, rows, vocabularies)
+        with scalars_of(training, place, ingested.night) as scalars:
+            trained = learning.meta_train(
+                *(data, segments, ranker, adapter, training, rows, shape, ingested.night),
+                parent=parent,
+                device=device,
+                report=progress,
+                checkpoint=checkpoint,
+                scalars=scalars,
+            )
         files = save_base(trained.base.to("cpu"), folder)
         content = {
             "epoch": trained.epoch,
@@ -86,10 +91,12 @@ def meta_train(
 
 
 class CheckpointFile:
-    """The checkpoint of a night's training: one local file, of equal inputs and config only."""
+    """The checkpoint of a night's training: one local file, and one for each part, of equal inputs and config only."""
 
-    def __init__(self, place: Place, night: date, made_from: str) -> None:
-        self._file = Path(place.scratch) / "checkpoints" / f"{place.pipeline}-{night}.{made_from}"
+    def __init__(self, place: Place, night: date, made_from: str, part: str = "") -> None:
+        self._place, self._night, self._made_from = place, night, made_from
+        self._room, self._of_night = Path(place.scratch) / "checkpoints", f"{place.pipeline}-{night}."
+        self._file = self._room / f"{self._of_night}{made_from}{part}"
 
     def load(self) -> bytes | None:
         """What a run that died has left here."""
@@ -98,13 +105,18 @@ class CheckpointFile:
     def save(self, data: bytes) -> None:
         """Replace it; what other configs or inputs of this night have left here goes."""
         write_local(self._file, [data], None, "the checkpoint of a training")
-        for other in self._file.parent.glob(f"{glob.escape(self._file.stem)}.*"):
-            if other != self._file:
+        for other in self._room.glob(f"{glob.escape(self._of_night)}*"):
+            if not other.name.startswith(f"{self._of_night}{self._made_from}"):
                 other.unlink(missing_ok=True)
 
+    def part(self, name: str) -> "CheckpointFile":
+        """The checkpoint of a part, kept beside those of the others until the whole is on record."""
+        return CheckpointFile(self._place, self._night, self._made_from, f".{name}")
+
     def clear(self) -> None:
-        """Forget it: the training is on record."""
-        self._file.unlink(missing_ok=True)
+        """Forget it and its parts: the training is on record."""
+        for file in self._room.glob(f"{glob.escape(f'{self._of_night}{self._made_from}')}*"):
+            file.unlink(missing_ok=True)
 
 
 def _parent(place: Place, parent: ParentRef | None) -> tuple[Base | None, str]:

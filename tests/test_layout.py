@@ -34,6 +34,8 @@ HOMES = {
     "boto3": ("tasks/clients/",),
     "botocore": ("tasks/clients/",),
     "lightgbm": ("tasks/learning/trees.py",),
+    "tensorboard": ("tasks/tensorboard.py",),
+    "torch.utils.tensorboard": ("tasks/tensorboard.py",),
     "safetensors": ("tasks/learning/", "tasks/release/"),
     "yaml": ("flows/",),
     "rich": ("flows/",),
@@ -85,8 +87,9 @@ def test_imports_point_downwards(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_heavy_libraries_stay_at_home(path: Path) -> None:
-    roots = {module.split(".")[0] for module in imports_of(path)}
-    for library in sorted(roots & HOMES.keys()):
+    imported = imports_of(path)
+    roots = {module.split(".")[0] for module in imported}
+    for library in sorted((roots | imported) & HOMES.keys()):
         assert str(path).startswith(HOMES[library]), f"{path} imports {library}, whose home is {HOMES[library]}"
     if "prefect" in roots:
         assert part_of(dotted(path)) in ("flows", "verbs"), f"{path} has heard of Prefect"

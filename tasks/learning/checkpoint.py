@@ -33,6 +33,9 @@ class Checkpoint(Protocol):
     def save(self, data: bytes) -> None:
         """Replace what was saved before, wholly or not at all."""
 
+    def part(self, name: str) -> "Checkpoint":
+        """The checkpoint of a part of the training, such as one member of an ensemble."""
+
 
 class NoCheckpoint:
     """Keeps nothing."""
@@ -43,6 +46,10 @@ class NoCheckpoint:
 
     def save(self, data: bytes) -> None:
         """Forget it."""
+
+    def part(self, name: str) -> "NoCheckpoint":
+        """Nothing either."""
+        return self
 
 
 @dataclass

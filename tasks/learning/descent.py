@@ -1,13 +1,14 @@
-"""The mechanics of gradient descent: steady arithmetic, the optimiser and the moving average of the weights."""
+"""The mechanics of gradient descent: steady and mixed arithmetic, the optimiser and the pull towards an anchor."""
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tasks.learning.adapters import Precisions
+from tasks.learning.material import I64, Scorer
 from tasks.learning.networks import Ranker
 
 PRECISION_SPEED = 5.0
@@ -45,6 +46,27 @@ class _AdamW(torch.optim.AdamW):
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+def in_mixed_precision(scorer: Scorer, device: str) -> Scorer:
+    """The same scorer with its layers in bfloat16, and its answers in float32 for the solves and losses behind it.
+
+    Weights, their gradients and the optimiser's moments stay float32, and bfloat16 has the exponents of float32: no
+    loss has to be scaled. Source: Kalamkar et al., A Study of BFLOAT16 for Deep Learning Training, 2019.
+
+    TensorFloat-32 is left off: torch has one switch of it for the whole process, the solves included.
+
+    Args:
+        scorer: a network as a function of positions.
+        device: what it computes on.
+    """
+
+    def score(at: I64) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            logits, features = scorer(at)
+        return logits.float(), features.float()
+
+    return score
 
 
 def optimiser_of(
@@ -90,10 +112,3 @@ def pull_back(network: nn.Module, anchor: nn.Module, share: float, free: tuple[s
         for (name, moved), home in zip(network.named_parameters(), anchor.parameters(), strict=True):
             if moved.requires_grad and not name.startswith(free):
                 moved.lerp_(home, share)
-
-
-def blend(average: nn.Module, module: nn.Module, keep: float) -> None:
-    """Move the average towards a module of the same shape; `keep` is the share of the average that stays."""
-    with torch.no_grad():
-        for kept, new in zip(average.parameters(), module.parameters(), strict=True):
-            kept.lerp_(new, 1.0 - keep)

@@ -1,13 +1,17 @@
 """What there is to say about training: its section of the config."""
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.data.contract import Section
 from tasks.learning.outer import Freeze, OuterLoop
 
 CHECKPOINT_SECONDS = 60.0
+SWA_AFTER, DISTILL = 1, 0.5
+BESIDE = frozenset({"checkpoint_seconds", "tensorboard"})
+"""Fields that say what is told and kept of a training beside its base: no step's key depends on them."""
 
 
 class TrainingConfig(Section):
@@ -51,6 +55,27 @@ class TrainingConfig(Section):
     """Weight of the loss before adaptation, so that the base stands by itself."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.98
     """Decay of the moving average of the weights, which is what is scored and kept."""
+    averaging: Annotated[Literal["ema", "swa"], Field(exclude_if=lambda kind: kind == "ema")] = "ema"
+    """Which average of the weights is scored and kept. `ema`: the exponential moving average with decay `average`.
+    `swa`: the plain mean over every step after the first `swa_after` epochs (stochastic weight averaging: Izmailov et
+    al., 2018); for longer trainings at a steady learning rate, where no step is worth more than another."""
+    swa_after: Annotated[int, Field(ge=0, exclude_if=lambda epochs: epochs == SWA_AFTER)] = SWA_AFTER
+    """Epochs before `swa` begins; until then the weights themselves are scored. The first epoch warms up."""
+    mixed_precision: Annotated[bool, Field(exclude_if=lambda mixed: not mixed)] = False
+    """Whether the network's layers compute in bfloat16 in training episodes, on a GPU with tensor cores much the
+    faster. Weights, solves, losses and everything that is scored or published stay float32. Not with `reptile`."""
+    members: Annotated[int, Field(ge=1, le=16, exclude_if=lambda members: members == 1)] = 1
+    """Bases that are trained with seeds of their own, one after the other. With more than one, a student of the same
+    shape is then trained towards their mean adapted predictions, and of it and the best member that with the lower stop
+    loss is the night's base: a release is as large as ever, and the night trains `members` + 1 times as long. All of
+    them are held in memory. With `second_order` and `first_order` only, which have predictions after adaptation."""
+    distill: Annotated[float, Field(gt=0, le=1, exclude_if=lambda share: share == DISTILL)] = DISTILL
+    """Share of the student's loss that is measured against the members' mean prediction; the rest is against the labels
+    (Hinton et al., 2015)."""
+    tensorboard: Annotated[str, Field(min_length=1)] | None = Field(None, exclude_if=lambda folder: folder is None)
+    """Local directory that losses, learning rate, gradient norm and seconds of every epoch, and each night's exams, are
+    written to for TensorBoard, a run for each pipeline and night; needs the extra `tensorboard`. Relative paths start
+    at the working directory."""
     half_life_nights: Annotated[float, Field(ge=1)] | None = Field(None, exclude_if=lambda nights: nights is None)
     """Nights after which a night counts half: in how often its visits are episodes, and in the weight of its rows where
     closed forms are solved. For a window that is longer than tastes last; None counts all nights alike."""
@@ -72,3 +97,39 @@ class TrainingConfig(Section):
     """Fewest rows of new stop nights with which a parent's base is trained on; with fewer it is kept as it is."""
     start_rows: Annotated[int, Field(ge=1)] = 2_000_000
     """Most rows, the newest, that the closed-form start reads."""
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        if faults := list(self._misfits()):
+            raise ValueError("\n".join(faults))
+        return self
+
+    def _misfits(self) -> Iterator[str]:
+        if self.averaging == "ema" and self.swa_after != SWA_AFTER:
+            yield (
+                f"swa_after = {self.swa_after} belongs to training.averaging 'swa', and it is 'ema'; remove it, or set "
+                "training.averaging to 'swa'"
+            )
+        if self.averaging == "swa" and 0 < self.epochs <= self.swa_after:
+            yield (
+                f"swa_after = {self.swa_after} leaves none of training.epochs = {self.epochs} to average; lower it, or "
+                "raise training.epochs"
+            )
+        if self.mixed_precision and self.outer == "reptile":
+            yield (
+                "mixed_precision does not go with training.outer 'reptile', whose visits step on copies of the "
+                "network that have no float32 original; set training.outer to another, or remove mixed_precision"
+            )
+        if self.members > 1 and self.outer in ("reptile", "joint"):
+            yield (
+                f"members = {self.members}: a student is trained towards predictions after adaptation, and "
+                f"training.outer {self.outer!r} has none; set training.outer to 'second_order' or 'first_order', or "
+                "training.members to 1"
+            )
+        if self.members == 1 and self.distill != DISTILL:
+            yield (
+                f"distill = {self.distill} belongs to training.members above 1, and there is 1; remove it, or raise "
+                "training.members"
+            )
+        if self.tensorboard is not None and "://" in self.tensorboard:
+            yield f"tensorboard = {self.tensorboard!r} is no local directory; name one"

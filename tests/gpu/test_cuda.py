@@ -45,6 +45,33 @@ def test_every_outer_loop_trains_on_the_device(outer: str) -> None:
     assert np.isfinite(there.curve[1][1:]).all()
 
 
+def test_mixed_precision_on_the_device_computes_layers_in_bfloat16_and_learns_as_float32_does() -> None:
+    from tests.learning.small_rows import one_aim, opposed
+    from tests.learning.test_training import NIGHTS, SHORT, train
+
+    rows = one_aim(opposed(nights=NIGHTS, users=45))
+    layers: set[torch.dtype] = set()
+
+    def forward(layer: torch.nn.Module, _given: object, said: object) -> None:
+        if layer.training and isinstance(layer, torch.nn.Linear):
+            assert isinstance(said, torch.Tensor)
+            layers.add(said.dtype)
+
+    watching = torch.nn.modules.module.register_module_forward_hook(forward)
+    try:
+        plain = train(rows, config=SHORT, device="cuda")
+        assert layers == {torch.float32}
+        layers.clear()
+        mixed = train(rows, config=SHORT.model_copy(update={"mixed_precision": True}), device="cuda")
+    finally:
+        watching.remove()
+    assert layers == {torch.bfloat16}
+    assert mixed.curve[0] == plain.curve[0]
+    for ours, theirs in zip(mixed.curve[1:], plain.curve[1:], strict=True):
+        assert ours[1:] == pytest.approx(theirs[1:], rel=0.02)
+    assert {part.dtype for part in mixed.base.network.parameters()} == {torch.float32}
+
+
 def test_a_night_on_the_device_publishes_a_release_that_runs_there(tmp_path: Path) -> None:
     from flows.config import RetrainConfig
     from tasks.serving.ranker import Ranker

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from tasks.learning import training
 from tasks.learning.adapters import AdapterConfig
+from tasks.learning.epochs import Descent
 from tasks.learning.networks import RankerConfig
 from tests.learning.small_rows import before, one_aim, opposed
 from tests.learning.test_training import NIGHTS, SHORT, SMALL, bytes_of, train
@@ -28,6 +28,19 @@ class Memory:
         self.data, self.saved = data, self.saved + 1
 
 
+class Told:
+    """Scalars that are remembered, in the order of the calls."""
+
+    def __init__(self) -> None:
+        self.begun, self.points = [], []
+
+    def begin(self, epoch: int) -> None:
+        self.begun.append(epoch)
+
+    def write(self, epoch: int, values: dict[str, float]) -> None:
+        self.points.append((epoch, dict(values)))
+
+
 class Stopped(Exception):
     pass
 
@@ -48,8 +61,8 @@ def whole(history):
 def steps(monkeypatch):
     """Counts the gradient steps."""
     taken = []
-    step = training._Run._step
-    monkeypatch.setattr(training._Run, "_step", lambda *args: taken.append(1) or step(*args))
+    step = Descent._step
+    monkeypatch.setattr(Descent, "_step", lambda *args: taken.append(1) or step(*args))
     return taken
 
 
@@ -64,6 +77,7 @@ def stopped_after(epoch):
 WAYS = {
     "second order": ({}, AdapterConfig()),
     "reptile": ({"outer": "reptile", "freeze": "embeddings"}, AdapterConfig(kind="gradient", steps=2)),
+    "plain mean, mixed precision": ({"averaging": "swa", "mixed_precision": True}, AdapterConfig()),
     "joint, fading": ({"outer": "joint", "half_life_nights": 2.0}, AdapterConfig()),
 }
 
@@ -72,16 +86,20 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_cold_start_goes_on_to_the_same_bytes(history, whole, steps, tmp_path, way, epoch):
     changed, adapter = WAYS[way]
-    config, checkpoint = KEEPING.model_copy(update=changed), Memory()
+    config, checkpoint, told = KEEPING.model_copy(update=changed), Memory(), Told()
+    lost = {"checkpoint": checkpoint, "report": stopped_after(epoch), "scalars": told}
     with pytest.raises(Stopped):
-        train(history, config=config, adapter=adapter, checkpoint=checkpoint, report=stopped_after(epoch))
+        train(history, config=config, adapter=adapter, **lost)
     assert (checkpoint.saved, len(steps)) == (epoch, epoch * STEPS)
     steps.clear()
-    resumed = train(history, config=config, adapter=adapter, checkpoint=checkpoint)
+    resumed = train(history, config=config, adapter=adapter, checkpoint=checkpoint, scalars=told)
     assert len(steps) == (KEEPING.epochs - epoch) * STEPS
     assert (resumed.curve, resumed.epoch) == (whole[way].curve, whole[way].epoch)
     assert bytes_of(resumed, tmp_path / "resumed") == bytes_of(whole[way], tmp_path / "whole")
     assert f"resumed after epoch {epoch}" in resumed.why
+    assert told.begun == [0, epoch + 1]
+    points = [(at, values.get("training loss"), values["stop loss"]) for at, values in told.points]
+    assert points == list(resumed.curve)  # each epoch once
 
 
 def test_a_warm_start_that_is_pulled_goes_on_to_the_same_bytes(history, tmp_path):

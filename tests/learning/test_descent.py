@@ -1,4 +1,4 @@
-"""The mechanics of descent: what is put back, what is decayed, what is averaged."""
+"""The mechanics of descent: what is put back, what is decayed, what is pulled."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tasks.learning.adapters import AdapterConfig, Precisions
-from tasks.learning.descent import blend, optimiser_of, pull_back, steady
+from tasks.learning.descent import optimiser_of, pull_back, steady
 from tasks.learning.networks import Ranker, RankerConfig
 from tests.learning.small_rows import opposed, shape
 
@@ -102,14 +102,6 @@ def test_what_wants_no_gradient_is_not_optimised():
     chosen = {id(parameter) for group in groups for parameter in group["params"]}
     left = {name for name, parameter in network.named_parameters() if id(parameter) not in chosen}
     assert left == {"wide.weight", "wide.bias"}
-
-
-def test_the_moving_average_keeps_its_share():
-    average, module = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    torch.nn.init.constant_(average.weight, 1.0)
-    torch.nn.init.constant_(module.weight, 3.0)
-    blend(average, module, 0.75)
-    assert average.weight.item() == pytest.approx(1.5)
 
 
 def test_what_is_trained_goes_its_share_of_the_way_back_and_what_is_frozen_stays():

@@ -9,11 +9,12 @@ import torch
 
 from tasks.errors import InvalidConfig
 from tasks.learning import outer as module
-from tasks.learning import training
 from tasks.learning.adapters import AdapterConfig, Precisions, apply
 from tasks.learning.base import Base
 from tasks.learning.episodes import row_loss
+from tasks.learning.initialisation import Initialisation
 from tasks.learning.ladder import Ladder, climb
+from tasks.learning.losses import Losses
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import Ranker, RankerConfig
 from tasks.learning.outer import PATH_RATE, check_outer, reptile, thaw
@@ -149,17 +150,17 @@ def test_reptile_copies_and_moves_only_what_is_trained(episodes):
 def test_what_is_frozen_stays_as_it_is_to_the_bit(monkeypatch, history, kind, outer, freeze):
     """From the closed-form start on; the rest moves. The last closed forms are set aside."""
     starts = []
-    start = training._Run._stop_loss
+    start = Losses.of_stop
 
     def spy(self, network, *rest):
         starts.append(copy.deepcopy(network.state_dict()))
         return start(self, network, *rest)
 
     def as_trained(self, network, precisions, through):
-        return Base(network, precisions, self.levels, self.adapter, through)
+        return Base(network, precisions, self.setting.levels, self.setting.adapter, through)
 
-    monkeypatch.setattr(training._Run, "_stop_loss", spy)
-    monkeypatch.setattr(training._Run, "_refreshed", as_trained)
+    monkeypatch.setattr(Losses, "of_stop", spy)
+    monkeypatch.setattr(Initialisation, "refreshed", as_trained)
     train(history, adapter=AdapterConfig(kind=kind), config=loop(outer, freeze=freeze))
     first, last = starts[0], starts[-1]
     for name, _ in Ranker(shape(history), SMALL).named_parameters():
@@ -175,7 +176,7 @@ def test_what_is_frozen_stays_as_it_is_to_the_bit(monkeypatch, history, kind, ou
 
 def test_a_frozen_base_is_no_shackle_to_the_next_night(monkeypatch, history):
     losses = iter((0.9, 0.8))  # the trained epoch is the one that is kept
-    monkeypatch.setattr(training._Run, "_stop_loss", lambda *given: next(losses))
+    monkeypatch.setattr(Losses, "of_stop", lambda *given: next(losses))
     made = train(history, config=loop("second_order", freeze="all_but_head"))
     assert made.epoch == 1
     assert all(parameter.requires_grad for parameter in made.base.network.parameters())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.learning import priors, training
+from tasks.learning import initialisation, priors
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
@@ -246,8 +246,8 @@ def test_the_constant_and_weights_on_solved_factors_are_held_at_least_as_the_fac
         seen.update(parts=parts, loss=loss(precisions))
         return precisions, {"numbers": 1.0, "level 1": 4.0}
 
-    monkeypatch.setattr(training, "estimate", lambda *given: torch.full_like(given[4], 0.5))
-    monkeypatch.setattr(training, "scaled", spy)
+    monkeypatch.setattr(initialisation, "estimate", lambda *given: torch.full_like(given[4], 0.5))
+    monkeypatch.setattr(initialisation, "scaled", spy)
     made = held_by(AdapterConfig(precision=3.0))
     expected = torch.tensor([3.0, 3.0, 3.0, 3.0, 3.0, 0.5, 0.5, 0.5])
     torch.testing.assert_close(made.base.table()[:, 0], torch.stack([expected, torch.full((8,), 0.5)]))
@@ -258,7 +258,7 @@ def test_the_constant_and_weights_on_solved_factors_are_held_at_least_as_the_fac
 
 def test_a_bias_has_one_part_and_none_has_nothing_to_hold(monkeypatch):
     called = []
-    monkeypatch.setattr(training, "scaled", lambda held, parts, loss: (called.append(parts) or held, {}))
+    monkeypatch.setattr(initialisation, "scaled", lambda held, parts, loss: (called.append(parts) or held, {}))
     assert "precisions by evidence;" in held_by(AdapterConfig(kind="bias")).why
     assert called == [{"constant": slice(0, 1)}]
     assert "nothing is adapted" in held_by(AdapterConfig(kind="none")).why
@@ -267,13 +267,13 @@ def test_a_bias_has_one_part_and_none_has_nothing_to_hold(monkeypatch):
 
 def test_scores_that_are_not_remembered_give_the_same_precisions(monkeypatch):
     remembered = held_by(AdapterConfig()).base.table()
-    monkeypatch.setattr(training, "REMEMBERED", 0)
+    monkeypatch.setattr(initialisation, "REMEMBERED", 0)
     torch.testing.assert_close(held_by(AdapterConfig()).base.table(), remembered, rtol=1e-3, atol=0)
 
 
 def test_many_stop_visits_are_drawn_from_alike_every_time(monkeypatch):
     everyone = held_by(AdapterConfig()).base.table()
-    monkeypatch.setattr(training, "MOST_USERS", 6)
+    monkeypatch.setattr(initialisation, "MOST_USERS", 6)
     some = held_by(AdapterConfig()).base.table()
     assert torch.equal(held_by(AdapterConfig()).base.table(), some)
     assert not torch.equal(some, everyone)

@@ -10,16 +10,17 @@ import torch
 from sklearn import metrics as reference
 
 from tasks.errors import InvalidConfig, NotEnoughHistory, TrainingDiverged
-from tasks.learning import training
+from tasks.learning import epochs, initialisation
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.base import save_base
 from tasks.learning.episodes import draw, score_visits
 from tasks.learning.ladder import Ladder
+from tasks.learning.losses import STOP_SUPPORT, Losses
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig
 from tasks.learning.priors import LEAST, MOST
 from tasks.learning.starts import newest, solve_start
-from tasks.learning.training import STOP_SUPPORT, meta_train, steady
+from tasks.learning.training import meta_train, steady
 from tasks.learning.training_config import TrainingConfig
 from tests.learning.small_rows import FIRST, before, contract, ladder_of, one_aim, opposed, part, shape, with_labels
 
@@ -174,8 +175,8 @@ def test_episodes_and_both_solves_are_of_nights_that_count_by_their_age(history,
         solved.append(dict(zip(np.asarray(material.rows.night)[at] - FIRST, counts, strict=True)))
         solve_start(network, material, at, adapter, sweeps, counts)
 
-    monkeypatch.setattr(training, "draw", draws)
-    monkeypatch.setattr(training, "solve_start", solves)
+    monkeypatch.setattr(epochs, "draw", draws)
+    monkeypatch.setattr(initialisation, "solve_start", solves)
     train(history, config=SHORT.model_copy(update={"half_life_nights": 2.0, "outer": outer, "epochs": 1}))
     fit = {night: 0.5 ** ((NIGHTS - 3 - night) / 2) for night in range(NIGHTS - 2)}
     whole = {night: 0.5 ** ((NIGHTS - 1 - night) / 2) for night in range(NIGHTS)}
@@ -191,7 +192,7 @@ def test_a_pull_keeps_a_warm_start_near_its_parent_and_a_cold_one_as_it_is(
     falling = iter(range(0, -99, -1))
     ends = {}
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "_stop_loss", lambda *_: next(falling))  # so that the last epoch is kept
+        patch.setattr(Losses, "of_stop", lambda *_: next(falling))  # so that the last epoch is kept
         for pull in (0.9, 0.0):
             config = held.model_copy(update={"pull": pull})
             after = train(longer, config=config, night=NIGHTS + 2, parent=trained.base)
@@ -248,7 +249,7 @@ def test_training_moves_every_precision_but_those_on_solved_factors(history, mon
     """The factors were solved from the very rows that training reads, which make them look better than they are."""
     kept = train(history, config=SHORT.model_copy(update={"epochs": 0}))
     falling = iter(range(9, 0, -1))
-    monkeypatch.setattr(training._Run, "_stop_loss", lambda *given: float(next(falling)))
+    monkeypatch.setattr(Losses, "of_stop", lambda *given: float(next(falling)))
     made = train(history, config=SHORT.model_copy(update={"epochs": 1, "average": 0.0}))
     assert (kept.epoch, made.epoch) == (0, 1)
     first, last = kept.base.table(), made.base.table()
@@ -261,9 +262,9 @@ def test_patience_ends_training_early(history):
     """Steps far too large to help, and no average to calm them."""
     lazy = SHORT.model_copy(update={"patience": 1, "epochs": 9, "learning_rate": 1.0, "average": 0.0})
     made = train(history, config=lazy)
-    epochs = [epoch for epoch, _, _ in made.curve]
-    assert len(epochs) < 10
-    assert epochs[-1] - made.epoch == 1
+    numbers = [epoch for epoch, _, _ in made.curve]
+    assert len(numbers) < 10
+    assert numbers[-1] - made.epoch == 1
 
 
 def test_without_epochs_the_closed_form_start_is_kept(history):
@@ -306,7 +307,7 @@ def test_rows_of_the_night_and_later_change_nothing(world, trained, tmp_path):
 def test_the_stop_nights_are_never_trained_on(monkeypatch, history):
     """Their labels changed, and how they scale the precisions set aside: every training loss is the same number, every
     stop loss another."""
-    monkeypatch.setattr(training, "scaled", lambda precisions, parts, loss: (precisions, {}))
+    monkeypatch.setattr(initialisation, "scaled", lambda precisions, parts, loss: (precisions, {}))
     stop = np.asarray(history.night) >= FIRST + NIGHTS - 2
     flipped = with_labels(history, np.where(stop[:, None], 1 - history.labels, history.labels))
     ours, theirs = (train(rows).curve for rows in (history, flipped))
@@ -323,13 +324,13 @@ def test_what_is_learned_from_the_training_nights_does_come_from_their_labels(tr
 def test_stop_nights_are_the_newest_and_one_night_is_left_to_train_on(monkeypatch, history):
     """`stop_nights` beyond the history leaves its first night to train on."""
     seen = {}
-    descend = training._Run._descend
+    descend = epochs.Descent.run
 
-    def spy(self, start, fit, stop, *rest):
-        seen["fit"], seen["stop"] = sorted({*fit.night - FIRST}), sorted({*stop.night - FIRST})
-        return descend(self, start, fit, stop, *rest)
+    def spy(self, plan, seed):
+        seen["fit"], seen["stop"] = sorted({*plan.fit.night - FIRST}), sorted({*plan.stop.night - FIRST})
+        return descend(self, plan, seed)
 
-    monkeypatch.setattr(training._Run, "_descend", spy)
+    monkeypatch.setattr(epochs.Descent, "run", spy)
     for nights, (fit, stop) in ((2, ([0, 1, 2, 3], [4, 5])), (99, ([0], [1, 2, 3, 4, 5]))):
         train(history, config=SHORT.model_copy(update={"stop_nights": nights, "epochs": 0}))
         assert (seen["fit"], seen["stop"]) == (fit, stop)

@@ -1,0 +1,205 @@
+"""The epochs of one descent: gradient steps, the average of the weights, the stop loss, the checkpoint."""
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from tasks.errors import TrainingDiverged
+from tasks.learning.adapters import Precisions
+from tasks.learning.averaging import blend, share_kept
+from tasks.learning.checkpoint import Checkpoint, Point, TrainingState, Weights
+from tasks.learning.descent import pull_back
+from tasks.learning.episodes import counts_by_age, draw
+from tasks.learning.initialisation import FITTED, Initialisation, Plan
+from tasks.learning.losses import Losses
+from tasks.learning.material import Visits
+from tasks.learning.networks import Ranker
+from tasks.learning.outer import reptile
+from tasks.learning.scalars import Scalars
+from tasks.learning.setting import Setting
+from tasks.learning.starts import SOLVED
+
+Report = Callable[[float, float | None, str], None]
+"""Called as ``report(done, total or None, unit)``."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Descended:
+    """Where a descent ended, before the closed forms are solved once more.
+
+    Attributes:
+        best: what did best on the stop nights.
+        curve: per epoch: number, mean training loss, stop loss.
+        epoch: the epoch that did best.
+        how: how it started.
+        through: the last night that it read.
+    """
+
+    best: Weights
+    curve: tuple[Point, ...]
+    epoch: int
+    how: str
+    through: date
+
+    @property
+    def loss(self) -> float:
+        """The lowest stop loss."""
+        return min(stop for _, _, stop in self.curve)
+
+
+class Descent:
+    """One descent from start to end.
+
+    Args:
+        setting: what it reads.
+        initialisation: makes the weights.
+        losses: what it minimises, and what it is stopped on.
+        report: progress.
+        checkpoint: where it keeps its checkpoint.
+        scalars: where its numbers go.
+        keep_end: whether its end is kept as a checkpoint too, for a training of which this is a part.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        initialisation: Initialisation,
+        losses: Losses,
+        report: Report,
+        checkpoint: Checkpoint,
+        scalars: Scalars,
+        keep_end: bool = False,
+    ) -> None:
+        self.setting, self.initialisation, self.losses, self.report = setting, initialisation, losses, report
+        self.checkpoint, self.scalars, self.keep_end = checkpoint, scalars, keep_end
+
+    def run(self, plan: Plan, seed: int) -> Descended:
+        """Go from where the plan starts, or from the checkpoint, to where the stop loss falls no more.
+
+        Args:
+            plan: what to start from, train on and stop on.
+            seed: of the episodes.
+
+        Raises:
+            TrainingDiverged: a loss is not finite.
+        """
+        random, config = np.random.default_rng(seed), self.setting.training
+        state = self._resumed(random)
+        fresh = state is None
+        if state is None:
+            state = self.initialisation.begun(plan, random)
+        self._tell_start(state, fresh)
+        (network, precisions), average = state.weights, state.average
+        chances = counts_by_age(plan.fit.night, config.half_life_nights)
+        saved, saved_epoch = time.monotonic(), -1 if fresh else state.epoch
+        while state.epoch < config.epochs and state.epoch - max(state.kept, 0) < config.patience:
+            losses: list[float] = []
+            norms: list[float] = []
+            begun = time.monotonic()
+            for step in range(state.epoch * config.steps_per_epoch, (state.epoch + 1) * config.steps_per_epoch):
+                for group in state.optimiser.param_groups:
+                    group["lr"] = group["peak"] * min(1.0, (step + 1) / config.steps_per_epoch)
+                loss, norm = self._step(network, precisions, state.optimiser, plan.fit, chances, random)
+                losses.append(loss)
+                norms.append(norm)
+                if plan.start is not None and config.pull > 0:
+                    pull_back(network, plan.start.network, config.pull, SOLVED)
+                keep = share_kept(config, step)
+                blend(average[0], network, keep)
+                blend(average[1], precisions, keep)
+            epoch = state.epoch + 1
+            state.curve.append((epoch, sum(losses) / len(losses), self.losses.of_stop(*average, plan.stop)))
+            state.keep_best()
+            told = {
+                "learning rate": state.optimiser.param_groups[0]["lr"],
+                "gradient norm": sum(norms) / len(norms),
+                "seconds": time.monotonic() - begun,
+            }
+            self.scalars.write(epoch, _losses_at(state.curve[-1]) | told)
+            if time.monotonic() - saved >= config.checkpoint_seconds:
+                self.checkpoint.save(state.dump())
+                saved, saved_epoch = time.monotonic(), epoch
+            self.report(epoch, config.epochs, "epochs")
+        if self.keep_end and saved_epoch < state.epoch:
+            self.checkpoint.save(state.dump())
+        self.report(config.epochs, config.epochs, "epochs")
+        return Descended(state.best, tuple(state.curve), state.kept, state.how, plan.through)
+
+    def _tell_start(self, state: TrainingState, fresh: bool) -> None:
+        self.scalars.begin(state.curve[0][0] if fresh else state.epoch + 1)
+        for point in state.curve if fresh else ():
+            self.scalars.write(point[0], _losses_at(point))
+
+    def _resumed(self, random: np.random.Generator) -> TrainingState | None:
+        """Where an earlier run of this very training stood when it was last saved, if that can be read."""
+        data = self.checkpoint.load()
+        if data is None:
+            return None
+        before = random.bit_generator.state, torch.get_rng_state()
+        weights = self.initialisation.fresh()
+        average, best = copy.deepcopy(weights), copy.deepcopy(weights)
+        state = TrainingState(weights, average, best, self.initialisation.optimiser(*weights), random, [], "")
+        try:
+            state.restore(data)
+        except ValueError as error:
+            logger.warning(
+                "the checkpoint of night %s is left aside: %s; training begins anew", self.setting.night, error
+            )
+            random.bit_generator.state, generator = before
+            torch.set_rng_state(generator)
+            return None
+        state.how = f"{state.how}; resumed after epoch {state.epoch}"
+        return state
+
+    def _step(
+        self,
+        network: Ranker,
+        precisions: Precisions,
+        optimiser: torch.optim.Optimizer,
+        fit: Visits,
+        chances: npt.NDArray[np.float64] | None,
+        random: np.random.Generator,
+    ) -> tuple[float, float]:
+        """One gradient step; the adapted loss, and the gradient's length before it is cut to 1."""
+        setting, training = self.setting, self.setting.training
+        network.train()
+        visits, after = draw(fit, training.visits_per_step, random, chances)
+        optimiser.zero_grad()
+        if training.outer == "reptile":
+            told, slopes = reptile(
+                *(setting.ladder, visits, network, setting.material, precisions(), setting.adapter),
+                *(setting.objectives, training.base_weight),
+            )
+            for name, slope in slopes.items():
+                network.get_parameter(name).grad = slope
+        else:
+            adapted, loss = self.losses.of_step(network, precisions, visits, after)
+            told = adapted.item() if torch.isfinite(loss) else loss.item()
+            loss.backward()  # type: ignore[no-untyped-call]
+        if not np.isfinite(told):
+            raise TrainingDiverged(
+                f"the training loss of night {setting.night} is {told}; lower training.learning_rate (now "
+                f"{training.learning_rate}) or look for extreme numbers among the inputs"
+            )
+        if precisions.logarithm.grad is not None:
+            for name in FITTED.intersection(network.parts):
+                precisions.logarithm.grad[:, :, network.parts[name]] = 0.0
+        norm = nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+        optimiser.step()
+        return told, float(norm)
+
+
+def _losses_at(point: Point) -> dict[str, float]:
+    """A point of the curve by name."""
+    _, trained, stop = point
+    return {"stop loss": stop} | ({} if trained is None else {"training loss": trained})

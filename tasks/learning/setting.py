@@ -1,0 +1,68 @@
+"""What every part of a training reads: the config's sections, the rows, and what is looked up in both."""
+
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tasks.data.columns import Rows
+from tasks.data.contract import DataConfig, SegmentsConfig
+from tasks.learning.adapters import AdapterConfig
+from tasks.learning.ladder import Ladder, learned_levels
+from tasks.learning.material import Material, Visits, visits_of
+from tasks.learning.networks import RankerConfig, RankerShape
+from tasks.learning.training_config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training's inputs.
+
+    Attributes:
+        data: the contract.
+        segments: the ladder.
+        ranker: the network.
+        adapter: the adapters that it is trained for.
+        training: how.
+        rows: history; rows of `night` and later are not read.
+        shape: sizes of the network.
+        night: the night that the base is for.
+        device: `cpu` or `cuda`.
+    """
+
+    data: DataConfig
+    segments: SegmentsConfig
+    ranker: RankerConfig
+    adapter: AdapterConfig
+    training: TrainingConfig
+    rows: Rows
+    shape: RankerShape
+    night: date
+    device: str
+
+    @cached_property
+    def ladder(self) -> Ladder:
+        """Who supports whom."""
+        return Ladder(self.rows, self.segments, self.data.user)
+
+    @cached_property
+    def levels(self) -> tuple[tuple[str, ...], ...]:
+        """Columns of the levels that have precisions, finest first."""
+        return learned_levels(self.segments, self.data.user)
+
+    @cached_property
+    def material(self) -> Material:
+        """The rows as tensors on the device."""
+        return Material(self.rows, self.device)
+
+    @cached_property
+    def visits(self) -> Visits:
+        """The visits of the nights before this one."""
+        return visits_of(self.rows).of_nights(0, self.night.toordinal() - 1)
+
+    @cached_property
+    def objectives(self) -> Tensor:
+        """Weight of each objective ``[K]``."""
+        return torch.tensor([objective.weight for objective in self.data.objectives], device=self.device)

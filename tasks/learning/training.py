@@ -158,7 +158,7 @@ def _train_ensemble(
         scalars.write(0, {"stop loss of the ensemble": together, "stop loss of what was kept": kept.loss})
         each = ", ".join(f"{member.loss:.5f}" for member in members)
         how = (
-            f"kept {who} of {count} members and a student of them (stop losses: members {each}; their mean prediction "
+            f"of {count} members and their student kept {who} (stop losses: members {each}; their mean prediction "
             f"{together:.5f}; student {student.loss:.5f}); {kept.how}"
         )
         return _finished(Initialisation(setting, losses), kept, how)

@@ -68,7 +68,8 @@ class TrainingConfig(Section):
     """Bases that are trained with seeds of their own, one after the other. With more than one, a student of the same
     shape is then trained towards their mean adapted predictions, and of it and the best member that with the lower stop
     loss is the night's base: a release is as large as ever, and the night trains `members` + 1 times as long. All of
-    them are held in memory. With `second_order` and `first_order` only, which have predictions after adaptation."""
+    them are held in memory, and until the student is done `scratch` holds where each ended, five times the size of the
+    network. With `second_order` and `first_order` only, which have predictions after adaptation."""
     distill: Annotated[float, Field(gt=0, le=1, exclude_if=lambda share: share == DISTILL)] = DISTILL
     """Share of the student's loss that is measured against the members' mean prediction; the rest is against the labels
     (Hinton et al., 2015)."""

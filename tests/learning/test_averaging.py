@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tasks.learning.adapters import AdapterConfig
 from tasks.learning.averaging import blend
 from tasks.learning.epochs import Descent
 from tasks.learning.losses import Losses
@@ -44,7 +45,8 @@ def test_what_is_scored_is_the_average_of_the_weights_of_its_steps(monkeypatch, 
     monkeypatch.setattr(Descent, "_step", stepping)
     monkeypatch.setattr(Losses, "of_stop", scoring)
     config = {"averaging": averaging, "epochs": 3, "steps_per_epoch": 2, "average": 0.6, "pull": 0.0}
-    train(before(one_aim(opposed(nights=NIGHTS, users=15)), NIGHTS), config=SHORT.model_copy(update=config))
+    rows = before(one_aim(opposed(nights=NIGHTS, users=15)), NIGHTS)
+    train(rows, config=SHORT.model_copy(update=config), adapter=AdapterConfig(kind="bias"))
     start, *taken = weights
     _, *scored = scored
     assert len(taken) == 6

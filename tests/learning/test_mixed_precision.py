@@ -20,7 +20,7 @@ STILL = SMALL.model_copy(update={"dropout": 0.0, "request_dropout": 0.0, "id_dro
 
 @pytest.fixture(scope="module")
 def history():
-    return before(one_aim(opposed(nights=NIGHTS, users=18)), NIGHTS)
+    return before(one_aim(opposed(nights=NIGHTS, users=15)), NIGHTS)
 
 
 def losses_of(rows, adapter=None, **changed):
@@ -83,7 +83,7 @@ def test_loss_and_gradient_are_near_those_of_float32(history, begun):
 
 def test_a_training_in_mixed_precision_starts_and_ends_in_float32(history):
     plain, mixed = (
-        train(history, config=SHORT.model_copy(update={"epochs": 1, "mixed_precision": mixed}))
+        train(history, config=SHORT.model_copy(update={"epochs": 1, "steps_per_epoch": 2, "mixed_precision": mixed}))
         for mixed in (False, True)
     )
     assert mixed.curve[0] == plain.curve[0]

@@ -16,17 +16,16 @@ from torch import Tensor
 
 from tasks.data.contract import Section
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.closed_form import factorise
 from tasks.learning.episodes import score_visits
+from tasks.learning.factorisation import Factorisation, held_but_own, item_rate
 from tasks.learning.ladder import Ladder
-from tasks.learning.material import I64, Material, Scorer, Visits
+from tasks.learning.material import I64, Material, Visits
 from tasks.learning.neighbours import ItemKnn
 from tasks.learning.regression import Regression
 from tasks.learning.solvers import ObjectiveKind
 from tasks.learning.trees import Trees, library
 
-HELD = 1e9
-"""Precision of the ladder's levels that a baseline does not have: their weights stay 0."""
+POPULARITY, FACTORISATION = "popularity", "matrix factorisation"
 
 
 class BaselinesConfig(Section):
@@ -113,7 +112,13 @@ class Baselines:
         rows = material.rows
         self._earlier: I64 = np.flatnonzero(np.asarray(rows.night) < night)
         self._rate = global_rate(np.asarray(rows.labels)[self._earlier]).to(material.device)
-        self._factors = [self._factorise(objective) for objective in range(len(kinds))]
+        self._factorisation = Factorisation(
+            *(ladder, material, kinds, self._earlier),
+            factors=config.factors,
+            strength=config.factor_strength,
+            sweeps=config.sweeps,
+            seed=config.seed,
+        )
         self._regression = Regression(
             material, self._earlier, kinds, config.regression_strength, config.regression_steps
         )
@@ -134,80 +139,32 @@ class Baselines:
             Positions [T], and probabilities (values of ratings) ``[T, K]``.
         """
         offset = score_visits(
-            *(self.ladder, visits, after, self._popularity, self.material, self._held(1, self.config.offset_strength)),
+            *(self.ladder, visits, after, self._popularity, self.material, self._held()),
             *(self.kinds, AdapterConfig(kind="bias")),
         )
         scores = {
             "global rate": self._rate.expand(len(offset.rows), -1),
-            "popularity": self._probability(offset.base),
+            POPULARITY: self._probability(offset.base),
             "bias + offset": self._probability(offset.adapted),
         }
-        columns = []
-        for objective in range(len(self.kinds)):
-            folded = score_visits(
-                *(self.ladder, visits, after, self._folded(objective), self.material),
-                self._held(1 + self.config.factors, self.config.factor_strength),
-                *(self.kinds, AdapterConfig(kind="ridge")),
-            )
-            columns.append(folded.adapted[:, objective])
-        scores["matrix factorisation"] = self._probability(torch.stack(columns, dim=1))
+        scores[FACTORISATION] = self._probability(self._factorisation.scores(visits, after))
         scores["item-kNN"] = self._probability(self._knn.scores(visits, after))
         scores["logistic regression"] = self._probability(self._regression.scores(offset.rows))
         if self._trees is not None:
-            scores["boosted trees"] = self._trees.predictions(offset.rows, scores["popularity"])
+            scores["boosted trees"] = self._trees.predictions(offset.rows, scores[POPULARITY])
         return {name: (offset.rows, probability) for name, probability in scores.items()}
 
-    def _held(self, width: int, strength: float) -> Tensor:
-        """Precisions that leave only the user's own level free."""
-        levels = len(self.ladder.segments.levels) + (0 if self.ladder.personal else 1)
-        table = torch.full((levels, len(self.kinds), width), HELD, device=self.material.device)
-        table[0] = strength
-        return table
+    def _held(self) -> Tensor:
+        free = held_but_own(self.ladder, len(self.kinds), 1, self.config.offset_strength)
+        return free.to(self.material.device)
 
     def _probability(self, scores: Tensor) -> Tensor:
         binary = torch.tensor([kind == "binary" for kind in self.kinds], device=scores.device)
         return torch.where(binary, torch.sigmoid(scores), scores)
 
-    def _item_rate(self, at: I64) -> Tensor:
-        rates = np.ascontiguousarray(self.material.rows.statistics[at, : len(self.kinds)])
-        return torch.from_numpy(rates).to(self.material.device)
-
     def _popularity(self, at: I64) -> tuple[Tensor, Tensor]:
-        rate = self._item_rate(at)
+        rate = item_rate(self.material, at, len(self.kinds))
         return rate, torch.ones_like(rate[:, :1])
-
-    def _folded(self, objective: int) -> Scorer:
-        table = self._factors[objective]
-
-        def scorer(at: I64) -> tuple[Tensor, Tensor]:
-            items = self._items(at, len(table))
-            rate = self._item_rate(at)
-            return rate, torch.cat([torch.ones_like(rate[:, :1]), table[items]], dim=1)
-
-        return scorer
-
-    def _items(self, at: I64, known: int) -> Tensor:
-        items = torch.from_numpy(np.ascontiguousarray(self.material.rows.item[at])).to(self.material.device)
-        return torch.where(items < known, items, torch.zeros_like(items))
-
-    def _factorise(self, objective: int) -> Tensor:
-        rows, at = self.material.rows, self._earlier
-        users, user = np.unique(np.asarray(rows.user)[at], return_inverse=True)
-        count = int(np.asarray(rows.item)[at].max(initial=0)) + 1
-        start = np.random.default_rng(self.config.seed).normal(0.0, 0.1, (count, self.config.factors))
-        return factorise(
-            torch.from_numpy(user.astype(np.int64)).to(self.material.device),
-            self._items(at, count),
-            self._item_rate(at)[:, objective],
-            self.material.labels(at)[:, objective],
-            self.material.weights(at),
-            self.kinds[objective],
-            len(users),
-            torch.from_numpy(start).to(self.material.device),
-            strength=self.config.factor_strength,
-            bias_strength=self.config.factor_strength,
-            sweeps=self.config.sweeps,
-        )
 
     def _newest(self) -> I64:
         """Positions of the newest rows of earlier nights, in their order."""

@@ -119,7 +119,7 @@ def test_the_factorisation_folds_a_user_in_by_his_ridge_on_the_item_factors(rows
     at, said = scores(rows, k)["matrix factorisation"]
     tonight = visits(rows)
     for aim, kind in enumerate(KINDS):
-        factors = fitted._factors[aim].numpy()
+        factors = fitted._factorisation.tables[aim].numpy()
         features = np.c_[np.ones(len(rows)), factors[rows.item]]
         slow = SlowLadder(rows, ladder_of(), rows.statistics[:, :2], features, np.full((2, 2, 3), 2.0), KINDS)
         for number in range(0, len(tonight), 4):

@@ -187,7 +187,7 @@ def _replay(options: argparse.Namespace, console: "Console") -> None:
     from flows.display import ReplayScreen, Screen, show_replay
     from flows.embedded import embedded
     from flows.replay import replay, replay_told_to
-    from tasks.release import earned, lift
+    from tasks.release import cost, earned, lift, variety
     from tasks.release.slices import load
     from tasks.steps import watched_by
 
@@ -197,8 +197,9 @@ def _replay(options: argparse.Namespace, console: "Console") -> None:
         result = replay(config, **given)
     written = result.written
     steps, gained = earned.load(Path(written.earned)), lift.summaries(lift.load(Path(written.lift)))
-    paths = (written.table, written.earned, written.lift, written.page)
-    show_replay(console, load(Path(written.table)), steps, gained, paths)
+    paid, shown = cost.load(Path(written.cost)), variety.load(Path(written.variety))
+    paths = (written.table, written.earned, written.lift, written.cost, written.variety, written.page)
+    show_replay(console, load(Path(written.table)), steps, gained, paid, shown, paths)
 
 
 def _releases(options: argparse.Namespace, console: "Console") -> None:

@@ -20,9 +20,11 @@ if TYPE_CHECKING:  # their modules load Prefect and torch, which a ranked list n
     from flows.nightly import NightResult
     from flows.replay import ReplayedNight
     from tasks.references import ReleaseRow, ScoreRow
+    from tasks.release.cost import Cost
     from tasks.release.earned import Step
     from tasks.release.lift import Summary
     from tasks.release.slices import Line
+    from tasks.release.variety import Variety
     from tasks.serving.ranker import Ranked
 
 
@@ -171,9 +173,14 @@ def show_replay(
     lines: Sequence["Line"],
     steps: Sequence["Step"],
     lifts: Sequence["Summary"],
+    costs: Sequence["Cost"],
+    varieties: Sequence["Variety"],
     written: Sequence[str],
 ) -> None:
-    """The end of a replay: every method on all rows, the candidate on each slice, and to whom own weights pay."""
+    """The end of a replay: every method on all rows, the candidate on each slice, whom own weights pay at what cost.
+
+    Last, what each method would have shown to some of the users.
+    """
     from tasks.release.earned import in_words
     from tasks.release.lift import TOO_FEW
     from tasks.release.replay_page import EXAMS
@@ -207,8 +214,28 @@ def show_replay(
             console.print(f"{escape(level)}, {objective}: {in_words(curve)}")
             gained = next((one for one in lifts if (one.objective, one.level) == (objective, level)), None)
             console.print(f"{escape(level)}, {objective}: {TOO_FEW if gained is None else gained.in_words()}")
+        for paid in costs:
+            if paid.objective == objective:
+                console.print(f"{escape(paid.level)}, {objective}: {escape(paid.in_words())}")
+        _show_variety(console, [one for one in varieties if (one.objective, one.night) == (objective, POOLED)], nights)
     for path in written:
         console.print(escape(path), soft_wrap=True)
+
+
+def _show_variety(console: Console, shown: Sequence["Variety"], nights: int) -> None:
+    """What each method's lists are like, for one objective; nothing where nothing was ranked."""
+    from tasks.release.slices import ADAPTED
+
+    if not shown:
+        return
+    first = shown[0]
+    asked = f"{first.users:,} users, {first.candidates:,} candidates, {nights} nights"
+    numbers = ("coverage", "Gini", "personalisation", "diversity")
+    table = _table(f"top {first.length}, {first.objective}, {asked}", ("method", *numbers), numbers, folds="method")
+    for one in shown:
+        figures = (one.coverage, one.gini, one.personalisation, one.diversity)
+        table.add_row(escape(one.method), *map(_number, figures), style="bold" if one.method == ADAPTED else None)
+    console.print(table)
 
 
 def show_releases(console: Console, rows: Sequence["ReleaseRow"]) -> None:

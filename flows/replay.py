@@ -27,8 +27,9 @@ from tasks.ingest import ingest_replayed, released_before
 from tasks.meta_train import meta_train
 from tasks.parents import replayed_parent
 from tasks.prepare import prepare
-from tasks.references import ExamRef, ParentRef, PrepareRef
-from tasks.replay import ReplayRef, compare_nights
+from tasks.recommend import recommend
+from tasks.references import BankRef, ExamRef, ListsRef, ParentRef, PrepareRef
+from tasks.replay import Examined, ReplayRef, compare_nights
 from tasks.steps import hold
 from tasks.tensorboard import check as check_tensorboard
 from tasks.validate import validate
@@ -43,7 +44,16 @@ class ReplayedNight(Section):
     state: Literal["examined", "skipped", "rejected"]
     why: str
     prepared: PrepareRef | None = None
+    bank: BankRef | None = None
     exam: ExamRef | None = None
+    lists: ListsRef | None = None
+
+    @property
+    def examined(self) -> Examined | None:
+        """What is compared; None where the night was not examined."""
+        if self.bank is None or self.exam is None or self.lists is None:
+            return None
+        return Examined(bank=self.bank, exam=self.exam, lists=self.lists)
 
 
 class ReplayResult(Section):
@@ -94,8 +104,10 @@ def replay(
 ) -> ReplayResult:
     """Examine the nights of a range in order, without publishing, and compare every method over all of them.
 
-    It writes step records and takes the lease; releases, pointer and ledger stay as they are. A night that was examined
-    before from the same start, in a replay or to be published, is not examined again.
+    Beside its exams, each night ranks one catalogue for a sample of its users: at most 300,000 scores of the network
+    (`tasks.learning.catalogue`). Step records are written and the lease is taken; releases, pointer and ledger stay as
+    they are. A night that was examined before from the same start, in a replay or to be published, is not examined
+    again.
 
     Args:
         config: the pipeline's config, or the path of its file.
@@ -123,8 +135,8 @@ def replay(
         outcome, chain = _one_night(config, night, chain, min_rows)
         outcomes.append(outcome)
         tell(number, len(present), outcome)
-    found = {outcome.night: outcome.exam for outcome in outcomes if outcome.exam is not None}
-    left_out = [(outcome.night, outcome.why) for outcome in outcomes if outcome.exam is None]
+    found = {outcome.night: one for outcome in outcomes if (one := outcome.examined) is not None}
+    left_out = [(outcome.night, outcome.why) for outcome in outcomes if outcome.examined is None]
     if not found:
         listed = "".join(f"\n{night}: {why}" for night, why in left_out)
         raise DataRejected(f"replay from {start} to {end}: no night could be examined:{listed}")
@@ -157,11 +169,15 @@ def _one_night(config: RetrainConfig, night: date, chain: _Chain, min_rows: int)
             base = meta_train(place, data, segments, config.ranker, config.training, adapter, ingested, prepared)
             bank = adapt(place, data, segments, adapter, prepared, base, bank="exam")
             exam = evaluate(place, data, segments, config.baselines, gate, ingested, prepared, base, bank)
+            statistics, baselines = config.statistics, config.baselines
+            lists = recommend(place, data, segments, statistics, baselines, ingested, prepared, base, bank)
             parent = replayed_parent(place, prepared, base)
     except NotEnoughHistory as error:
         return ReplayedNight(night=night, state="skipped", why=str(error)), chain
     except DataRejected as error:
         return ReplayedNight(night=night, state="rejected", why=f"{type(error).__name__}: {error}"), chain
     why = f"{exam.rows:,} rows of {exam.users:,} users{', as examined before' if exam.reused else ''}"
-    outcome = ReplayedNight(night=night, state="examined", why=why, prepared=prepared, exam=exam)
+    outcome = ReplayedNight(
+        night=night, state="examined", why=why, prepared=prepared, bank=bank, exam=exam, lists=lists
+    )
     return outcome, replace(chain, parent=parent, exams=(exam.key, *chain.exams)[: gate.pool_nights - 1])

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from tasks.clients.workspace import digest_of
+from tasks.clients.workspace import StepRecord, digest_of
 from tasks.data import vocabulary
 from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, SegmentsConfig
@@ -22,8 +22,9 @@ from tasks.learning.material import I64, Material
 from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
 from tasks.references import BankRef, BaseRef, ExamRef, Place, PrepareRef
+from tasks.release.cost import Spent
 from tasks.release.segment_gate import LevelHarm
-from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
+from tasks.steps import Product, Progress, carry_out, device_name, device_of, open_workspace, recalled, record_of, verb
 
 VERSION = 2
 
@@ -68,10 +69,12 @@ def adapt(
         ladder, material = Ladder(rows, segments, data.user), Material(rows, device)
         trained = trained_base(place, base).to(device)
         before = int(np.asarray(rows.night).max()) + 1
+        milliseconds: list[float] = []
         with steady(0, None):
             filled = fill_bank(
                 *(ladder, material, material.scorer(trained.network), trained.table(), trained.kinds, adapter, before),
                 harmful=refuser(rows, vocabularies, proven) if proven else None,
+                milliseconds=milliseconds,
             )
         filled.save(folder / "bank.safetensors")
         solved = sum(len(level.keys) for level in filled.levels)
@@ -85,11 +88,26 @@ def adapt(
             "segments": sum(level.size for level in rows.levels),
             "adapted": solved,
         }
-        return Product(content, {}, {"bank.safetensors": folder / "bank.safetensors"})
+        cost = {"bytes": filled.bytes, "milliseconds": [round(one, 3) for one in milliseconds]}
+        notes = {"cost": cost | {"device": device_name(device)}}
+        return Product(content, notes, {"bank.safetensors": folder / "bank.safetensors"})
 
     inputs = {"layout": layout.digest, "base": base.digest, "harmful": digest_of(proven)}
     record, shared = carry_out(place, f"adapt-{bank}", VERSION, date.fromisoformat(night), inputs, section, work)
     return BankRef(**shared, bank=bank, segments=record.content["segments"], adapted=record.content["adapted"])
+
+
+def cost_of(bank: StepRecord) -> list[Spent]:
+    """What each level of a bank took, finest first.
+
+    A bank that was solved before this was measured has no such notes; they are no content, so it need not be solved
+    again, and its bytes and milliseconds are None.
+    """
+    names, counts = bank.content["names"], bank.content["levels"]
+    nothing = {"bytes": [None] * len(names), "milliseconds": [None] * len(names), "device": None}
+    cost = bank.notes.get("cost", nothing)
+    levels = zip(names, counts, cost["bytes"], cost["milliseconds"], strict=True)
+    return [Spent(name, count, size, took, cost["device"]) for name, count, size, took in levels]
 
 
 def support_histogram(bank: Bank) -> list[tuple[str, int]]:

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from tasks.adapt import cost_of
 from tasks.data.contract import DataConfig
 from tasks.evaluate import exam_table
 from tasks.learning.intervals import Interval
@@ -114,13 +115,14 @@ def _exams(told: Mapping[str, Any], lead: str, gate: GateConfig) -> ObjectiveExa
 
 
 def _adapters(place: Place, done: FinishedSteps) -> Adapters:
-    shipped = record_of(place, done.ship).content
+    ship = record_of(place, done.ship)
+    shipped = ship.content
     served = exam_table(place, done.exam.key)["level"].to_numpy()
     counts = zip(*(shipped[name] for name in ("names", "seen", "levels", "refused")), strict=True)
     return Adapters(
         levels=tuple(
-            LadderLevel(name, seen, adapted, refused, int((served == at).sum()))
-            for at, (name, seen, adapted, refused) in enumerate(counts)
+            LadderLevel(name, seen, adapted, refused, int((served == at).sum()), cost.bytes, cost.milliseconds)
+            for at, ((name, seen, adapted, refused), cost) in enumerate(zip(counts, cost_of(ship), strict=True))
         ),
         support=tuple((label, count) for label, count in shipped["support"]),
         tested=tuple(record_of(place, done.exam).notes["tested"]),

@@ -140,6 +140,15 @@ class ExamRef(StepRef):
     users: int
 
 
+class ListsRef(StepRef):
+    """What each method would have shown to some of the night's users."""
+
+    users: int
+    """Users that were asked."""
+    candidates: int
+    """Items that were ranked for each of them."""
+
+
 class ScoreRow(Section):
     """One line of the table that a person reads: a method in an exam, for the lead objective."""
 

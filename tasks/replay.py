@@ -5,16 +5,27 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
+from tasks.adapt import cost_of
 from tasks.data.contract import DataConfig, Section, SegmentsConfig
 from tasks.errors import StoreUnwritable
 from tasks.evaluate import exam_table
-from tasks.references import ExamRef, ParentRef, Place
-from tasks.release import earned, lift
+from tasks.recommend import varieties_of
+from tasks.references import BankRef, ExamRef, ListsRef, ParentRef, Place
+from tasks.release import cost, earned, lift, variety
 from tasks.release.replay_page import render
 from tasks.release.slices import compared, save
-from tasks.steps import looked_at, verb
+from tasks.steps import looked_at, record_of, verb
 
 TABLE, EARNED, LIFT, PAGE = "replay.parquet", "replay-support.parquet", "replay-segments.parquet", "replay.html"
+COST, VARIETY = "replay-cost.parquet", "replay-variety.parquet"
+
+
+class Examined(Section):
+    """What is known of a night that was examined."""
+
+    bank: BankRef
+    exam: ExamRef
+    lists: ListsRef
 
 
 class ReplayRef(Section):
@@ -26,6 +37,10 @@ class ReplayRef(Section):
     """Path of what own weights are worth by support: a line per step of the curve (`tasks.release.earned.Step`)."""
     lift: str
     """Path of what each segment gains from own weights: a line per segment (`tasks.release.lift.Served`)."""
+    cost: str
+    """Path of what each level costs for its gain: a line per objective and level (`tasks.release.cost.Cost`)."""
+    variety: str
+    """Path of what ranked lists are like: a line per objective, method and night (`tasks.release.variety.Variety`)."""
     page: str
     """Path of the page."""
 
@@ -35,7 +50,7 @@ def compare_nights(
     place: Place,
     data: DataConfig,
     segments: SegmentsConfig,
-    exams: Mapping[date, ExamRef],
+    examined: Mapping[date, Examined],
     left_out: Sequence[tuple[date, str]],
     start: ParentRef | None,
     seed: int,
@@ -44,24 +59,27 @@ def compare_nights(
     """Compare every method over the nights, and write what was found.
 
     Args:
-        place: where the exams are.
+        place: where the nights' records are.
         data: the contract.
         segments: the ladder.
-        exams: the nights' exams, in order.
+        examined: the nights' banks, exams and lists, in order.
         left_out: nights that were not examined, with the reason.
         start: what the first night started from.
         seed: of the bootstrap by user.
         out: folder for the files; it is made.
 
     Raises:
-        ObjectMissing: an exam is gone.
+        ObjectMissing: a record is gone.
         StoreUnwritable: the folder cannot be written.
     """
-    tables = {night.isoformat(): exam_table(place, exam.key) for night, exam in exams.items()}
+    tables = {night.isoformat(): exam_table(place, one.exam.key) for night, one in examined.items()}
+    spent = [cost_of(record_of(place, one.bank)) for one in examined.values()]
+    shown = variety.with_pooled([line for one in examined.values() for line in varieties_of(place, one.lists)])
     with looked_at("compare", f"{len(tables)} {'night' if len(tables) == 1 else 'nights'}, by slice") as progress:
         lines = compared(tables, data, segments.max_support, seed, progress)
         steps = earned.curve(list(tables.values()), data, segments.levels, seed)
         gained = lift.lifts(list(tables.values()), data, segments.levels)
+        paid = cost.costs(spent, gained, list(tables.values()), data, segments.levels, seed)
     began = "the first one started cold" if start is None else f"the first one started from {start.name}"
     missing = [(night.isoformat(), why) for night, why in left_out]
     folder = Path(out)
@@ -70,14 +88,28 @@ def compare_nights(
         save(lines, folder / f".{TABLE}")
         earned.save(steps, folder / f".{EARNED}")
         lift.save(gained, folder / f".{LIFT}")
-        told = render(place.pipeline, began, lines, steps, lift.summaries(gained), missing, seed)
+        cost.save(paid, folder / f".{COST}")
+        variety.save(shown, folder / f".{VARIETY}")
+        told = render(place.pipeline, began, lines, steps, lift.summaries(gained), paid, shown, missing, seed)
         (folder / f".{PAGE}").write_text(told, encoding="utf-8")
-        for name in (TABLE, EARNED, LIFT, PAGE):  # whole or not at all: a reader may have the last one open
+        for name in (
+            TABLE,
+            EARNED,
+            LIFT,
+            COST,
+            VARIETY,
+            PAGE,
+        ):  # whole or not at all: a reader may have the last one open
             os.replace(folder / f".{name}", folder / name)
     except OSError as error:
         raise StoreUnwritable(
             f"cannot write {error.filename or folder}: {error.strerror}; give another --out"
         ) from error
     return ReplayRef(
-        table=str(folder / TABLE), earned=str(folder / EARNED), lift=str(folder / LIFT), page=str(folder / PAGE)
+        table=str(folder / TABLE),
+        earned=str(folder / EARNED),
+        lift=str(folder / LIFT),
+        cost=str(folder / COST),
+        variety=str(folder / VARIETY),
+        page=str(folder / PAGE),
     )

@@ -7,6 +7,7 @@ step has in common is here, so that the verbs stay thin shells.
 import json
 import logging
 import os
+import platform
 import shutil
 import socket
 import tempfile
@@ -215,6 +216,19 @@ def device_of(place: Place) -> Literal["cpu", "cuda"]:
             "install a CUDA build of torch, or say device: auto"
         )
     return "cpu"
+
+
+def device_name(device: Literal["cpu", "cuda"]) -> str:
+    """What a timing was taken on: the GPU's name, or the CPU's with the threads that torch uses."""
+    import torch
+
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    threads = torch.get_num_threads()
+    return f"{models[0] if models else platform.machine()}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def _a_retry_can_help(_task: Task[..., object], _run: TaskRun, state: State[object]) -> bool:

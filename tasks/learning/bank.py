@@ -53,6 +53,12 @@ class Bank:
     weights: F32
     levels: tuple[BankLevel, ...]
 
+    @property
+    def bytes(self) -> list[int]:
+        """Bytes of every level, finest first: its segments' weights, and who they are; the base's slot is nobody's."""
+        slot = self.weights[0].nbytes
+        return [slot * len(one.slots) + sum(table.nbytes for table in vars(one).values()) for one in self.levels]
+
     def slots_of(self, rows: Rows, at: I64) -> I64:
         """The slot that serves each of the rows at positions [N]: the finest level that knows its segment."""
         slots = np.zeros(len(at), np.int64)
@@ -97,6 +103,7 @@ def fill_bank(
     config: AdapterConfig,
     night: int,
     harmful: Harmful | None = None,
+    milliseconds: list[float] | None = None,
 ) -> Bank:
     """Solve every segment from its rows before a night.
 
@@ -110,6 +117,7 @@ def fill_bank(
         night: ordinal; rows of that night and later are not read.
         harmful: which segments get no weights of their own, by level, key and support; asked once per level, about
             those that have the rows for them. None refuses nobody.
+        milliseconds: gets the wall time of every level, finest first (`climb`).
 
     Returns:
         The bank. Slots are numbered level by level, coarsest first, by key.
@@ -127,8 +135,11 @@ def fill_bank(
             guilty[own] = harmful(at, keys[own], support[own])
         keep.append(own & ~guilty)
         refused.append(keys[guilty])
+    spent: list[float] | None = None if milliseconds is None else []
     with torch.no_grad():
-        solutions = climb(stages, scorer, material, precisions, kinds, config, keep)
+        solutions = climb(stages, scorer, material, precisions, kinds, config, keep, milliseconds=spent)
+    if milliseconds is not None and spent is not None:
+        milliseconds += reversed(spent)
     table = [precisions.new_zeros(1, len(kinds), precisions.shape[-1])]
     made: list[BankLevel] = []
     size, above = 1, np.zeros(1, np.int64)

@@ -8,6 +8,7 @@ Shapes: E segments of a level, V visits, K objectives, D adapter features.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
@@ -179,6 +180,7 @@ def climb(
     config: AdapterConfig,
     keep: Sequence[npt.NDArray[np.bool_]] | None = None,
     first_order: bool = False,
+    milliseconds: list[float] | None = None,
 ) -> list[Tensor]:
     """Cumulative weights of every stage's segments.
 
@@ -191,18 +193,31 @@ def climb(
         config: how to solve.
         keep: for each stage, which segments may leave their parent; None for all.
         first_order: no gradient flows through the support rows, see `adapters.descend`.
+        milliseconds: gets the wall time of every stage: its support read and scored, its systems solved. Arithmetic
+            that another device was given is waited for, and only then. The first stage of a process also pays for what
+            libraries load on first use.
 
     Returns:
         One tensor ``[E, K, D]`` per stage. A segment without support has exactly its parent's weights.
     """
     solutions: list[Tensor] = []
     for number, stage in enumerate(stages):
+        begun = 0.0 if milliseconds is None else _now(precisions)
         inherited = inherit(stage, solutions, precisions, kinds)
         own = _solve_stage(stage, inherited, scorer, material, precisions[stage.level], kinds, config, first_order)
         if keep is not None:
             own = own * torch.from_numpy(keep[number]).to(own.device)[:, None, None]
         solutions.append(inherited + own)
+        if milliseconds is not None:
+            milliseconds.append(1000 * (_now(precisions) - begun))
     return solutions
+
+
+def _now(near: Tensor) -> float:
+    """Seconds of a clock, read when the device that holds a tensor has done what it was given."""
+    if near.is_cuda:
+        torch.cuda.synchronize(near.device)
+    return perf_counter()
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,10 @@ class LadderLevel:
     """Segments with the rows for an adapter that got none, for it is proven to do harm."""
     rows: int | None
     """Tonight's rows served by this level's adapters."""
+    bytes: int | None = None
+    """Bytes of the bank that ships; None where they were not counted."""
+    milliseconds: float | None = None
+    """Wall time of solving them; None where it was not measured."""
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,20 @@ def _safe(value: str) -> str:
     return escape(_UNPRINTABLE.sub("\ufffd", value), quote=True)
 
 
+def size(count: float) -> str:
+    """Bytes for people.
+
+    >>> size(999), size(48_300_000)
+    ('999 B', '48.3 MB')
+    """
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
 def joined(children: Iterable[Child]) -> Markup:
     """Children one after another, texts escaped, None left out."""
     return Markup("".join(c if isinstance(c, Markup) else text(c) for c in children if c is not None))

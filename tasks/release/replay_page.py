@@ -3,10 +3,13 @@
 from collections.abc import Iterable, Sequence
 
 from tasks.release.charts import Whisker, intervals, lines
+from tasks.release.cost import Cost
 from tasks.release.earned import Step, in_words
 from tasks.release.lift import TOO_FEW, Summary
 from tasks.release.page import Child, Markup, el, page, section, swatch, table
 from tasks.release.slices import ADAPTED, BY_NOVELTY, BY_SUPPORT, COMMON_ROWS, EVERYTHING, POOLED, Line
+from tasks.release.variety import Variety
+from tasks.release.worth_section import cost_section, variety_section
 
 EXAMS = {
     "nightly": "Nightly: adapters from earlier nights, all of the night as query",
@@ -23,6 +26,8 @@ def render(
     found: Sequence[Line],
     earned: Sequence[Step],
     lifts: Sequence[Summary],
+    costs: Sequence[Cost],
+    varieties: Sequence[Variety],
     left_out: Sequence[tuple[str, str]],
     seed: int,
 ) -> str:
@@ -34,6 +39,8 @@ def render(
         found: lines of every exam.
         earned: what own weights are worth by support, of every level.
         lifts: what they are worth to the segments, of every level.
+        costs: what they cost for it, of every level.
+        varieties: what each method's ranked lists are like.
         left_out: nights that were not examined, with the reason.
         seed: of the bootstrap.
     """
@@ -49,6 +56,8 @@ def render(
         *(_slices(name, [line for line in found if line.objective == name]) for name in objectives),
         *(_earned(name, [step for step in earned if step.objective == name]) for name in objectives),
         *(_lifts(name, [one for one in lifts if one.objective == name], earned) for name in objectives),
+        *(cost_section(name, costs) for name in objectives),
+        *(variety_section(name, varieties, found) for name in objectives),
         _nights(found, nights, left_out),
         el("footer", f"95 % intervals, bootstrapped by user with seed {seed}"),
     )

@@ -5,7 +5,7 @@ import re
 from tasks.release.charts import bars, curve, histogram
 from tasks.release.exam_section import exam_section, headline
 from tasks.release.night import Adapters, Intake, NightReport
-from tasks.release.page import Child, Markup, el, page, section, swatch, table
+from tasks.release.page import Child, Markup, el, page, section, size, swatch, table
 
 _BESIDE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
 
@@ -48,20 +48,6 @@ def render(report: NightReport) -> str:
         ),
         el("footer", " · ".join(f"{name} {value}" for name, value in report.provenance.items())),
     )
-
-
-def size(count: int) -> str:
-    """Bytes for people.
-
-    >>> size(999), size(48_300_000)
-    ('999 B', '48.3 MB')
-    """
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def _lineage(report: NightReport) -> Markup:
@@ -131,10 +117,13 @@ def _adapters(adapters: Adapters) -> Markup:
             f"{level.adapted:,}",
             f"{level.fallen_back:,}",
             "–" if level.rows is None else f"{level.rows:,}",
+            "–" if level.bytes is None else size(level.bytes),
+            "–" if level.milliseconds is None else f"{level.milliseconds:,.1f}",
         )
         for level in adapters.levels
     ]
-    parts: list[Child] = [table(("level", "segments", "adapted", "fell back", "rows served"), levels, 4)]
+    headers = ("level", "segments", "adapted", "fell back", "rows served", "bank", "milliseconds")
+    parts: list[Child] = [table(headers, levels, len(headers) - 1)]
     if adapters.support:
         parts += [el("h3", "Adapters by support rows"), histogram(adapters.support)]
     if adapters.tested:

@@ -22,9 +22,11 @@ from flows.nightly import NightResult
 from flows.replay import ReplayedNight
 from tasks.errors import ExpectationsFailed, NightrankError, StoreUnavailable
 from tasks.references import PrepareRef, PublishRef, ReleaseRow, ScoreRow, ValidateRef, VerdictRef
+from tasks.release.cost import Cost
 from tasks.release.earned import Step
 from tasks.release.lift import Served, Summary
 from tasks.release.slices import ADAPTED, POOLED, SLICES, Line
+from tasks.release.variety import Variety
 from tasks.serving.ranker import Ranked
 
 NIGHT = date(2026, 3, 5)
@@ -131,7 +133,14 @@ def test_a_replay_fits_80_columns_and_says_where_its_page_is(console: Console) -
     served = Served("clicked", "user_id [x]", "u", 40, -0.2, -0.1, 0.01)
     level = Summary("clicked", "user_id [x]", 1234, 56_789, -0.02, 600, 3, (served,), (replace(served, shrunk=0.05),))
     steps = [step, replace(step, level="job"), replace(step, objective="stars")]
-    show_replay(console, lines, steps, [level, replace(level, objective="stars")], [f"/{'long/' * 30}replay.html"])
+    paid = Cost("clicked", "user_id [x]", "log-loss", 1, 180, 64_800, 432.0, "a CPU", 1230, 24.6, -0.03, -0.01)
+    shown = [
+        Variety("clicked", method, night, 200, 1_500, 10, 0.125, 0.875, 0.5, None)
+        for night in (NIGHT.isoformat(), POOLED)
+        for method in METHODS
+    ]
+    levels = [level, replace(level, objective="stars")]
+    show_replay(console, lines, steps, levels, [paid], shown, [f"/{'long/' * 30}replay.html"])
     ReplayScreen(console)(1, 60, ReplayedNight(night=NIGHT, state="rejected", why="[bold]"))
     shown = shown_on(console).splitlines()
     for fact in (
@@ -139,6 +148,8 @@ def test_a_replay_fits_80_columns_and_says_where_its_page_is(console: Console) -
         "user_id [x], clicked: own weights pay from 2 support rows on",
         "user_id [x], clicked: 600 of 1,234 segments are better off, 3 worse; -0.0200 on",
         "average, 0.1500 between the best and the worst served", "job, clicked: fewer than 5 segments were served",
+        "user_id [x], clicked: 180 adapters a night, 360 B and 2.4 ms each; gain of",
+        "top 10, clicked, 200 users, 1,500 candidates, 1 nights", "0.1250", "0.8750",
         "2026-03-05 rejected (1 of 60): [bold]", *(name for name in SLICES if name != "all"),
     ):  # fmt: skip
         assert any(fact in line for line in shown), fact

@@ -1,9 +1,11 @@
 """A replay: the same exams as nights that are published, nothing published, and no night examined twice."""
 
+import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,21 @@ import pytest
 from flows.config import RetrainConfig
 from flows.nightly import NightResult
 from flows.replay import ReplayedNight, ReplayResult, replay_told_to
+from tasks.adapt import cost_of
 from tasks.clients.object_store import ObjectStore
+from tasks.data import vocabulary
 from tasks.errors import DataRejected, InvalidConfig
 from tasks.evaluate import exam_table
 from tasks.ingest import released_before
-from tasks.release import earned, lift
+from tasks.meta_train import rows_of
+from tasks.recommend import as_of
+from tasks.release import cost, earned, lift, variety
 from tasks.release.slices import ADAPTED, POOLED, SLICES, load
-from tasks.steps import recalled, watched_by
+from tasks.steps import open_workspace, recalled, record_of, watched_by
 from tests.faults.victims import Nursery, Outcome, Trap
 from tests.finished import DONE, Finished
 from tests.steps.plain import plain_night, plain_replay
-from tests.world import World, write_world
+from tests.world import ITEMS, World, write_world
 
 FIRST, LAST = DONE[0], DONE[1] + 1
 """The nights that are replayed, counted from 0: two that were released, and one that was not."""
@@ -132,9 +138,10 @@ def test_the_exams_are_those_of_published_nights(
 
 
 def test_what_was_examined_is_not_examined_again(beside: tuple[Seen, dict[str, bytes]]) -> None:
-    """Only the night that had not been released was worked on, and only up to the exam."""
+    """Only the night that had not been released is worked on, up to the exam; released ones have shown no lists yet."""
     assert beside[0].worked == Counter(
         ["ingest", "validate", "history", "prepare", "meta-train", "adapt-exam", "evaluate", "compare"]
+        + ["recommend"] * 3
     )
     assert ["as examined before" in outcome.why for _, _, outcome in beside[0].told] == [True, True, False]
     assert [(place, of) for place, of, _ in beside[0].told] == [(1, 3), (2, 3), (3, 3)]
@@ -143,7 +150,8 @@ def test_what_was_examined_is_not_examined_again(beside: tuple[Seen, dict[str, b
 def test_a_killed_replay_goes_on_where_it_died(alone: tuple[Seen, Outcome]) -> None:
     seen, died = alone
     assert died.killed
-    assert seen.worked == Counter(["evaluate", "compare"])
+    assert seen.worked == Counter(["evaluate", "recommend", "compare"])
+    assert [one.lists is not None and one.lists.reused for one in seen.result.nights] == [True, False]
     assert [one.exam is not None and one.exam.reused for one in seen.result.nights] == [True, False]
 
 
@@ -192,6 +200,90 @@ def test_the_table_holds_every_method_night_and_slice(beside: tuple[Seen, dict[s
         assert f">{method}<" in page
     assert "http" not in page.replace("http-equiv", "")
     assert not any(word in page for word in ("url(", "@import", "<script", "<link", "<img", "src="))
+
+
+def test_what_levels_cost_is_told_with_what_they_gain(beside: tuple[Seen, dict[str, bytes]]) -> None:
+    seen = beside[0]
+    place, written = seen.config.place(), seen.result.written
+    banks = [record_of(place, one.bank) for one in seen.result.nights if one.bank is not None]
+    gained = lift.load(Path(written.lift))
+    page = Path(written.page).read_text()
+    assert len(banks) == 3
+    found = cost.load(Path(written.cost))
+    assert [one.level for one in found] == ["user_id", "market"]
+    for at, one in enumerate(found):
+        assert one.nights == 3
+        assert one.adapters == sum(bank.content["levels"][at] for bank in banks)
+        assert one.milliseconds == pytest.approx(sum(bank.notes["cost"]["milliseconds"][at] for bank in banks))
+        assert one.milliseconds is not None
+        assert one.milliseconds > 0
+        assert one.device == banks[0].notes["cost"]["device"]
+        assert escape(f"{one.level}: {one.in_words()}") in page
+    mine = gained.filter(pc.equal(gained["level"], "user_id"))
+    saved = sum(row["rows"] * -row["shrunk"] for row in mine.to_pylist())
+    assert found[0].gain == pytest.approx(saved)
+    assert found[0].pays
+    assert found[0].bytes_per_gain == pytest.approx(sum(bank.notes["cost"]["bytes"][0] for bank in banks) / saved)
+
+
+def test_a_bank_that_was_solved_before_costs_were_noted_is_not_solved_again(
+    beside: tuple[Seen, dict[str, bytes]],
+) -> None:
+    seen = beside[0]
+    (bank, *_) = (one.bank for one in seen.result.nights if one.bank is not None)
+    record = record_of(seen.config.place(), bank)
+    assert not json.dumps(record.content).count("milliseconds")
+    old = replace(record, notes={name: note for name, note in record.notes.items() if name != "cost"})
+    told = [(one.level, one.adapters, one.bytes, one.milliseconds, one.device) for one in cost_of(old)]
+    assert told == [
+        (name, adapters, None, None, None)
+        for name, adapters in zip(record.content["names"], record.content["levels"], strict=True)
+    ]
+    assert sum(one.bytes or 0 for one in cost_of(record)) > 0
+
+
+def test_what_each_method_shows_is_told_by_night(
+    world: Finished, beside: tuple[Seen, dict[str, bytes]], alone: tuple[Seen, Outcome]
+) -> None:
+    seen, night = beside[0], world.next_night
+    found = variety.load(Path(seen.result.written.variety))
+    assert {one.night for one in found} == {night.isoformat() for night in seen.exams} | {POOLED}
+    by_method = {one.method: one for one in found if one.night == night.isoformat()}
+    assert list(by_method) == [ADAPTED, "zero steps", "popularity", "matrix factorisation"]
+    came = set(exam_table(seen.config.place(), seen.exams[night])["user"].to_pylist())
+    assert {(one.users, one.candidates, one.length) for one in by_method.values()} == {(len(came), ITEMS, 10)}
+    same = by_method["popularity"]
+    assert (same.coverage, same.personalisation, same.gini) == (10 / ITEMS, 0.0, pytest.approx(1 - 10 / ITEMS))
+    own = by_method[ADAPTED]
+    assert own.personalisation is not None
+    assert own.personalisation > 0.1  # half of the users have the opposite taste
+    assert own.coverage > same.coverage
+    assert own.diversity is not None
+    page = Path(seen.result.written.page).read_text()
+    for one in found:
+        if one.night == POOLED:
+            assert f'<td class="number">{one.coverage:.4f}</td>' in page
+    first = [one for one in found if one.night == min(seen.exams).isoformat()]
+    again = variety.load(Path(alone[0].result.written.variety))
+    assert [one for one in again if one.night == first[0].night] == first
+
+
+def test_lists_are_asked_with_the_statistics_of_the_exam(
+    world: Finished, beside: tuple[Seen, dict[str, bytes]]
+) -> None:
+    """As the rows of the night have them, which see no label of their own night."""
+    config = beside[0].config
+    place, prepared = config.place(), beside[0].result.nights[-1].prepared
+    assert prepared is not None
+    layout = record_of(place, prepared)
+    rows = rows_of(place, layout)
+    words = vocabulary.load(config.data, open_workspace(place).file(layout, "vocabulary.parquet"))
+    known = as_of(place, config.data, config.statistics, prepared, words)
+    at = np.flatnonzero(np.asarray(rows.night) == world.next_night.toordinal())
+    names = config.data.named("request", "categorical")
+    cohort = [np.asarray(rows.request_ids)[at, names.index(name)] for name in known.cohort_columns]
+    found = known.features(np.asarray(rows.user)[at], np.asarray(rows.item)[at], cohort)
+    np.testing.assert_array_equal(found, rows.statistics[at])
 
 
 def test_the_item_history_counts_the_items_rows_on_earlier_nights(
@@ -262,4 +354,8 @@ def test_both_kinds_of_objective_are_told(tmp_path: Path) -> None:
     assert all(np.isfinite(line.loss) for line in lines)
     page = Path(seen.result.written.page).read_text()
     assert "Exams: stars" in page
+    assert {(one.objective, one.unit) for one in cost.load(Path(seen.result.written.cost))} == {
+        ("clicked", "log-loss"), ("stars", "squared error"),
+    }  # fmt: skip
+    assert {one.objective for one in variety.load(Path(seen.result.written.variety))} == {"clicked", "stars"}
     assert "squared error" in page

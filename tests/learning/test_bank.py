@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
+from tasks.learning import ladder as ladder_module
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.bank import Bank, fill_bank
 from tasks.learning.episodes import score_visits
@@ -233,6 +235,39 @@ def test_a_bank_comes_back_from_disk_and_equal_banks_are_equal_bytes(kind, tmp_p
             assert np.array_equal(getattr(mine, name), getattr(theirs, name))
     at = np.arange(len(rows))
     assert np.array_equal(back.slots_of(rows, at), banks[0].slots_of(rows, at))
+
+
+def test_bytes_are_those_on_disk(tmp_path):
+    bank = bank_of(world(0), ladder_of(THREE, min_support=4), 3)
+    bank.save(tmp_path / "bank")
+    tables = load_file(tmp_path / "bank")
+    of_level = [
+        sum(table.nbytes for name, table in tables.items() if name.startswith(f"level{at}.")) for at in range(3)
+    ]
+    slot = 2 * 3 * 4  # objectives, features, bytes of a float32
+    assert bank.bytes == [own + slot * len(level.keys) for own, level in zip(of_level, bank.levels, strict=True)]
+    assert sum(bank.bytes) + slot == sum(table.nbytes for table in tables.values())
+
+
+def test_milliseconds_of_a_level_are_those_of_its_own_rows(monkeypatch):
+    """By a clock that moves by a second for every row that is scored."""
+    rows, clock = world(0), [0.0]
+    scorer = told(rows)
+
+    def slow(at):
+        clock[0] += len(at)
+        return scorer(at)
+
+    monkeypatch.setattr(ladder_module, "perf_counter", lambda: clock[0])
+    milliseconds = []
+    segments = ladder_of(THREE, min_support=4)
+    bank = fill_bank(
+        *(Ladder(rows, segments, "shopper"), Material(rows), slow, precisions_of(3), KINDS, RIDGE, FIRST + 3),
+        milliseconds=milliseconds,
+    )
+    support = [level.support.sum() for level in bank.levels]
+    assert len(set(support)) > 1
+    assert milliseconds == [1000.0 * rows for rows in support]
 
 
 def test_filling_a_bank_leaves_no_gradient_behind():

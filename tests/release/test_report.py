@@ -105,7 +105,7 @@ def night(**changes: object) -> NightReport:
         ),
         adapters=facts.Adapters(
             levels=(
-                facts.LadderLevel("user_id", 541, 498, 12, 640),
+                facts.LadderLevel("user_id", 541, 498, 12, 640, 61_752, 417.25),
                 facts.LadderLevel("occupation × age_band", 96, 88, 0, 1433),
                 facts.LadderLevel("base", 1, 1, 0, 70),
             ),

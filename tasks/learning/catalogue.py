@@ -1,0 +1,166 @@
+"""What a night's users would be shown: one set of candidates, ranked for each of a sample of users by every method.
+
+The exams ask about the rows that happened; here every user of the sample is asked about the same items. Candidates and
+what is known of them come from nights before the exam's, and of the night's rows only who came, in which context:
+no label of the night is read, and nothing of a later one. Items that a user has already had are not left out: that
+alone would make lists differ which a method ranks the same.
+
+What a night takes is bounded by `USERS`, `COUNTED` and `OTHERS`: at most 300,000 scores of the network, whatever its
+size, and one pass over the columns `item`, `night` and `time` to count the items.
+
+Shapes: U users, C candidates, L items of a list, K objectives, S statistics, D adapter features.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tasks.data.columns import Rows
+from tasks.data.contract import DataConfig
+from tasks.data.statistics import StatisticsTables
+from tasks.learning.adapters import apply
+from tasks.learning.bank import Bank
+from tasks.learning.base import Base
+from tasks.learning.baselines import FACTORISATION, POPULARITY
+from tasks.learning.exams import CANDIDATE, ZERO_STEPS, Night
+from tasks.learning.factorisation import Factorisation
+from tasks.learning.material import I64, Visits
+
+USERS = 200
+"""Most users of a night that are asked; more are drawn at random."""
+COUNTED, OTHERS = 1_000, 500
+"""Candidates: the items with most rows before the night, and some of all others, drawn at random."""
+LENGTH = 10
+"""Items of a list."""
+PAIRS = 65_536
+"""About how many pairs of user and candidate are scored at a time."""
+
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The candidates, most counted first; equal counts in the order of their ids.
+
+    Attributes:
+        items: vocabulary ids [C].
+        ids: vocabulary ids of the item and of its categorical candidate columns, int64 [C, 1+Cc].
+        numbers: numeric candidate columns, float32 [C, Fc].
+        known: items with a row before the night, from which the candidates were taken.
+    """
+
+    items: I64
+    ids: I64
+    numbers: F32
+    known: int
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def catalogue(rows: Rows, night: int, seed: int, counted: int = COUNTED, others: int = OTHERS) -> Catalogue:
+    """The candidates as of a night: items by how many rows they have on earlier nights, as their newest such row says.
+
+    Args:
+        rows: a window of nights.
+        night: ordinal; rows of that night and later are not read.
+        seed: of the draw among the items that are not the most counted.
+        counted: most items that are taken by their count.
+        others: most items that are drawn.
+    """
+    earlier = np.flatnonzero(np.asarray(rows.night) < night)
+    item, time = np.asarray(rows.item)[earlier], np.asarray(rows.time)[earlier]
+    count = np.bincount(item, minlength=1)
+    count[0] = 0  # the unknown are no item
+    known = np.flatnonzero(count)
+    known = known[np.argsort(-count[known], kind="stable")]
+    rest = np.random.default_rng((seed, night)).permutation(np.arange(min(counted, len(known)), len(known)))
+    chosen = known[np.r_[np.arange(min(counted, len(known))), np.sort(rest[:others])]]
+    newest = np.full(len(count), np.iinfo(np.int64).min)
+    np.maximum.at(newest, item, time)
+    last = np.flatnonzero(time == newest[item])
+    last = last[np.lexsort((np.asarray(rows.tie)[earlier[last]], item[last]))]  # of equal times the greatest tie
+    at = earlier[last[np.searchsorted(item[last], chosen, side="right") - 1]]
+    return Catalogue(chosen, np.asarray(rows.candidate_ids[at]), np.asarray(rows.candidate_numbers[at]), len(known))
+
+
+def sampled(visits: Visits, night: int, seed: int, most: int = USERS) -> Visits:
+    """Some of a night's visits, drawn at random and kept in their order."""
+    drawn = np.random.default_rng((seed, night)).permutation(len(visits))[:most]
+    return visits.take(np.sort(drawn))
+
+
+def ranked(
+    night: Night,
+    base: Base,
+    bank: Bank,
+    factorisation: Factorisation,
+    statistics: StatisticsTables,
+    candidates: Catalogue,
+    visits: Visits,
+    length: int = LENGTH,
+) -> dict[str, I64]:
+    """The best candidates of every user by every method, best first; equal scores in the catalogue's order.
+
+    Args:
+        night: the exam's.
+        base: the base.
+        bank: the exam bank; a user's slot is that of his first row of the night.
+        factorisation: fitted on earlier nights.
+        statistics: as of the night.
+        candidates: the catalogue.
+        visits: of the night, one per user.
+        length: most items of a list.
+
+    Returns:
+        Method to numbers of candidates, int64 ``[K, U, L]``.
+    """
+    device, objectives = night.material.device, len(base.kinds)
+    rates = torch.from_numpy(statistics.item[candidates.items, :objectives]).to(device)
+    weights = torch.from_numpy(bank.weights).to(device)
+    slots = bank.slots_of(night.ladder.rows, visits.rows.start)
+    same = _best(rates[None], length)
+    parts: dict[str, list[I64]] = {CANDIDATE: [], ZERO_STEPS: [], POPULARITY: [], FACTORISATION: []}
+    with torch.no_grad():
+        for block in _blocks(len(visits), len(candidates)):
+            some = visits.take(block)
+            shape = (len(block), len(candidates), -1)
+            inputs = (part.to(device) for part in _inputs(night.data, night.ladder.rows, statistics, candidates, some))
+            logits, features = (part.reshape(shape) for part in base.network(*inputs))
+            own = weights[torch.from_numpy(slots[block]).to(device)][:, None]
+            parts[CANDIDATE].append(_best(apply(logits, features[..., : weights.shape[-1]], own), length))
+            parts[ZERO_STEPS].append(_best(logits, length))
+            parts[POPULARITY].append(np.repeat(same, len(block), axis=1))
+            folded = factorisation.catalogue_scores(some, candidates.items, rates)
+            parts[FACTORISATION].append(_best(folded, length))
+    return {method: np.concatenate(lists, axis=1) for method, lists in parts.items()}
+
+
+def _blocks(users: int, candidates: int) -> Iterator[I64]:
+    most = max(1, PAIRS // max(candidates, 1))
+    return (np.arange(start, min(start + most, users), dtype=np.int64) for start in range(0, users, most))
+
+
+def _inputs(
+    data: DataConfig, rows: Rows, statistics: StatisticsTables, candidates: Catalogue, visits: Visits
+) -> Iterator[Tensor]:
+    """What `Ranker.forward` takes for every pair of user and candidate, user by user: tensors ``[U * C, ...]``."""
+    at = np.repeat(visits.rows.start, len(candidates))
+    every = np.tile(np.arange(len(candidates)), len(visits))
+    requests = np.asarray(rows.request_ids[at])
+    names = data.named("request", "categorical")
+    cohort = [requests[:, names.index(name)] for name in statistics.cohort_columns]
+    asked = statistics.features(np.asarray(rows.user)[at], candidates.items[every], cohort)
+    tables = (requests, candidates.ids[every], rows.request_numbers[at], candidates.numbers[every], asked)
+    return (torch.from_numpy(np.ascontiguousarray(table)) for table in tables)
+
+
+def _best(scores: Tensor, length: int) -> I64:
+    """Numbers of the best candidates ``[K, U, L]`` by scores ``[U, C, K]``."""
+    said = np.moveaxis(scores.float().cpu().numpy(), -1, 0)
+    order: I64 = np.argsort(-said, axis=-1, kind="stable")[..., :length]
+    return order

@@ -61,8 +61,8 @@ class Cost:
         rows: rows with label that the level served.
         gain: loss that they were spared, summed by each segment's shrunk lift (`tasks.release.lift`); None where
             segments are too few to shrink.
-        low: lower 95 % bound of the measured difference per row, own minus parent's weights, bootstrapped by segment;
-            None where they are too few to tell.
+        difference: measured loss per row, own minus parent's weights; None where the level served no row.
+        low: lower 95 % bound of it, bootstrapped by segment; None where they are too few to tell.
         high: upper bound; below zero the gain is proven.
     """
 
@@ -76,6 +76,7 @@ class Cost:
     device: str | None
     rows: int
     gain: float | None
+    difference: float | None
     low: float | None
     high: float | None
 
@@ -104,7 +105,7 @@ class Cost:
     def in_words(self) -> str:
         r"""What the level costs, and what it gives for that.
 
-        >>> cost = Cost("liked", "user", "log-loss", 2, 400, 80_000, 200.0, "a CPU", 1000, 20.0, -0.03, -0.01)
+        >>> cost = Cost("liked", "user", "log-loss", 2, 400, 80_000, 200.0, "a CPU", 1000, 20.0, -0.02, -0.03, -0.01)
         >>> print(*cost.in_words().split("; "), sep="\n")
         200 adapters a night, 200 B and 0.50 ms each
         gain of 0.0200 per row served: 4.0 kB and 10 ms per 0.001 log-loss on 1,000 rows
@@ -114,7 +115,7 @@ class Cost:
         each = self._priced(self.adapters)
         counted = f"{self.adapters / self.nights:,.0f} adapters a night, {f'{each} each' if each else UNMEASURED}"
         if self.gain is None or self.gain_per_row is None:
-            return f"{counted}; {TOO_FEW}"
+            return f"{counted}; {TOO_FEW}{self._measured()}"
         if self.gain <= 0:
             return f"{counted}; no gain: {self.unit} {-self.gain_per_row:+.4f} per row served"
         gained = f"gain of {self.gain_per_row:.4f} per row served"
@@ -122,6 +123,14 @@ class Cost:
             return f"{counted}; the {gained} is not proven"
         paid = self._priced(self.gain)
         return f"{counted}; {gained}" + (f": {paid} per 0.001 {self.unit} on 1,000 rows" if paid else "")
+
+    def _measured(self) -> str:
+        """The level as a whole, where at least that can be told."""
+        if self.difference is None or self.low is None or self.high is None:
+            return ""
+        proven = "proven" if self.high < 0 else "not proven"
+        told = f"{self.difference:+.5f} [{self.low:+.5f}, {self.high:+.5f}]"
+        return f"; all together {self.unit} {told} per row served, a gain is {proven}"
 
     def _priced(self, by: float) -> str:
         """Bytes and milliseconds divided, for people; empty where they were not measured."""
@@ -177,6 +186,7 @@ def costs(
                     device=" and ".join(devices) or None,
                     rows=len(rows),
                     gain=_gain(gained, objective.name, name),
+                    difference=told["estimate"],
                     low=told["low"],
                     high=told["high"],
                 )

@@ -13,8 +13,8 @@ def cost_section(objective: str, costs: Sequence[Cost]) -> Markup:
     """Each level in words, the gains as bars, and everything that was counted."""
     levels = [one for one in costs if one.objective == objective]
     headers = (
-        *("level", "adapters", "bytes each", "ms each", "rows served", "gain per row", "gain", "low", "high"),
-        *("bytes per unit", "ms per unit"),
+        *("level", "adapters", "bytes each", "ms each", "rows served", "gain per row", "gain", "measured"),
+        *("low", "high", "bytes per unit", "ms per unit"),
     )
     drawn = [
         (
@@ -51,7 +51,7 @@ def _cost_cells(one: Cost) -> tuple[str, ...]:
         "–" if one.milliseconds is None else f"{one.milliseconds / each:.3f}",
         f"{one.rows:,}",
         *("–" if value is None else f"{value:.4f}" for value in (one.gain_per_row, one.gain)),
-        *("–" if value is None else f"{value:+.4f}" for value in (one.low, one.high)),
+        *("–" if value is None else f"{value:+.4f}" for value in (one.difference, one.low, one.high)),
         "–" if one.bytes_per_gain is None else size(one.bytes_per_gain),
         "–" if one.milliseconds_per_gain is None else f"{one.milliseconds_per_gain:,.2f}",
     )

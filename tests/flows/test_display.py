@@ -133,7 +133,7 @@ def test_a_replay_fits_80_columns_and_says_where_its_page_is(console: Console) -
     served = Served("clicked", "user_id [x]", "u", 40, -0.2, -0.1, 0.01)
     level = Summary("clicked", "user_id [x]", 1234, 56_789, -0.02, 600, 3, (served,), (replace(served, shrunk=0.05),))
     steps = [step, replace(step, level="job"), replace(step, objective="stars")]
-    paid = Cost("clicked", "user_id [x]", "log-loss", 1, 180, 64_800, 432.0, "a CPU", 1230, 24.6, -0.03, -0.01)
+    paid = Cost("clicked", "user_id [x]", "log-loss", 1, 180, 64_800, 432.0, "a CPU", 1230, 24.6, -0.02, -0.03, -0.01)
     shown = [
         Variety("clicked", method, night, 200, 1_500, 10, 0.125, 0.875, 0.5, None)
         for night in (NIGHT.isoformat(), POOLED)

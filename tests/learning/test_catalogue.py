@@ -182,6 +182,15 @@ def test_the_factorisation_says_of_a_candidate_what_it_says_of_a_row(rows, asked
         assert lists[aim].tolist() == np.argsort(-every[..., aim], axis=1, kind="stable")[:, :5].tolist()
 
 
+def test_equal_scores_stay_in_the_order_of_the_catalogue():
+    scores = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (4, 200, 2)).astype(np.float32))
+    best = module._best(scores, 10)
+    for aim in range(2):
+        for user in range(4):
+            order = sorted(range(200), key=lambda at: (-scores[user, at, aim].item(), at))
+            assert best[aim, user].tolist() == order[:10]
+
+
 def test_parts_are_as_good_as_the_whole(asked, monkeypatch):
     whole = asked.lists()
     monkeypatch.setattr(module, "PAIRS", 30)

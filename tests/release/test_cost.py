@@ -17,7 +17,7 @@ from tests.releases import contract
 LEVELS = (("user",), ("job", "zone"))
 USER = Spent("user", 40, 4_000, 20.0, "a CPU")
 JOB = Spent("job x zone", 3, 600, 6.0, "a CPU")
-COST = Cost("liked", "user", "log-loss", 2, 400, 80_000, 200.0, "a CPU", 1000, 20.0, -0.03, -0.01)
+COST = Cost("liked", "user", "log-loss", 2, 400, 80_000, 200.0, "a CPU", 1000, 20.0, -0.02, -0.03, -0.01)
 
 
 def exam(gain: float, level: int = 0, segments: int = 8, each: int = 6) -> pa.Table:
@@ -46,7 +46,7 @@ def test_by_hand() -> None:
     assert (cost.nights, cost.adapters, cost.bytes, cost.milliseconds, cost.rows) == (2, 100, 8_000, 30.0, 96)
     assert cost.gain == pytest.approx(4.8)
     assert cost.gain_per_row == pytest.approx(0.05)
-    assert (cost.low, cost.high) == pytest.approx((-0.05, -0.05))
+    assert (cost.difference, cost.low, cost.high) == pytest.approx((-0.05, -0.05, -0.05))
     assert cost.pays
     assert cost.bytes_per_gain == pytest.approx(8_000 / 4.8)
     assert cost.milliseconds_per_gain == pytest.approx(30 / 4.8)
@@ -55,7 +55,8 @@ def test_by_hand() -> None:
         "log-loss on 1,000 rows"
     )
     other = found["liked", "job x zone"]
-    assert (other.rows, other.gain, other.bytes, other.low, other.high) == (0, None, 1_200, None, None)
+    assert (other.rows, other.gain, other.bytes) == (0, None, 1_200)
+    assert (other.difference, other.low, other.high) == (None, None, None)
     assert other.in_words() == f"3 adapters a night, 200 B and 2.0 ms each; {TOO_FEW}"
     assert found["stars", "user"].unit == "squared error"
     assert found["stars", "user"].gain is None
@@ -78,6 +79,7 @@ def test_a_loss_is_no_gain_and_is_not_divided() -> None:
     assert cost.gain == pytest.approx(-0.02 * 96)
     assert (cost.pays, cost.bytes_per_gain, cost.milliseconds_per_gain) == (False, None, None)
     assert cost.in_words().endswith("; no gain: log-loss +0.0200 per row served")
+    assert not replace(COST, gain=-1.0).pays  # whatever its interval says
     nothing = told([exam(0.0), exam(0.0)], [[USER, JOB]] * 2)["liked", "user"]
     assert nothing.in_words().endswith("; no gain: log-loss +0.0000 per row served")
 
@@ -87,6 +89,16 @@ def test_a_gain_that_is_not_proven_is_not_divided(high: float | None) -> None:
     cost = replace(COST, high=high)
     assert (cost.pays, cost.bytes_per_gain, cost.milliseconds_per_gain) == (False, None, None)
     assert cost.in_words().endswith("; the gain of 0.0200 per row served is not proven")
+
+
+def test_a_level_whose_segments_came_once_is_told_as_a_whole() -> None:
+    cost = told([exam(0.05)], [[USER, JOB]])["liked", "user"]
+    assert (cost.gain, cost.pays) == (None, False)
+    assert cost.in_words() == (
+        f"40 adapters a night, 100 B and 0.50 ms each; {TOO_FEW}; all together log-loss -0.05000 [-0.05000, -0.05000] "
+        "per row served, a gain is proven"
+    )
+    assert replace(cost, high=0.001).in_words().endswith("[-0.05000, +0.00100] per row served, a gain is not proven")
 
 
 def test_noise_is_not_proven() -> None:
@@ -116,7 +128,10 @@ def test_what_was_not_measured_is_said() -> None:
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    found = [COST, replace(COST, bytes=None, milliseconds=None, device=None, gain=None, low=None, high=None)]
+    found = [
+        COST,
+        replace(COST, bytes=None, milliseconds=None, device=None, gain=None, difference=None, low=None, high=None),
+    ]
     save(found, tmp_path / "cost.parquet")
     assert load(tmp_path / "cost.parquet") == found
     assert pq.read_schema(tmp_path / "cost.parquet").equals(SCHEMA)

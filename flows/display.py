@@ -134,6 +134,7 @@ def show_night(console: Console, result: "NightResult") -> None:
     left_out = f", {len(result.prepared.left_out)} left out" if result.prepared.left_out else ""
     history = f"history {len(result.prepared.nights)} nights{left_out}"
     console.print(f"rows      {result.validated.clean:,} clean{rejected}; {history}")
+    console.print(f"retained  {escape(result.retention.told)}", soft_wrap=True)
     for alarm in result.verdict.alarms:
         console.print(f"[bold yellow]alarm[/bold yellow]     {escape(alarm)}", soft_wrap=True)
     console.print(f"gate      {'go' if result.verdict.go else 'hold'}, {escape(result.verdict.decided_by)}")

@@ -18,7 +18,8 @@ from tasks.ingest import ingest
 from tasks.meta_train import meta_train
 from tasks.prepare import prepare
 from tasks.publish import publish
-from tasks.references import FinishedSteps, PrepareRef, PublishRef, StepRef, ValidateRef, VerdictRef
+from tasks.references import FinishedSteps, PrepareRef, PublishRef, RetentionRef, StepRef, ValidateRef, VerdictRef
+from tasks.retention import check_retention
 from tasks.steps import hold
 from tasks.tensorboard import check as check_tensorboard
 from tasks.tensorboard import write_verdict
@@ -31,6 +32,7 @@ class NightResult(Section):
     night: date
     validated: ValidateRef
     prepared: PrepareRef
+    retention: RetentionRef
     verdict: VerdictRef
     published: PublishRef
     steps: tuple[StepRef, ...]
@@ -88,13 +90,14 @@ def nightly_retrain(
         base = meta_train(place, data, segments, config.ranker, config.training, adapter, ingested, prepared)
         bank = adapt(place, data, segments, adapter, prepared, base, bank="exam")
         exam = evaluate(place, data, segments, config.baselines, gate, ingested, prepared, base, bank)
-        verdict = judge(place, data, segments, gate, ingested, validated, prepared, exam)
+        retention = check_retention(place, data, segments, gate, ingested, prepared, base)
+        verdict = judge(place, data, segments, gate, ingested, validated, prepared, exam, retention)
         write_verdict(config.training, place, night, verdict)
         ship = adapt(place, data, segments, adapter, prepared, base, bank="ship", exam=exam)
         exported = export(place, data, segments, config.statistics, ingested, validated, prepared, base, ship)
         done = FinishedSteps(
             ingested=ingested, validated=validated, prepared=prepared, base=base, bank=bank,
-            exam=exam, verdict=verdict, ship=ship, exported=exported,
+            exam=exam, retention=retention, verdict=verdict, ship=ship, exported=exported,
         )  # fmt: skip
         published = publish(place, data, gate, done, config.digest(), promote, override, lease.token)
     shared = [{name: getattr(ref, name) for name in StepRef.model_fields} for ref in (*done.in_order, published)]
@@ -102,6 +105,7 @@ def nightly_retrain(
         night=night,
         validated=validated,
         prepared=prepared,
+        retention=retention,
         verdict=verdict,
         published=published,
         steps=tuple(StepRef(**fields) for fields in shared),

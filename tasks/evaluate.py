@@ -34,14 +34,26 @@ from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material
 from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
-from tasks.references import BankRef, BaseRef, ExamRef, IngestRef, Place, PrepareRef, ScoreRow, ValidateRef, VerdictRef
-from tasks.release.alarms import Alarm, harmful, inert, leaking, rates_by_category, vanished
+from tasks.references import (
+    BankRef,
+    BaseRef,
+    ExamRef,
+    IngestRef,
+    Place,
+    PrepareRef,
+    RetentionRef,
+    ScoreRow,
+    ValidateRef,
+    VerdictRef,
+)
+from tasks.release.alarms import Alarm, forgetting, harmful, inert, leaking, rates_by_category, vanished
 from tasks.release.evidence import both_exams, compare, segment_evidence
 from tasks.release.gate import GateConfig, decide_release
+from tasks.release.retention import against_parent
 from tasks.release.segment_gate import decide_segments
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
 
-VERSION, JUDGE_VERSION = 3, 4
+VERSION, JUDGE_VERSION = 3, 5
 TABLE = "exam.parquet"
 ANSWERS = "champion.parquet"
 
@@ -115,13 +127,15 @@ def judge(
     validated: ValidateRef,
     prepared: PrepareRef,
     exam: ExamRef,
+    retention: RetentionRef,
 ) -> VerdictRef:
-    """Replay the champion on the same rows, and let the gate decide."""
+    """Replay the champion on the same rows, and let the gate decide. Of what is retained it hears by alarm only."""
     lead = lead_objective(data, gate)
     inputs = {
         "exam": exam.digest,
         "champion": ingested.champion or "none",
         "earlier exams": digest_of([list(ingested.exams), list(ingested.verdicts)]),
+        "retention": retention.digest,
     }
     section = {"gate": gate.model_dump(mode="json"), "segments": segments.model_dump(mode="json")}
 
@@ -142,6 +156,8 @@ def judge(
         against.pop(PARENT, None)
         verdict = decide_release(gate, against, None if ingested.champion is None else CHAMPION)
         alarms = list(_alarms(place, data, gate, lead, table, earlier, prepared, ingested))
+        if (figures := record_of(place, retention).content["figures"]) is not None:
+            alarms += filter(None, [forgetting(against_parent(figures), gate.golden.margin)])
         content = {"go": verdict.go, "decided_by": verdict.decided_by, "reasons": list(verdict.reasons)}
         notes = {
             "exams": told,

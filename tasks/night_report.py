@@ -10,6 +10,7 @@ from typing import Any
 from tasks.adapt import cost_of
 from tasks.data.contract import DataConfig
 from tasks.evaluate import exam_table
+from tasks.learning.exams import PARENT
 from tasks.learning.intervals import Interval
 from tasks.references import FinishedSteps, Place
 from tasks.release.gate import GateConfig
@@ -25,6 +26,7 @@ from tasks.release.night import (
     NightReport,
     ObjectiveExams,
     PublishedFile,
+    Retention,
     Step,
 )
 from tasks.steps import recalled, record_of, store_of
@@ -87,6 +89,7 @@ def night_report(place: Place, data: DataConfig, gate: GateConfig, done: Finishe
         ),
         steps=tuple(Step(step.step, step.seconds, step.peak_mib, step.reused) for step in done.in_order),
         alarms=tuple((name, message) for name, message in judged.notes["alarms"]),
+        retention=_retention(record_of(place, done.retention).content["figures"], done.retention.told, gate),
         provenance=_provenance() | {"training": trained.notes["why"], "champion": judged.notes["champion"]["why"]},
     )
 
@@ -111,6 +114,22 @@ def _exams(told: Mapping[str, Any], lead: str, gate: GateConfig) -> ObjectiveExa
             for one in told["comparisons"]
         ),
         margin=gate.margin if told["objective"] == lead else None,
+    )
+
+
+def _retention(figures: Mapping[str, Any] | None, told: str, gate: GateConfig) -> Retention:
+    if figures is None:
+        return Retention(told)
+
+    def compared(one: Mapping[str, Any], method: str, k: int, nights: int) -> Comparison:
+        return Comparison.of("golden", method, Interval.from_json(one["interval"]), k, nights=nights)
+
+    nights = figures["nights"]
+    return Retention(
+        told,
+        tuple(compared(one, one["method"], one["k"], len(nights)) for one in figures["pooled"]),
+        tuple((one["night"], compared(one, PARENT, 0, 1)) for one in nights),
+        gate.golden.margin,
     )
 
 

@@ -1,6 +1,8 @@
 """What a night builds on: the base and the vocabulary of an earlier one, from its release or from its step records."""
 
+import json
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,11 @@ def parent_base(place: Place, parent: ParentRef) -> Base:
         FormatUnknown: a version of nightrank wrote it whose bases are others.
     """
     return load_base({name: parent_file(place, parent, name) for name in (WEIGHTS, DESCRIPTION)})
+
+
+def trained_through(place: Place, parent: ParentRef) -> date:
+    """Last night that the training of a parent's base has read; of a base that this version can load."""
+    return date.fromisoformat(json.loads(parent_file(place, parent, DESCRIPTION).read_text())["trained_through"])
 
 
 def release_file(place: Place, release: str, name: str) -> Path:

@@ -149,6 +149,14 @@ class ListsRef(StepRef):
     """Items that were ranked for each of them."""
 
 
+class RetentionRef(StepRef):
+    """What the base still knows of golden nights, beside its parent's."""
+
+    compared: bool
+    told: str
+    """One line: the differences, or why nothing was compared."""
+
+
 class ScoreRow(Section):
     """One line of the table that a person reads: a method in an exam, for the lead objective."""
 
@@ -196,6 +204,7 @@ class FinishedSteps(Section):
     bank: BankRef
     """The bank that was examined."""
     exam: ExamRef
+    retention: RetentionRef
     verdict: VerdictRef
     ship: BankRef
     """The bank that ships."""
@@ -205,7 +214,7 @@ class FinishedSteps(Section):
     def in_order(self) -> tuple[StepRef, ...]:
         """The steps in the order in which they ran."""
         before = (self.ingested, self.validated, self.prepared, self.base, self.bank)
-        return (*before, self.exam, self.verdict, self.ship, self.exported)
+        return (*before, self.exam, self.retention, self.verdict, self.ship, self.exported)
 
 
 class PublishRef(StepRef):

@@ -183,14 +183,22 @@ def sit(night: Night, base: Base, bank: Bank, baselines: Baselines) -> dict[str,
     return predictions
 
 
-def sit_contact(night: Night, base: Base, method: str) -> dict[str, F32]:
-    """Predictions of one adapted base in first contact: a champion's, with its own solver on the same support."""
+def sit_contact(night: Night, base: Base, method: str, zero_steps: str | None = None) -> dict[str, F32]:
+    """Predictions of one adapted base in first contact: a champion's, with its own solver on the same support.
+
+    Args:
+        night: whose visits are scored.
+        base: with its own adapter.
+        method: what to call the adapted base.
+        zero_steps: what to call the same base without adapters; None leaves it out.
+    """
     predictions: dict[str, F32] = {}
     for support in SUPPORTS:
 
         def contacts(visits: Visits, support: int = support) -> Scores:
             scores = contact_scores(night, base, visits, support)
-            return {method: (scores[0], scores[1])}
+            said = {method: (scores[0], scores[1])}
+            return said if zero_steps is None else {**said, zero_steps: (scores[0], scores[2])}
 
         predictions |= gather(night, contact(support), contacts)
     return predictions

@@ -1,4 +1,4 @@
-"""What an operator must hear about by name: adaptation that does nothing or hurts, a lost segment, a leaking input.
+"""What an operator must hear by name: adaptation that does nothing or hurts, a base that forgets, lost segments, leaks.
 
 An alarm stops nothing by itself; it stands in the night's last lines, in `run.json` and on top of the report.
 """
@@ -29,7 +29,7 @@ NAMED = 5
 class Alarm:
     """One thing that somebody should look at."""
 
-    name: Literal["inert", "harmful", "vanished", "leaking"]
+    name: Literal["inert", "harmful", "forgetting", "vanished", "leaking"]
     """What kind of thing."""
     message: str
     """The object, the value observed, the limit and the remedy."""
@@ -68,6 +68,29 @@ def harmful(adapted_vs_zero_steps: Interval) -> Alarm | None:
         f"adaptation raises the loss: {vs.estimate:+.4f} [{vs.low:+.4f}, {vs.high:+.4f}] per row against zero steps "
         f"over {vs.users:,} users, expected below zero; compare the nights in the report, and shrink the adapters "
         "harder",
+    )
+
+
+def forgetting(against_parent: Mapping[int, Interval], margin: float) -> Alarm | None:
+    """A base that is shown to know less of golden nights than the one that it started from.
+
+    Args:
+        against_parent: by rows of support from the golden night itself, the base's loss minus its parent's.
+        margin: how much more loss per row is let pass.
+
+    >>> forgetting({0: Interval(0.02, 0.01, 0.03, 50, 700)}, 0.005).name
+    'forgetting'
+    """
+    shown = {k: vs for k, vs in against_parent.items() if vs.low > margin}
+    if not shown:
+        return None
+    k, vs = max(shown.items(), key=lambda one: one[1].low)
+    return Alarm(
+        "forgetting",
+        f"the base knows less of golden nights than its parent's: {vs.estimate:+.4f} [{vs.low:+.4f}, {vs.high:+.4f}] "
+        f"per row after {k} rows of support, over {vs.users:,} users and {vs.rows:,} rows, expected a lower bound of "
+        f"at most {margin:g}; look at the report's golden nights, hold the chain with training.pull, lower "
+        "training.learning_rate, or widen data.window_nights",
     )
 
 

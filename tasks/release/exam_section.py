@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from tasks.release.charts import Whisker, intervals
-from tasks.release.night import Comparison, Figures, ObjectiveExams
+from tasks.release.night import Comparison, Figures, ObjectiveExams, Retention
 from tasks.release.page import Child, Markup, el, section, swatch, table
 
 CANDIDATE = "candidate"
@@ -59,6 +59,35 @@ def exam_section(exams: ObjectiveExams) -> Markup:
     return section(
         f"Exams: {exams.objective}",
         f"Difference in {exams.loss} per row, candidate minus the other, with 95 % intervals bootstrapped by user.",
+        *parts,
+    )
+
+
+def retention_section(retention: Retention) -> Markup:
+    """Golden nights: what the base still knows of what its parent knew."""
+    parts: list[Child] = [el("p", retention.told)]
+    for k in sorted({c.k or 0 for c in retention.comparisons}):
+        parts.append(el("h3", f"After {k} rows of the golden night" if k else "Adapted on the nights before only"))
+        parts.append(_plot([c for c in retention.comparisons if (c.k or 0) == k], retention.margin))
+    rows = [
+        (
+            night,
+            f"{c.users:,}",
+            f"{c.rows:,}",
+            _figure("estimate", c.estimate),
+            _figure("low", c.low),
+            _figure("high", c.high),
+        )
+        for night, c in retention.nights
+    ]
+    if rows:
+        headers = ("golden night", "users", "rows", "minus parent", "low", "high")
+        parts.append(el("details", el("summary", "Each golden night, k = 0"), table(headers, rows, 5)))
+    return section(
+        "What is retained",
+        "Difference in loss per row on earlier nights, tonight's base minus the one that it started from. Both may "
+        "have trained on these rows: it says what is still known, not how good the base is, and the gate does not "
+        "read it.",
         *parts,
     )
 

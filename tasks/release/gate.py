@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Annotated, Literal
 
 import numpy as np
@@ -16,6 +17,24 @@ DecidedBy = Literal["proven", "proven_worse", "promote_if_not_worse", "hold", "p
 
 OVERRIDE = "to release it all the same, run the night again with --override REASON"
 """What an operator can do about a release that is held."""
+
+
+class GoldenConfig(Section):
+    """Which earlier nights tell whether a chain of bases forgets, and when that is an alarm."""
+
+    nights: tuple[date, ...] | None = None
+    """The golden nights by name; an empty list compares none. None takes the first clean night of each block of `every`
+    calendar days that lies wholly within the window, so that the same nights are compared for as long as they are in
+    it. Only nights that the parent's training has read count: nobody forgets what he never knew."""
+    every: Annotated[int, Field(ge=1, le=3660)] = 28
+    """Calendar days of a block, where no nights are named."""
+    rows: Annotated[int, Field(ge=1)] = 1000
+    """Rows of a golden night that are compared: users are drawn, with all of their night, until they have so many."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the drawing. The same seed draws the same users of a night each time."""
+    margin: Annotated[float, Field(ge=0)] = 0.005
+    """The alarm `forgetting` sounds where the lower 95 % bound of the loss beyond the parent's, per row, is above
+    this."""
 
 
 class GateConfig(Section):
@@ -34,6 +53,8 @@ class GateConfig(Section):
     """Pooled exam rows from which a segment is judged by itself, and a level's segment is missed when it vanishes."""
     false_discovery: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Largest expected share of wrongly convicted adapters among those that fall back."""
+    golden: Annotated[GoldenConfig, Field(exclude_if=lambda golden: golden == GoldenConfig())] = GoldenConfig()
+    """Earlier nights on which a base is compared with its parent's. They can raise an alarm; the gate does not ask."""
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,20 @@ class ObjectiveExams:
 
 
 @dataclass(frozen=True)
+class Retention:
+    """What the base still knows of golden nights, beside the base that it started from."""
+
+    told: str
+    """One line: the differences, or why nothing was compared."""
+    comparisons: tuple[Comparison, ...] = ()
+    """Against parent and zero steps after k rows, all golden nights together."""
+    nights: tuple[tuple[str, Comparison], ...] = ()
+    """Each golden night, and the comparison with the parent on it without any of its rows."""
+    margin: float | None = None
+    """The alarm's margin."""
+
+
+@dataclass(frozen=True)
 class LadderLevel:
     """Who got which adapter on one level of the ladder."""
 
@@ -207,5 +221,7 @@ class NightReport:
     steps: tuple[Step, ...]
     alarms: tuple[tuple[str, str], ...] = ()
     """Name and message."""
+    retention: Retention | None = None
+    """What is retained of earlier nights."""
     provenance: Mapping[str, str] = field(default_factory=dict)
     """Commit, versions, device, seed."""

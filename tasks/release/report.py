@@ -3,7 +3,7 @@
 import re
 
 from tasks.release.charts import bars, curve, histogram
-from tasks.release.exam_section import exam_section, headline
+from tasks.release.exam_section import exam_section, headline, retention_section
 from tasks.release.night import Adapters, Intake, NightReport
 from tasks.release.page import Child, Markup, el, page, section, size, swatch, table
 
@@ -21,6 +21,7 @@ def render(report: NightReport) -> str:
         _alarms(report),
         _tiles(report),
         *(exam_section(exams) for exams in report.objectives),
+        retention_section(report.retention) if report.retention else None,
         section(
             "Learning curve",
             "Loss by epoch on the training episodes, and on later nights held back to stop by.",

@@ -21,7 +21,7 @@ from flows.display import (
 from flows.nightly import NightResult
 from flows.replay import ReplayedNight
 from tasks.errors import ExpectationsFailed, NightrankError, StoreUnavailable
-from tasks.references import PrepareRef, PublishRef, ReleaseRow, ScoreRow, ValidateRef, VerdictRef
+from tasks.references import PrepareRef, PublishRef, ReleaseRow, RetentionRef, ScoreRow, ValidateRef, VerdictRef
 from tasks.release.cost import Cost
 from tasks.release.earned import Step
 from tasks.release.lift import Served, Summary
@@ -57,6 +57,7 @@ def result() -> NightResult:
                 "users": 1, "items": 1, "segments": 1,
             }
         ),
+        retention=RetentionRef.model_validate({**STEP, "compared": False, "told": "not compared: [why]"}),
         verdict=VerdictRef.model_validate(
             {
                 **STEP, "go": True, "decided_by": "proven", "reasons": (), "scores": scores(),
@@ -91,6 +92,7 @@ def test_a_night_on_80_columns_has_every_name_and_number_whole(console: Console,
     shown = "\n".join(lines)
     for fact in (
         "rows      99 clean, 1 in quarantine; history 1 nights, 1 left out", "alarm     inert: nothing changes [1]",
+        "retained  not compared: [why]",
         "gate      go, proven", "a" * 64, "champion  yes: the gate said go", "report    /r.html",
     ):  # fmt: skip
         assert fact in shown

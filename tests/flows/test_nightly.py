@@ -32,7 +32,8 @@ from tasks.steps import open_workspace
 from tests.finished import Finished
 
 STEPS = [
-    "ingest", "validate", "prepare", "meta-train", "adapt-exam", "evaluate", "judge", "adapt-ship", "export", "publish",
+    "ingest", "validate", "prepare", "meta-train", "adapt-exam", "evaluate", "retention", "judge", "adapt-ship",
+    "export", "publish",
 ]  # fmt: skip
 
 
@@ -221,6 +222,25 @@ def test_the_token_of_the_lease_goes_into_the_pointer_and_grows(third: Finished)
     ]
     assert len(moves) == 3
     assert moves == sorted(set(moves))
+
+
+def test_each_night_says_what_its_base_retains_of_a_golden_night(third: Finished) -> None:
+    told = [json.loads(beside(third, number, "run.json"))["report"]["retention"] for number in range(3)]
+    assert told[0]["told"] == "not compared: there is no parent, the chain begins here"
+    assert [result.retention.told for result in third.results] == [one["told"] for one in told]
+    for number in (1, 2):
+        ((night, whole),) = told[number]["nights"]
+        assert date.fromisoformat(night) == third.world.nights[0]
+        assert whole["rows"] == third.world.rows[third.world.nights[0]]
+        against = {(one["k"], one["method"]): one for one in told[number]["comparisons"]}
+        assert against[0, "parent"]["estimate"] == whole["estimate"] != 0.0
+        assert against[0, "parent"]["rows"] == whole["rows"] > against[5, "zero steps"]["rows"] > 0
+        assert "on 1 golden night" in told[number]["told"]
+        page = beside(third, number, "report.html").decode()
+        assert "What is retained" in page
+        assert told[number]["told"] in page
+    pin = json.loads(third.store.get(f"tiny/state/golden/night={third.world.nights[0]}.json").data)
+    assert pin["first_compared"] == third.results[1].night.isoformat()
 
 
 def test_releases_are_listed_by_night(third: Finished) -> None:

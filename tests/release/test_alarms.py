@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tasks.learning.intervals import Interval, paired_interval
-from tasks.release.alarms import harmful, inert, leaking, rates_by_category, vanished
+from tasks.release.alarms import forgetting, harmful, inert, leaking, rates_by_category, vanished
 
 
 def test_adaptation_that_changes_nothing_is_inert():
@@ -40,6 +40,18 @@ def test_only_an_interval_wholly_above_zero_is_harm(interval, alarms):
     alarm = harmful(interval)
     assert (alarm is not None) is alarms
     assert alarm is None or "+0.0200 [+0.0010, +0.0400]" in alarm.message
+
+
+def test_only_an_interval_wholly_beyond_the_margin_is_forgetting():
+    more, level = Interval(0.02, 0.006, 0.03, 50, 700), Interval(0.02, 0.005, 0.04, 60, 800)
+    assert forgetting({0: level, 5: level}, 0.005) is None
+    assert forgetting({}, 0.005) is None
+    alarm = forgetting({0: level, 5: more}, 0.005)
+    assert alarm is not None
+    assert alarm.name == "forgetting"
+    assert "+0.0200 [+0.0060, +0.0300] per row after 5 rows of support, over 50 users and 700 rows" in alarm.message
+    better = Interval(-0.02, -0.04, -0.006, 50, 700)
+    assert forgetting({0: better, 5: better, 20: paired_interval(np.empty(0), np.empty(0, np.int64), 0)}, 0.0) is None
 
 
 def test_large_segments_that_are_gone_are_named_largest_first():

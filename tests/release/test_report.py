@@ -152,6 +152,16 @@ def night(**changes: object) -> NightReport:
                 "of 12 occupation × age_band segments with 100 rows or more in the previous exam, 1 have none tonight",
             ),
         ),
+        retention=facts.Retention(
+            "after 5 rows +0.0004 [-0.0021, +0.0030] against the parent, on 2 golden nights",
+            tuple(
+                Comparison.of("golden", method, Interval(0.0004, -0.0021, 0.003, 44, 1800), k=k, nights=2)
+                for k in (0, 5)
+                for method in ("parent", "zero steps")
+            ),
+            (("1998-01-09", Comparison.of("golden", "parent", Interval(0.0127, -inf, inf, 4, 77), k=0)),),
+            0.005,
+        ),
         provenance={"commit": "1f2e3d4", "torch": "2.13.0", "device": "cpu", "seed": "0"},
     )
     return dataclasses.replace(report, **changes)
@@ -239,6 +249,9 @@ def test_the_page_nests_and_says_what_a_person_asks():
         "too few to tell",
         "no rows",
         "torch 2.13.0",
+        "What is retained",
+        "on 2 golden nights",
+        "1998-01-09 4 77 0.0127 – –",
     ):
         assert said in words
     for k in (0, 5, 20):

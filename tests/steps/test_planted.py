@@ -9,6 +9,7 @@ import pytest
 
 from flows.config import RetrainConfig
 from tasks.evaluate import judge
+from tasks.retention import check_retention
 from tests.finished import Finished
 from tests.steps.leaks import Pipeline
 from tests.steps.plain import plain_night
@@ -37,9 +38,12 @@ def test_a_leak_and_an_adapter_that_does_nothing_are_named_before_anything_is_pu
         pipeline.change(night, telling)
     made = pipeline.night(finished.next_night)
     config = made.config
+    retention = check_retention.fn(
+        *(config.place(), config.data, config.segments, config.gate), *(made.ingested, made.prepared, made.base)
+    )
     alarms = judge.fn(
         *(config.place(), config.data, config.segments, config.gate),
-        *(made.ingested, made.validated, made.prepared, made.exam),
+        *(made.ingested, made.validated, made.prepared, made.exam, retention),
     ).alarms
     assert [alarm.split(" alone")[0] for alarm in alarms if alarm.startswith("leaking")] == [
         "leaking: input 'seconds'",

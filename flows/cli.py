@@ -85,6 +85,26 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--seed", type=_seed, default=0, help="of the bootstrap (default: 0)")
     again.set_defaults(command=_replay)
 
+    tune = commands.add_parser(
+        "search",
+        help="try settings of training, ranker and adapter on earlier nights, and print the best",
+        description="Tries settings on nights before the given one only, and compares the best with the config's own "
+        "on a last block of nights that none was chosen by. Publishes nothing. Trials are remembered: run it again to "
+        "resume, or with more trials to go on.",
+    )
+    tune.add_argument("--config", required=True, help="config file")
+    tune.add_argument("--night", type=_night, required=True, help="only nights before this one are read, YYYY-MM-DD")
+    tune.add_argument("--trials", type=int, required=True, metavar="N", help="trials in all, resumed ones included")
+    tune.add_argument("--minutes", type=float, metavar="M", help="begin no trial later than this")
+    tune.add_argument("--space", metavar="FILE", help="YAML file of what may be tried (default: see the README)")
+    tune.add_argument("--block", type=int, default=7, metavar="NIGHTS", help="nights of a block (default: 7)")
+    tune.add_argument(
+        "--cuts", type=int, default=2, metavar="N", help="blocks that settings are chosen by (default: 2)"
+    )
+    tune.add_argument("--seed", type=_seed, default=0, help="of the sampler (default: 0)")
+    tune.add_argument("--storage", metavar="FILE", help="where trials are remembered (default: below var/search)")
+    tune.set_defaults(command=_search)
+
     listing = commands.add_parser("releases", help="list the releases of a pipeline")
     listing.add_argument("--config", required=True, help="config file")
     listing.set_defaults(command=_releases)
@@ -200,6 +220,20 @@ def _replay(options: argparse.Namespace, console: "Console") -> None:
     paid, shown = cost.load(Path(written.cost)), variety.load(Path(written.variety))
     paths = (written.table, written.earned, written.lift, written.cost, written.variety, written.page)
     show_replay(console, load(Path(written.table)), steps, gained, paid, shown, paths)
+
+
+def _search(options: argparse.Namespace, console: "Console") -> None:
+    from flows.config import load_config
+    from flows.display import Screen, show_search
+    from flows.embedded import embedded
+    from flows.search import search
+    from tasks.steps import watched_by
+
+    config = load_config(options.config)
+    names = ("night", "trials", "minutes", "space", "block", "cuts", "seed", "storage")
+    with embedded(), Screen(console) as screen, watched_by(screen):
+        found = search(config, **{name: getattr(options, name) for name in names})
+    show_search(console, found)
 
 
 def _releases(options: argparse.Namespace, console: "Console") -> None:

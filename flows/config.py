@@ -1,7 +1,7 @@
 """The one config of a pipeline: it nests the sections that their owners define, and checks what only the whole can."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from hashlib import sha256
 from math import isfinite
@@ -112,27 +112,58 @@ def load_config(path: str | Path) -> RetrainConfig:
         InvalidConfig: the file is absent, is not YAML or does not fit; one line per fault names the field, what
             stands there and what is allowed.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InvalidConfig(f"config {path} does not exist (working directory: {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidConfig(f"config {path} cannot be read: {error}") from error
-    try:
-        tree = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise InvalidConfig(f"config {path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise InvalidConfig(f"config {path} must hold a mapping of fields, found {type(tree).__name__}")
-    if endless := [where for where, value in _leaves(tree, "") if isinstance(value, float) and not isfinite(value)]:
-        raise InvalidConfig(f"config {path}: {', '.join(endless)}: numbers must be finite")
+    tree = read_tree(path, "config")
     try:
         return RetrainConfig.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         faults = [line for fault in error.errors(include_url=False) for line in _explain(fault)]
         listed = "".join(f"\n  {fault}" for fault in faults)
         raise InvalidConfig(f"config {path} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:{listed}") from None
+
+
+def read_tree(path: str | Path, what: str) -> dict[Any, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        path: the file.
+        what: what to call it in a message.
+
+    Raises:
+        InvalidConfig: the file is absent, is not YAML, or holds no mapping, a key twice or a number that is not finite.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InvalidConfig(f"{what} {path} does not exist (working directory: {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfig(f"{what} {path} cannot be read: {error}") from error
+    try:
+        tree = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise InvalidConfig(f"{what} {path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise InvalidConfig(f"{what} {path} must hold a mapping of fields, found {type(tree).__name__}")
+    if endless := [where for where, value in _leaves(tree, "") if isinstance(value, float) and not isfinite(value)]:
+        raise InvalidConfig(f"{what} {path}: {', '.join(endless)}: numbers must be finite")
+    return tree
+
+
+def as_yaml(settings: Mapping[str, object]) -> str:
+    """Settings by name as sections of a config file.
+
+    >>> print(as_yaml({"training.epochs": 3, "training.learning_rate": 0.0005, "ranker.kind": "mlp"}), end="")
+    training:
+      epochs: 3
+      learning_rate: 0.0005
+    ranker:
+      kind: mlp
+    """
+    tree: dict[str, dict[str, object]] = {}
+    for name, value in settings.items():
+        section, field = name.split(".")
+        tree.setdefault(section, {})[field] = value
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 class _StrictLoader(yaml.SafeLoader):

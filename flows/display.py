@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # their modules load Prefect and torch, which a ranked list n
     from tasks.release.lift import Summary
     from tasks.release.slices import Line
     from tasks.release.variety import Variety
+    from tasks.search import SearchRef
     from tasks.serving.ranker import Ranked
 
 
@@ -237,6 +238,42 @@ def _show_variety(console: Console, shown: Sequence["Variety"], nights: int) -> 
         figures = (one.coverage, one.gini, one.personalisation, one.diversity)
         table.add_row(escape(one.method), *map(_number, figures), style="bold" if one.method == ADAPTED else None)
     console.print(table)
+
+
+def show_search(console: Console, found: "SearchRef") -> None:
+    """The end of a search: what was tried, what the best is worth where it was not chosen, and its YAML."""
+    from flows.config import as_yaml
+
+    table = _table(f"search, {found.objective}", ("setting", "own", "best"), ("own", "best"), folds="setting")
+    for one in found.settings:
+        table.add_row(escape(one.name), escape(str(one.own)), escape(str(one.best)))
+    console.print(table)
+    given_up = f", {found.pruned} given up early" if found.pruned else ""
+    console.print(
+        f"trials    {found.complete} finished{given_up}; remembered in {escape(found.storage)}", soft_wrap=True
+    )
+    for why in found.refused:
+        console.print(f"          given up: {escape(why)}", soft_wrap=True)
+    first, last = found.chosen_by
+    console.print(
+        f"chosen by {first} to {last}: own settings {found.own:.4f}, best {found.best:.4f} "
+        "(optimistic: it was chosen by these nights)",
+        soft_wrap=True,
+    )
+    first, last = found.last
+    if found.own_is_best:
+        console.print("the config's own settings did best: there is nothing to change")
+        return
+    numbers = ("rows", "own", "best", "best minus own, 95 %")
+    table = _table(f"{first} to {last}, which nothing was chosen by", ("support", *numbers), numbers, folds="support")
+    for line in found.lines:
+        bounded = line.low is not None and line.high is not None
+        gap = f"{line.difference:+.4f} " + (f"[{line.low:+.4f}, {line.high:+.4f}]" if bounded else "(too few users)")
+        name = f"first contact, {line.support} rows" if line.support else "earlier nights"
+        table.add_row(name, f"{line.rows:,}", f"{line.own:.4f}", f"{line.best:.4f}", gap)
+    console.print(table)
+    console.print("to be merged into the config:")
+    console.print(as_yaml({one.name: one.best for one in found.settings}), markup=False, soft_wrap=True, end="")
 
 
 def show_releases(console: Console, rows: Sequence["ReleaseRow"]) -> None:

@@ -11,7 +11,7 @@ from tasks.data.interactions import nights as nights_of
 from tasks.errors import DataRejected, NotEnoughHistory
 from tasks.ingest import frozen_before, lake, thawed
 from tasks.parents import VOCABULARY, parent_file
-from tasks.references import IngestRef, ParentRef, Place, PrepareRef, ValidateRef
+from tasks.references import HistoryRef, IngestRef, ParentRef, Place, PrepareRef, ValidateRef
 from tasks.steps import Product, Progress, carry_out, open_workspace, quietly, record_of, verb
 from tasks.validate import clean_file, validate_night
 
@@ -36,10 +36,7 @@ def prepare(
         NotEnoughHistory: fewer clean nights before this one than `data.min_history_nights`.
     """
     night = ingested.night
-    past, left_out = _history(place, data, night, ingested.replayed)
-    if len(past) < data.min_history_nights:
-        raise NotEnoughHistory(_too_early(data, night, len(past), left_out))
-    past_states = [_state(place, data, statistics, record) for record in past]
+    past, past_states, left_out = _brought_in(place, data, statistics, night, ingested.replayed)
     history, _ = _lay_out(place, data, segments, statistics, night, "history", ingested.parent, past, past_states)
     tonight = record_of(place, validated)
     every = [*past, tonight]
@@ -58,6 +55,31 @@ def prepare(
         items=content["items"],
         segments=content["segments"],
     )
+
+
+@verb
+def prepare_history(
+    place: Place, data: DataConfig, segments: SegmentsConfig, statistics: StatisticsConfig, night: date
+) -> HistoryRef:
+    """Lay out the history of a night that is not run, and need not be there, from no parent.
+
+    Raises:
+        NotEnoughHistory: as `prepare`.
+    """
+    past, past_states, left_out = _brought_in(place, data, statistics, night, replayed=True)
+    record, shared = _lay_out(place, data, segments, statistics, night, "history", None, past, past_states)
+    nights = tuple(date.fromisoformat(one) for one in record.content["nights"])
+    return HistoryRef(**shared, nights=nights, left_out=left_out)
+
+
+def _brought_in(
+    place: Place, data: DataConfig, statistics: StatisticsConfig, night: date, replayed: bool
+) -> tuple[list[StepRecord], list[StepRecord], dict[str, str]]:
+    """Validations and statistics of the window's nights before this one, and why some nights are left out."""
+    past, left_out = _history(place, data, night, replayed)
+    if len(past) < data.min_history_nights:
+        raise NotEnoughHistory(_too_early(data, night, len(past), left_out))
+    return past, [_state(place, data, statistics, record) for record in past], left_out
 
 
 def _history(place: Place, data: DataConfig, night: date, replayed: bool) -> tuple[list[StepRecord], dict[str, str]]:

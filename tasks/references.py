@@ -114,6 +114,15 @@ class PrepareRef(StepRef):
     segments: int
 
 
+class HistoryRef(StepRef):
+    """Columns of the nights before one that is not run."""
+
+    nights: tuple[date, ...]
+    """Nights that are read."""
+    left_out: dict[str, str]
+    """Nights of the window that are not, with the reason."""
+
+
 class BaseRef(StepRef):
     """A meta-trained base."""
 

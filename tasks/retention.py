@@ -5,7 +5,6 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.clients.workspace import StepRecord, canonical_json, digest_of
@@ -15,7 +14,7 @@ from tasks.errors import Conflict
 from tasks.evaluate import lead_objective
 from tasks.ingest import frozen_before, thawed
 from tasks.learning.base import grow, shape_of
-from tasks.learning.exams import CANDIDATE, PARENT, ZERO_STEPS, Night, joined, sit_contact
+from tasks.learning.exams import CANDIDATE, PARENT, ZERO_STEPS, Night, joined, sit_contact, who_was_asked
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.training import steady
@@ -23,7 +22,7 @@ from tasks.meta_train import rows_of, trained_base
 from tasks.parents import parent_base, trained_through
 from tasks.references import BaseRef, IngestRef, ParentRef, Place, PrepareRef, RetentionRef
 from tasks.release.gate import GateConfig
-from tasks.release.retention import NIGHT, Chosen, drawn, golden_nights, gone, in_words, retained
+from tasks.release.retention import Chosen, drawn, golden_nights, gone, in_words, retained
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, store_of, verb
 
 VERSION = 1
@@ -92,18 +91,7 @@ def check_retention(
         with steady(0, None):
             said = sit_contact(asked, trained_base(place, base).to(device), CANDIDATE, ZERO_STEPS)
             said |= sit_contact(asked, parent.to(device), PARENT)
-        at = asked.at
-        first = np.repeat(visits.rows.start, visits.rows.lengths)
-        labels = np.asarray(rows.labels)[at, data.objectives.index(lead)]
-        table = pa.table(
-            {
-                "user": vocabularies[data.user].decode(np.asarray(rows.user)[at]).cast(pa.string()),
-                NIGHT: pa.array(np.asarray(rows.night)[at]),
-                "at": pa.array((at - first).astype(np.int32)),
-                f"label/{lead.name}": pa.array(labels),
-            }
-        )
-        table = joined(table, {name: values for name, values in said.items() if name.endswith(f"/{lead.name}")})
+        table = joined(who_was_asked(asked, vocabularies), said)
         pq.write_table(table, folder / TABLE, compression="zstd")
         progress(table.num_rows, table.num_rows, "rows")
         figures = retained(table, lead)

@@ -135,6 +135,24 @@ def facts(night: Night, bank: Bank, vocabularies: Vocabularies) -> pa.Table:
     return table.replace_schema_metadata({LADDER: json.dumps([one.columns for one in rows.levels])})
 
 
+def who_was_asked(asked: Night, vocabularies: Vocabularies) -> pa.Table:
+    """Who each row is, by raw key, when it was, and what its labels are; of visits of one night or of several.
+
+    Columns: `user` (string), `night` (an ordinal), `at` (the row's number in the user's night), `label/<objective>`.
+    """
+    rows, at = asked.ladder.rows, asked.at
+    first = np.repeat(asked.visits.rows.start, asked.visits.rows.lengths)
+    labels = np.asarray(rows.labels)[at]
+    return pa.table(
+        {
+            "user": vocabularies[asked.data.user].decode(np.asarray(rows.user)[at]).cast(pa.string()),
+            "night": pa.array(np.asarray(rows.night)[at]),
+            "at": pa.array((at - first).astype(np.int32)),
+            **{f"label/{one.name}": pa.array(labels[:, at]) for at, one in enumerate(asked.data.objectives)},
+        }
+    )
+
+
 def segment_names(
     keys: I64, columns: tuple[str, ...], radices: tuple[int, ...], vocabularies: Vocabularies
 ) -> pa.Array:

@@ -17,6 +17,7 @@ from flows.display import (
     show_ranked,
     show_releases,
     show_replay,
+    show_search,
 )
 from flows.nightly import NightResult
 from flows.replay import ReplayedNight
@@ -27,6 +28,7 @@ from tasks.release.earned import Step
 from tasks.release.lift import Served, Summary
 from tasks.release.slices import ADAPTED, POOLED, SLICES, Line
 from tasks.release.variety import Variety
+from tasks.search import SearchRef
 from tasks.serving.ranker import Ranked
 
 NIGHT = date(2026, 3, 5)
@@ -109,6 +111,34 @@ def test_the_summary_of_a_backfill_fits_80_columns(console: Console, result: Nig
     for fact in ("2026-03-05", "promoted", "rejected", "0.5000", "0.5100 matrix", "factorisation", "a" * 12):
         assert fact in shown
     assert "…" not in shown
+
+
+def test_a_search_says_which_figure_is_optimistic_and_ends_with_yaml(console: Console) -> None:
+    line = {"rows": 123_456, "users": 9, "own": 0.6, "best": 0.58, "difference": -0.02, "low": -0.03, "high": -0.01}
+    found = SearchRef.model_validate(
+        {
+            "objective": "clicked", "own_is_best": False, "chosen_by": (NIGHT, NIGHT), "last": (NIGHT, NIGHT),
+            "settings": (
+                {"name": "training.embedding_decay", "own": 3.0, "best": 0.5003},
+                {"name": "ranker.kind", "own": "mlp", "best": "dcn"},
+            ),
+            "own": 0.61, "best": 0.57, "complete": 11, "pruned": 2, "refused": ("[b]",), "storage": "/s.journal",
+            "lines": ({"support": 0, **line}, {"support": 20, **line, "low": None, "high": None}),
+        }
+    )  # fmt: skip
+    show_search(console, found)
+    shown = shown_on(console)
+    for fact in (
+        "trials    11 finished, 2 given up early; remembered in /s.journal", "given up: [b]", "0.5003",
+        "own settings 0.6100, best 0.5700 (optimistic: it was chosen by these nights)", "123,456",
+        "2026-03-05 to 2026-03-05, which nothing was chosen by", "-0.0200 [-0.0300, -0.0100]", "(too few users)",
+        "training:\n  embedding_decay: 0.5003\nranker:\n  kind: dcn\n",
+    ):  # fmt: skip
+        assert fact in shown
+    tables = shown[: shown.index("trials")] + shown[shown.index("which nothing") : shown.index("to be merged")]
+    assert max(map(len, tables.splitlines())) <= 80
+    show_search(console, found.model_copy(update={"own_is_best": True, "lines": ()}))
+    assert "own settings did best: there is nothing to change" in shown_on(console)
 
 
 def test_releases_fit_80_columns(console: Console) -> None:

@@ -1,0 +1,147 @@
+"""A search on the tiny world: it finds what is better, says so honestly, and never reads the night or a later one."""
+
+import shutil
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows import search as flows_search
+from flows.config import RetrainConfig, as_yaml, load_config
+from tasks.clients.object_store import ObjectStore
+from tasks.errors import InvalidConfig, NotEnoughHistory
+from tasks.learning import training
+from tasks.search import SearchRef
+from tests.finished import Finished
+from tests.steps.plain import plain_verbs
+
+SPACE = {
+    "ranker.category_factors": {"type": "choice", "choices": [0, 4]},
+    "training.learning_rate": {"type": "float", "low": 1.0e-4, "high": 1.0e-3, "log": True},
+}
+
+
+def searched(tree: dict[str, Any], night: date, folder: Path, **options: Any) -> SearchRef:
+    folder.mkdir(exist_ok=True)
+    path = folder / "space.yaml"
+    path.write_text(yaml.safe_dump(options.pop("space", SPACE)))
+    told = {
+        "trials": 2,
+        "block": 2,
+        "cuts": 1,
+        "space": str(path),
+        "storage": str(folder / "trials.journal"),
+        **options,
+    }
+    with plain_verbs(flows_search, least=2):
+        return flows_search.search.fn(RetrainConfig.model_validate(tree), night, **told)
+
+
+def outside(store: ObjectStore) -> dict[str, bytes]:
+    """Everything in the store but step records and the lease."""
+    keys = [key for key in store.list("tiny/") if not key.startswith("tiny/work/") and key != "tiny/lease"]
+    return {key: store.get(key).data for key in keys}
+
+
+@pytest.fixture(scope="module")
+def world(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A pipeline with two releases, and a config that cannot know what anybody likes.
+
+    Its adapters have no feature but the constant and the price.
+    """
+    copied = finished.copy(tmp_path_factory.mktemp("search"))
+    tree = copied.world.config
+    blind = {**tree["ranker"], "factors": 0, "category_factors": 0, "features": 0}
+    brief = {**tree["training"], "epochs": 1, "steps_per_epoch": 2}
+    return replace(copied, world=replace(copied.world, config={**tree, "ranker": blind, "training": brief}))
+
+
+@pytest.fixture(scope="module")
+def found(world: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[SearchRef, Path]:
+    folder = tmp_path_factory.mktemp("found")
+    lake = [path.read_bytes() for night in world.world.nights for path in world.files_of(night)]
+    before = outside(world.store)
+    result = searched(world.world.config, world.next_night, folder)
+    assert outside(world.store) == before
+    assert [path.read_bytes() for night in world.world.nights for path in world.files_of(night)] == lake
+    return result, folder
+
+
+def test_it_finds_the_planted_setting_and_proves_it_on_nights_that_it_was_not_chosen_by(
+    world: Finished, found: tuple[SearchRef, Path]
+) -> None:
+    result, _ = found
+    assert (result.complete, result.pruned, result.own_is_best) == (2, 0, False)
+    best = {one.name: one.best for one in result.settings}
+    assert best["ranker.category_factors"] == 4
+    assert {one.name: one.own for one in result.settings}["ranker.category_factors"] == 0
+    assert result.best < result.own
+    nights = world.world.nights
+    assert (result.chosen_by, result.last) == ((nights[2], nights[3]), (nights[4], nights[5]))
+    assert nights[6] == world.next_night
+    after = {line.support: line for line in result.lines}
+    assert sorted(after) == [0, 5]
+    assert after[0].rows == sum(world.world.rows[night] - world.world.bad[night] for night in nights[4:6])
+    for line in after.values():
+        assert line.difference == pytest.approx(line.best - line.own, abs=1e-6)
+    assert after[5].high is not None
+    assert after[5].high < 0
+
+
+def test_the_best_settings_are_yaml_that_a_config_takes(
+    world: Finished, found: tuple[SearchRef, Path], tmp_path: Path
+) -> None:
+    best = {one.name: one.best for one in found[0].settings}
+    tree = {**world.world.config}
+    for section, fields in yaml.safe_load(as_yaml(best)).items():
+        tree[section] = {**tree[section], **fields}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    config = load_config(tmp_path / "config.yaml")
+    assert config.ranker.category_factors == 4
+    assert config.training.learning_rate == best["training.learning_rate"]
+    assert config.training.epochs == 1
+
+
+def test_nothing_of_the_night_or_later_is_read(world: Finished, found: tuple[SearchRef, Path], tmp_path: Path) -> None:
+    other = world.copy(tmp_path / "other")
+    for night in (one for one in other.world.nights if one >= other.next_night):
+        for path in other.files_of(night):
+            path.write_bytes(b"absurd")
+    # Nights that were validated stay so; what is made of them is made again.
+    shutil.rmtree(Path(other.config.store) / "tiny" / "work" / "history")
+    there = searched(other.world.config, other.next_night, tmp_path / "there")
+    assert there.model_copy(update={"storage": found[0].storage}) == found[0]
+
+
+def test_it_goes_on_where_it_was_and_trains_nothing_twice(
+    world: Finished, found: tuple[SearchRef, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, folder = found
+    shutil.copytree(folder, tmp_path / "again")
+    cuts: list[date] = []
+    train = training.meta_train
+
+    def counted(*given: Any, **named: Any) -> Any:
+        cuts.append(given[7])
+        return train(*given, **named)
+
+    monkeypatch.setattr(training, "meta_train", counted)
+    again = searched(world.world.config, world.next_night, tmp_path / "again")
+    assert again.model_copy(update={"storage": result.storage}) == result
+    assert cuts == [world.world.nights[4]] * 2  # the comparison on the last block
+
+
+def test_what_cannot_be_searched_is_refused_before_anything_is_read(world: Finished, tmp_path: Path) -> None:
+    night = world.next_night
+    wrong = {"training.learning_rat": SPACE["training.learning_rate"]}
+    with pytest.raises(InvalidConfig, match=r"space .* has 1 fault:\n  training.learning_rat: .*did you mean"):
+        searched(world.world.config, night, tmp_path, space=wrong)
+    with pytest.raises(InvalidConfig, match="must hold a mapping"):
+        searched(world.world.config, night, tmp_path, space=[1])
+    with pytest.raises(InvalidConfig, match="--trials: 0"):
+        searched(world.world.config, night, tmp_path, trials=0)
+    with pytest.raises(NotEnoughHistory, match=r"6 nights, and a search with 2 \+ 1 blocks of 2 nights needs 8"):
+        searched(world.world.config, night, tmp_path, cuts=2)

@@ -248,6 +248,8 @@ def show_search(console: Console, found: "SearchRef") -> None:
     for one in found.settings:
         table.add_row(escape(one.name), escape(str(one.own)), escape(str(one.best)))
     console.print(table)
+    left_out = f", {len(found.left_out)} left out: {', '.join(found.left_out)}" if found.left_out else ""
+    console.print(f"history   {found.history} nights{escape(left_out)}", soft_wrap=True)
     given_up = f", {found.pruned} given up early" if found.pruned else ""
     console.print(
         f"trials    {found.complete} finished{given_up}; remembered in {escape(found.storage)}", soft_wrap=True

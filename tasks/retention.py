@@ -50,7 +50,8 @@ def check_retention(
     chosen = Chosen((), {})
     if ingested.parent is not None and not why:
         window = night - timedelta(days=data.window_nights)
-        chosen = golden_nights(gate.golden, window, prepared.nights, trained_through(place, ingested.parent))
+        through = trained_through(place, ingested.parent)
+        chosen = golden_nights(gate.golden, window, prepared.nights, through, _before(place))
     as_found = {one: thawed(frozen_before(place, data, one).content).digest for one in chosen.nights}
     pinned = {one: _pinned(place, one, digest, night) for one, digest in as_found.items()}
     changed = {one: _changed(place, one, *pinned[one]) for one, digest in as_found.items() if digest != pinned[one][0]}
@@ -127,6 +128,12 @@ def _pinned(place: Place, golden: date, digest: str, night: date) -> tuple[str, 
         return digest, night.isoformat()
     pinned = json.loads(found.data)
     return str(pinned["frozen"]), str(pinned["first_compared"])
+
+
+def _before(place: Place) -> list[date]:
+    """Nights that were golden before."""
+    keys = store_of(place).list(f"{place.pipeline}/state/golden/")
+    return [date.fromisoformat(key.rsplit("night=", 1)[-1].removesuffix(".json")) for key in keys]
 
 
 def _pin_key(place: Place, golden: date) -> str:

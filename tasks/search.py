@@ -110,6 +110,10 @@ class SearchRef(Section):
     pruned: int
     refused: tuple[str, ...]
     """Why trials whose settings cannot be trained were given up, each reason once."""
+    history: int
+    """Nights that were read, in training or else."""
+    left_out: dict[str, str]
+    """Nights of the window that were not, with the reason."""
     storage: str
 
 
@@ -180,6 +184,8 @@ def search_settings(
         complete=sum(one.state == "complete" for one in tried),
         pruned=sum(one.state == "pruned" for one in tried),
         refused=tuple(sorted({one.why for one in tried if one.why})),
+        history=len(history.nights),
+        left_out=history.left_out,
         storage=plan.storage,
     )
 

@@ -24,8 +24,8 @@ class GoldenConfig(Section):
 
     nights: tuple[date, ...] | None = None
     """The golden nights by name; an empty list compares none. None takes the first clean night of each block of `every`
-    calendar days that lies wholly within the window, so that the same nights are compared for as long as they are in
-    it. Only nights that the parent's training has read count: nobody forgets what he never knew."""
+    calendar days that lies wholly within the window, and keeps to it, so that the same nights are compared for as long
+    as they are in it. Only nights that the parent's training has read count: nobody forgets what he never knew."""
     every: Annotated[int, Field(ge=1, le=3660)] = 28
     """Calendar days of a block, where no nights are named."""
     rows: Annotated[int, Field(ge=1)] = 1000

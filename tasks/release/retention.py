@@ -36,7 +36,9 @@ class Chosen:
     left_out: Mapping[date, str]
 
 
-def golden_nights(config: GoldenConfig, window: date, clean: Collection[date], through: date) -> Chosen:
+def golden_nights(
+    config: GoldenConfig, window: date, clean: Collection[date], through: date, before: Collection[date] = ()
+) -> Chosen:
     """The golden nights of a window.
 
     Args:
@@ -44,6 +46,8 @@ def golden_nights(config: GoldenConfig, window: date, clean: Collection[date], t
         window: first day of the window.
         clean: clean nights of the history, all before the night that is trained for.
         through: last night that the parent's training has read.
+        before: nights that were golden before; where none is named, a block keeps the one that it had, and a night that
+            comes late does not take its place, nor another one that of a night that is gone.
 
     >>> nights = [date(2026, 3, day) for day in range(1, 29)]
     >>> [night.day for night in golden_nights(GoldenConfig(every=7), nights[0], nights, nights[20]).nights]
@@ -51,12 +55,16 @@ def golden_nights(config: GoldenConfig, window: date, clean: Collection[date], t
     """
     if config.nights is None:
         first: dict[int, date] = {}
-        for night in sorted(clean):
+        for night in (*sorted(before), *sorted(clean)):
             block = night.toordinal() // config.every
             # A block that began before the window may have lost its first night: another one would take its place.
             if block * config.every >= window.toordinal():
                 first.setdefault(block, night)
-        return Chosen(tuple(night for night in first.values() if night <= through), {})
+        asked = sorted(night for night in first.values() if night <= through)
+        lost = {
+            night: "it was compared before, and is no clean night any more" for night in asked if night not in clean
+        }
+        return Chosen(tuple(night for night in asked if night not in lost), lost)
     left_out: dict[date, str] = {}
     for night in sorted(set(config.nights)):
         if night not in clean:

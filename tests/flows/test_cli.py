@@ -150,6 +150,25 @@ def test_a_night_that_is_no_date_is_refused(config: str, capsys: pytest.CaptureF
     assert "'yesterday' is no date; give YYYY-MM-DD" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("prefect")
+def test_search_ends_with_what_the_last_block_says_and_goes_on_from_its_file(
+    world: Finished, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["search", "--config", config, "--night", world.next_night.isoformat(), "--trials", "1"]
+    words += ["--block", "1", "--cuts", "1", "--seed", "0", "--storage", str(tmp_path / "trials.journal")]
+    cli.main(words)
+    shown = capsys.readouterr().out
+    for fact in (
+        "search      1 trials\n", "training.embedding_decay", "history   6 nights\n",
+        "trials    1 finished; remembered",
+        "chosen by 2026-03-05 to 2026-03-05: own settings 0.", "(optimistic: it was chosen by these nights)",
+    ):  # fmt: skip
+        assert fact in shown
+    assert ("own settings did best" in shown) != ("2026-03-06 to 2026-03-06, which nothing was chosen by" in shown)
+    cli.main(words)
+    assert "1 trials, 1 of them done before" in capsys.readouterr().out
+
+
 def test_releases_are_listed(world: Finished, config: str, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["releases", "--config", config])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

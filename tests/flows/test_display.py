@@ -123,12 +123,14 @@ def test_a_search_says_which_figure_is_optimistic_and_ends_with_yaml(console: Co
                 {"name": "ranker.kind", "own": "mlp", "best": "dcn"},
             ),
             "own": 0.61, "best": 0.57, "complete": 11, "pruned": 2, "refused": ("[b]",), "storage": "/s.journal",
+            "history": 30, "left_out": {"2026-02-01": "NightMissing", "2026-02-02": "CorruptFile"},
             "lines": ({"support": 0, **line}, {"support": 20, **line, "low": None, "high": None}),
         }
     )  # fmt: skip
     show_search(console, found)
     shown = shown_on(console)
     for fact in (
+        "history   30 nights, 2 left out: 2026-02-01, 2026-02-02",
         "trials    11 finished, 2 given up early; remembered in /s.journal", "given up: [b]", "0.5003",
         "own settings 0.6100, best 0.5700 (optimistic: it was chosen by these nights)", "123,456",
         "2026-03-05 to 2026-03-05, which nothing was chosen by", "-0.0200 [-0.0300, -0.0100]", "(too few users)",

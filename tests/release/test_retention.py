@@ -10,7 +10,7 @@ from tasks.data.contract import ObjectiveConfig
 from tasks.learning.intervals import Interval
 from tasks.learning.material import Visits, Windows
 from tasks.release.gate import GateConfig, GoldenConfig
-from tasks.release.retention import against_parent, drawn, golden_nights, in_words, retained
+from tasks.release.retention import Chosen, against_parent, drawn, golden_nights, in_words, retained
 
 CLICKED = ObjectiveConfig(name="clicked", column="clicked", kind="binary")
 FIRST = date(2026, 3, 1)
@@ -39,6 +39,20 @@ def test_the_same_nights_are_golden_for_as_long_as_they_are_in_the_window():
         block = golden - timedelta(days=golden.toordinal() % 7)
         last = min(block + timedelta(days=30), FIRST + timedelta(days=89))
         assert (compared[0], compared[-1]) == (max(golden + timedelta(days=3), FIRST + timedelta(days=30)), last)
+
+
+def test_a_night_that_comes_late_or_is_gone_does_not_change_which_nights_are_golden():
+    config, clean = GoldenConfig(every=7), days(1, 2, 8, 9, 10)
+    first = golden_nights(config, FIRST, clean, days(9)[0])
+    assert first.nights == tuple(days(1, 8))
+    later = golden_nights(
+        config, FIRST, [*days(0), *(one for one in clean if one != first.nights[1])], days(10)[0], first.nights
+    )
+    assert later.nights == tuple(days(1))
+    assert later.left_out == {days(8)[0]: "it was compared before, and is no clean night any more"}
+    # A block that has left the window does not come back, and what the parent has not read is not asked for.
+    assert golden_nights(config, days(7)[0], clean, days(9)[0], first.nights).nights == tuple(days(8))
+    assert golden_nights(config, FIRST, clean, days(7)[0], first.nights) == Chosen(tuple(days(1)), {})
 
 
 def test_named_nights_that_cannot_be_compared_are_named_with_the_reason():

@@ -241,6 +241,8 @@ def test_the_page_nests_and_says_what_a_person_asks():
         "Learning curve",
         "occupation × age_band",
         "51–100",
+        "640 61.8 kB 417.2 occupation",
+        "1,433 – – base",
         "model.onnx",
         "shared",
         "meta_train",

@@ -14,7 +14,7 @@ from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, SegmentsConfig
 from tasks.data.segments import level_name
 from tasks.data.vocabulary import Vocabularies
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.bank import Bank, Harmful, fill_bank
 from tasks.learning.exams import segment_names
 from tasks.learning.ladder import Ladder
@@ -70,9 +70,10 @@ def adapt(
         trained = trained_base(place, base).to(device)
         before = int(np.asarray(rows.night).max()) + 1
         milliseconds: list[float] = []
+        how = Adaptation.of(trained.network, adapter)
         with steady(0, None):
             filled = fill_bank(
-                *(ladder, material, material.scorer(trained.network), trained.table(), trained.kinds, adapter, before),
+                *(ladder, material, material.scorer(trained.network), trained.table(), how, before),
                 harmful=refuser(rows, vocabularies, proven) if proven else None,
                 milliseconds=milliseconds,
             )

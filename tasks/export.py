@@ -14,6 +14,7 @@ from tasks.data.statistics import serving_tables
 from tasks.errors import ParityBroken
 from tasks.learning.bank import Bank
 from tasks.learning.base import save_base
+from tasks.learning.bending import Bent
 from tasks.learning.networks import RankerConfig, RankerShape
 from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
@@ -134,13 +135,13 @@ def _says_what_to_delete(place: Place) -> Iterator[None]:
         ) from error
 
 
-def _traced(place: Place, shape: RankerShape, config: RankerConfig, names: Wires) -> bytes:
+def _traced(place: Place, shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None) -> bytes:
     """The graph of these layers, which every night shares: tracing it takes longer than all else in an export."""
 
     def work(folder: Path, progress: Progress) -> Product:
-        (folder / GRAPH).write_bytes(trace(shape, config, names))
+        (folder / GRAPH).write_bytes(trace(shape, config, names, bent))
         return Product({}, {}, {GRAPH: folder / GRAPH})
 
     with quietly("export"):
-        record, _ = carry_out(place, "graph", VERSION, None, {}, traced_from(shape, config, names), work)
+        record, _ = carry_out(place, "graph", VERSION, None, {}, traced_from(shape, config, names, bent), work)
     return open_workspace(place).file(record, GRAPH).read_bytes()

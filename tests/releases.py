@@ -17,6 +17,7 @@ from tasks.data.statistics import StatisticsTables
 from tasks.data.vocabulary import Vocabulary
 from tasks.learning.adapters import AdapterConfig, Precisions
 from tasks.learning.base import Base, save_base
+from tasks.learning.bending import Bent
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.release.golden import Golden, Parity, check_parity, draw_requests, examples, make_golden, write_golden
 from tasks.release.graphs import export
@@ -115,7 +116,9 @@ def make_rows(data: DataConfig, count: int = 60, seed: int = 0) -> pa.Table:
     return pa.table(arrays)
 
 
-def make_parts(kind: str, seed: int = 0) -> tuple[DataConfig, Ranker, npt.NDArray[np.float32], ServingTables, pa.Table]:
+def make_parts(
+    kind: str, seed: int = 0, bent: Bent | None = None
+) -> tuple[DataConfig, Ranker, npt.NDArray[np.float32], ServingTables, pa.Table]:
     """Contract, network, bank, tables and rows of a kind of release; nothing exported yet."""
     data, random = contract(kind), np.random.default_rng(seed)
     rows = make_rows(data, seed=seed)
@@ -169,7 +172,7 @@ def make_parts(kind: str, seed: int = 0) -> tuple[DataConfig, Ranker, npt.NDArra
     )
     torch.manual_seed(seed)
     config = RankerConfig(kind="dcn" if kind == "clashing" else "mlp", embedding=4, hidden=8, factors=2, features=2)
-    network = Ranker(shape, config).eval()
+    network = Ranker(shape, config, bent).eval()
     with torch.no_grad():  # untrained layers that begin at zero would hide what they multiply
         for parameter in network.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
@@ -192,10 +195,10 @@ def describe(data: DataConfig, tables: ServingTables, golden: tuple[Golden, ...]
     )
 
 
-def make_graph(kind: str) -> bytes:
+def make_graph(kind: str, bent: Bent | None = None) -> bytes:
     """The traced graph of a kind of release, which takes longer than the rest of it."""
-    data, network, _, tables, _ = make_parts(kind)
-    return trace(network.shape, network.config, wires(data, tables))
+    data, network, _, tables, _ = make_parts(kind, bent=bent)
+    return trace(network.shape, network.config, wires(data, tables), bent)
 
 
 def shared_graph(factory: pytest.TempPathFactory, kind: str) -> bytes:

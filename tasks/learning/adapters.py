@@ -1,49 +1,102 @@
 """Adaptation: the one pure function that finds the few numbers of a segment, for many segments at once.
 
-Training, nightly adaptation, both exams and the baselines all call `adapt`; nothing else in the project adapts. Its
-two ways are a closed form (`solve`) and steps down the gradient (`descend`), with the same inputs and answers.
+Training, nightly adaptation, both exams and the baselines all call `Adaptation.solve`; nothing else in the project
+adapts. Its ways are a closed form (`solve`) and steps down the gradient, of linear features (`descend`) or through the
+dense layers (`descend_through`), with the same inputs and answers.
 
-Shapes: B segments, S support rows (padded), K objectives, D adapter features.
+Shapes: B segments, S support rows (padded), T rows, K objectives, D adapter features. Where the dense layers are bent
+(`AdapterConfig.bent`), features are the X inputs of the joint perceptron, and D weights are the P deviations of `Bent`.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self
 
+import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tasks.data.contract import Section
 from tasks.errors import InvalidConfig
-from tasks.learning.solvers import ObjectiveKind, descend, solve
+from tasks.learning.bending import Bent, Perceptron
+from tasks.learning.material import I64, Windows, batches
+from tasks.learning.networks import Ranker
+from tasks.learning.solvers import ObjectiveKind, descend, descend_through, solve
 
 SMALLEST_PRECISION = 1e-2
 """Floor of a learned precision, so that every system of equations is well posed."""
+RANK = 4
+"""Of `lora`, where the config says nothing."""
+USUAL_HIDDEN = 32
+"""Hidden units that a row is counted as one for in a batch; wider layers make smaller batches."""
+NUMBERS = 16
+"""How many more numbers a batch of bent segments may have than one of systems of equations."""
 
 
 class AdapterConfig(Section):
     """How a segment bends the shared network."""
 
-    kind: Literal["none", "bias", "ridge", "gradient"] = "ridge"
+    kind: Literal["none", "bias", "ridge", "gradient", "film", "lora"] = "ridge"
     """`none`: the base serves everybody. `bias`: one number per segment and objective. `ridge`: a linear head on the
     ranker's adapter features, solved in closed form on the residuals of its parent's scores; the first choice.
     `gradient`: the same head, reached by a few gradient steps with learned rates; to train as first-order MAML or
-    Reptile do, or where features are so many that a closed form, cubic in them, is too slow."""
+    Reptile do, or where features are so many that a closed form, cubic in them, is too slow; or all dense layers, see
+    `bends`. `film`: a scale and a shift for every hidden unit of the joint perceptron, twice `ranker.hidden` numbers;
+    where segments have tens of rows and weigh what the towers have found differently, in ways that are no sum of the
+    adapter features. `lora`: an update of low rank to the perceptron's first layer, `rank` times `ranker.hidden`
+    numbers; where segments have hundreds of rows, such as markets and cohorts, and combine the towers differently. The
+    last two take gradient steps and keep the constant of `bias` beside their own numbers."""
+    bends: Literal["head", "dense"] = Field("head", exclude_if=lambda what: what == "head")
+    """What `gradient` steps move. `head`: the weights on the adapter features. `dense`: every weight of the joint
+    perceptron, MAML's own choice; for few segments with thousands of rows each, as each has `ranker.hidden` times the
+    perceptron's inputs numbers (3,000 and more with the default ranker, millions with hundreds of hidden units), and
+    the bank has them for every segment. A dump leaves the default out."""
+    rank: Annotated[int, Field(ge=1, le=64)] = Field(RANK, exclude_if=lambda rank: rank == RANK)
+    """Of `lora`: in how many directions of the perceptron's inputs segments differ. A dump leaves the default out."""
     precision: Annotated[float, Field(gt=0)] = 4.0
     """Precision that factors are solved with, and the least that the history may put on a segment's constant and on its
     weights on factors; the stop nights scale all of them. In rows: the evidence at which a weight moves half-way. For
-    `gradient` a rate is one over it: how far a single row moves a weight."""
+    gradient steps a rate is one over it: how far a single row moves a weight; of weights that meet in one hidden unit,
+    all of them together."""
     coarse_precision: Annotated[float, Field(gt=0)] = 150.0
     """Precision that the coarser levels start from; the stop nights scale it. They stand for people they have never
     seen, so it is larger."""
     steps: Annotated[int, Field(ge=1, le=10)] = 2
     """Steps of an adaptation. Of a closed form, Newton steps: one is the classical ridge on residuals, and a rating
-    needs no more; where clicks are nearly certain from a segment's taste, a second one matters. Of `gradient`, gradient
-    steps: two lie near the ridge, one is cheapest, ten are the ridge."""
+    needs no more; where clicks are nearly certain from a segment's taste, a second one matters. Of the others, gradient
+    steps: on the head two lie near the ridge, one is cheapest, ten are the ridge."""
 
-    def width(self, features: int) -> int:
-        """How many of the ranker's ``features`` are used (the constant 1 is the first)."""
-        return {"none": 0, "bias": 1, "ridge": features, "gradient": features}[self.kind]
+    @model_validator(mode="after")
+    def _options_of_the_kind(self) -> Self:
+        if self.bends != "head" and self.kind != "gradient":
+            raise ValueError(
+                f"adapter.bends = {self.bends!r} belongs to adapter.kind 'gradient', and the kind is {self.kind!r}; "
+                "remove it, or set adapter.kind to 'gradient'"
+            )
+        if self.rank != RANK and self.kind != "lora":
+            raise ValueError(
+                f"adapter.rank = {self.rank} belongs to adapter.kind 'lora', and the kind is {self.kind!r}; remove it, "
+                "or set adapter.kind to 'lora'"
+            )
+        return self
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether it is found by gradient steps."""
+        return self.kind in ("gradient", "film", "lora")
+
+    @property
+    def bent(self) -> Bent | None:
+        """What of the dense layers it bends; None if it is linear."""
+        if self.kind == "film":
+            return Bent("film")
+        if self.kind == "lora":
+            return Bent("lora", self.rank)
+        return Bent("dense") if self.bends == "dense" else None
+
+    def width(self, width: int) -> int:
+        """How many of a ranker's ``width`` numbers per objective are used (the constant's is the first)."""
+        return {"none": 0, "bias": 1}.get(self.kind, width)
 
     @property
     def in_closed_form(self) -> "AdapterConfig":
@@ -57,10 +110,23 @@ class Precisions(nn.Module):
     To gradient steps they are rates, one over the precision; Meta-SGD (Li et al., 2017) learns one per weight likewise.
     """
 
-    def __init__(self, levels: int, objectives: int, width: int, config: AdapterConfig) -> None:
+    def __init__(
+        self, levels: int, objectives: int, width: int, config: AdapterConfig, fan_in: Tensor | None = None
+    ) -> None:
+        """Start from the config's.
+
+        Args:
+            levels: L.
+            objectives: K.
+            width: D.
+            config: the precisions of the finest level and of the others.
+            fan_in: how many weights share one of these, ``[D]``; None for 1.
+        """
         super().__init__()
         start = torch.full((levels, objectives, width), config.coarse_precision)
         start[0] = config.precision
+        if fan_in is not None:
+            start = start * fan_in
         self.logarithm = nn.Parameter(start.log())
 
     def forward(self) -> Tensor:
@@ -68,34 +134,119 @@ class Precisions(nn.Module):
         return self.logarithm.exp().clamp_min(SMALLEST_PRECISION)
 
 
-def adapt(
-    features: Tensor,
-    offsets: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    precision: Tensor,
-    kinds: Sequence[ObjectiveKind],
-    config: AdapterConfig,
-    first_order: bool = False,
-) -> Tensor:
-    """Weights ``[B, K, D]`` that bend each segment's scores towards its support rows, as the config says.
+@dataclass(frozen=True)
+class Adaptation:
+    """How segments are adapted on a base: what travels from a config and a network to wherever one is.
 
-    Args:
-        features: ``[B, S, D]``; this and the next five as for `solve`.
-        offsets: ``[B, S, K]``.
-        labels: ``[B, S, K]``.
-        weights: ``[B, S]``.
-        precision: ``[K, D]``.
+    Attributes:
         kinds: of the objectives.
-        config: closed form or gradient steps, and how many.
-        first_order: see `descend`; closed forms have no such reading, and training refuses to ask for it.
+        config: which way, and how many steps.
+        perceptron: the layers that are bent; None where adapters are linear.
+        first_order: what the support says is constant to whoever differentiates a solution, see `descend`; closed forms
+            have no such reading, and training refuses to ask for it.
     """
-    rows = (features, offsets, labels, weights, precision, kinds, config.steps)
-    return descend(*rows, first_order) if config.kind == "gradient" else solve(*rows)
+
+    kinds: tuple[ObjectiveKind, ...]
+    config: AdapterConfig
+    perceptron: Perceptron | None = None
+    first_order: bool = False
+
+    @classmethod
+    def of(cls, network: Ranker, config: AdapterConfig, first_order: bool = False) -> "Adaptation":
+        """Of a network; where the dense layers are bent, its parameters are held, not copied."""
+        return cls(network.shape.kinds, config, network.perceptron(), first_order)
+
+    @property
+    def in_closed_form(self) -> "Adaptation":
+        """The same with the closed form in place of gradient steps on linear features."""
+        return replace(self, config=self.config.in_closed_form, first_order=False)
+
+    def solve(
+        self, features: Tensor, offsets: Tensor, labels: Tensor, weights: Tensor, precision: Tensor, origin: Tensor
+    ) -> Tensor:
+        """What segments add to the weights that they inherit, to bend their scores towards their support rows.
+
+        Args:
+            features: ``[B, S, D]``; this and the next four as for `solvers.solve`.
+            offsets: scores under the inherited weights ``[B, S, K]``.
+            labels: ``[B, S, K]``; NaN where missing.
+            weights: ``[B, S]``; 0 for padding.
+            precision: ``[K, D]``: how strongly each weight is held at the inherited one.
+            origin: the inherited weights ``[B, K, D]``. Linear scores do not depend on where a deviation begins.
+
+        Returns:
+            Deviations ``[B, K, D]``; exactly 0 for a segment without support.
+        """
+        bent, layers = self.config.bent, self.perceptron
+        rows = (offsets, labels, weights, precision, self.kinds, self.config.steps)
+        if bent is None or layers is None:
+            if self.config.kind == "gradient":
+                return descend(features, *rows, self.first_order)
+            return solve(features, *rows)
+        if self.first_order:
+            features, layers, origin = features.detach(), layers.detach(), origin.detach()
+        before = bent.change(layers, features, origin)
+        return descend_through(
+            lambda own: bent.change(layers, features, origin + own) - before, *rows, self.first_order
+        )
+
+    def apply(self, logits: Tensor, features: Tensor, weights: Tensor) -> Tensor:
+        """Scores ``[S, K]`` of rows that share the weights ``[K, D]``, from their logits and features ``[S, D]``."""
+        bent, layers = self.config.bent, self.perceptron
+        if bent is None or layers is None:
+            return apply(logits, self.used(features, weights), weights)
+        return logits + bent.change(layers, features, weights)
+
+    def scores(self, logits: Tensor, features: Tensor, table: Tensor, which: I64) -> Tensor:
+        """Scores of rows under the weights of their segments.
+
+        Args:
+            logits: ``[T, K]``, before adaptation.
+            features: ``[T, D]``; the first of them where the table is narrower.
+            table: weights ``[E, K, D]``.
+            which: each row's place in the table [T].
+
+        Returns:
+            Adapted scores ``[T, K]``, before the sigmoid.
+        """
+        bent, layers = self.config.bent, self.perceptron
+        if bent is None or layers is None:
+            weights = table[torch.from_numpy(which).to(table.device)]
+            return apply(logits, self.used(features, table), weights)
+        # Weights are many here: rows of a segment are brought together, so that each has them once and not every row.
+        order = np.argsort(which, kind="stable")
+        segments, first, lengths = np.unique(which[order], return_index=True, return_counts=True)
+        by_length = np.argsort(lengths, kind="stable")
+        changes, places = [logits[:0]], [order[:0]]
+        for batch in batches(by_length, lengths[by_length], *self.size(table)):
+            windows = Windows(first[batch], first[batch] + lengths[batch])
+            at, window = windows.flat()
+            padded = np.zeros((len(batch), int(windows.lengths.max())), np.int64)
+            cell = (window, at - windows.start[window])
+            padded[cell] = order[at]
+            inputs = features[torch.from_numpy(padded).to(features.device)]
+            weights = table[torch.from_numpy(segments[batch]).to(table.device)]
+            change = bent.change(layers, inputs, weights)
+            changes.append(change[tuple(torch.from_numpy(part).to(change.device) for part in cell)])
+            places.append(order[at])
+        back = torch.from_numpy(np.argsort(np.concatenate(places))).to(logits.device)
+        return logits + torch.cat(changes)[back]
+
+    def used(self, features: Tensor, weights: Tensor) -> Tensor:
+        """Of the ranker's features, those that weights ``[..., K, D]`` work on: where they are linear, the first D."""
+        return features[..., : weights.shape[-1]] if self.perceptron is None else features
+
+    def size(self, table: Tensor) -> tuple[int, int]:
+        """What a segment and a row of it count in `batches`, for weights ``[..., K, D]``."""
+        numbers = table.shape[-2] * table.shape[-1]
+        if self.perceptron is None:
+            return numbers, 1
+        units = len(self.kinds) * self.perceptron.first.shape[-2]
+        return max(1, numbers // NUMBERS), max(1, units // USUAL_HIDDEN)
 
 
 def apply(logits: Tensor, features: Tensor, solution: Tensor) -> Tensor:
-    """Scores of rows under their segments' weights.
+    """Scores of rows under linear weights.
 
     Args:
         logits: ``[..., K]``.

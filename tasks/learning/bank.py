@@ -1,6 +1,6 @@
 """The bank: the weights of every segment in one table, and the slot that serves a row.
 
-Shapes: G slots, slot 0 the base; K objectives; D adapter features; N rows.
+Shapes: G slots, slot 0 the base; K objectives; D numbers of an adapter; N rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from tasks.data.columns import Rows
 from tasks.data.segments import mixed_radix, split_keys
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import Adaptation
 from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import I64, Material, Scorer
-from tasks.learning.solvers import ObjectiveKind
 
 F32 = npt.NDArray[np.float32]
 Harmful = Callable[[int, I64, I64], npt.NDArray[np.bool_]]
@@ -99,8 +98,7 @@ def fill_bank(
     material: Material,
     scorer: Scorer,
     precisions: Tensor,
-    kinds: tuple[ObjectiveKind, ...],
-    config: AdapterConfig,
+    adaptation: Adaptation,
     night: int,
     harmful: Harmful | None = None,
     milliseconds: list[float] | None = None,
@@ -112,8 +110,7 @@ def fill_bank(
         material: the rows.
         scorer: the base.
         precisions: ``[L, K, D]``.
-        kinds: kind of each objective.
-        config: how to solve.
+        adaptation: how to solve.
         night: ordinal; rows of that night and later are not read.
         harmful: which segments get no weights of their own, by level, key and support; asked once per level, about
             those that have the rows for them. None refuses nobody.
@@ -137,10 +134,10 @@ def fill_bank(
         refused.append(keys[guilty])
     spent: list[float] | None = None if milliseconds is None else []
     with torch.no_grad():
-        solutions = climb(stages, scorer, material, precisions, kinds, config, keep, milliseconds=spent)
+        solutions = climb(stages, scorer, material, precisions, adaptation, keep, milliseconds=spent)
     if milliseconds is not None and spent is not None:
         milliseconds += reversed(spent)
-    table = [precisions.new_zeros(1, len(kinds), precisions.shape[-1])]
+    table = [precisions.new_zeros(1, *precisions.shape[1:])]
     made: list[BankLevel] = []
     size, above = 1, np.zeros(1, np.int64)
     for stage, segment, own, out, solution, level in zip(

@@ -1,6 +1,6 @@
 """The base: everything that segments share, as one value that is trained, stored, grown and loaded.
 
-Shapes: L levels, K objectives, D adapter features.
+Shapes: L levels, K objectives, D numbers of an adapter.
 """
 
 import json
@@ -19,12 +19,13 @@ from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig
 from tasks.data.vocabulary import Vocabularies
 from tasks.errors import FormatUnknown, ObjectCorrupt
-from tasks.learning.adapters import AdapterConfig, Precisions
+from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.learning.solvers import ObjectiveKind
 
 FORMAT = 4
-"""4: what an item's columns say of its factors. Before it, 2 and 3 (cross layers) had no such layer."""
+"""4: what an item's columns say of its factors, and adapters that bend the dense layers. Before it, 2 and 3 (cross
+layers) had neither."""
 WEIGHTS, DESCRIPTION = "base.safetensors", "base.json"
 
 
@@ -34,7 +35,7 @@ class Base:
 
     Attributes:
         network: the ranker, in evaluation mode.
-        precisions: of every level, objective and adapter feature.
+        precisions: of every level, objective and number of an adapter.
         levels: columns of the levels that have precisions, finest first.
         adapter: how adapters are solved on it.
         trained_through: last night that its training or its stopping has read.
@@ -50,6 +51,11 @@ class Base:
     def kinds(self) -> tuple[ObjectiveKind, ...]:
         """Kind of each objective."""
         return self.network.shape.kinds
+
+    @property
+    def adaptation(self) -> Adaptation:
+        """How segments are adapted on it."""
+        return Adaptation.of(self.network, self.adapter)
 
     def table(self) -> Tensor:
         """Precisions ``[L, K, D]`` without their gradient."""
@@ -135,7 +141,7 @@ def load_base(files: Mapping[str, Path]) -> Base:
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             for prefix in ("network.", "precisions.")
         )
-        network = Ranker.restore(shape, config, weights)
+        network = Ranker.restore(shape, config, weights, adapter.bent)
         precisions = Precisions(len(levels), len(shape.kinds), adapter.width(network.width), adapter)
         precisions.load_state_dict(held)
         through = date.fromisoformat(description["trained_through"])
@@ -160,7 +166,7 @@ def grow(base: Base, shape: RankerShape) -> Base | None:
     ):
         if len(was) != len(now) or any(rows < known for known, rows in zip(was, now, strict=True)):
             return None
-    network = Ranker(shape, base.network.config)
+    network = Ranker(shape, base.network.config, base.network.bent)
     state = base.network.state_dict()
     wanted = network.state_dict()
     for name, value in state.items():

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tasks.data.contract import Section
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.episodes import score_visits
 from tasks.learning.factorisation import Factorisation, held_but_own, item_rate
 from tasks.learning.ladder import Ladder
@@ -140,7 +140,7 @@ class Baselines:
         """
         offset = score_visits(
             *(self.ladder, visits, after, self._popularity, self.material, self._held()),
-            *(self.kinds, AdapterConfig(kind="bias")),
+            Adaptation(self.kinds, AdapterConfig(kind="bias")),
         )
         scores = {
             "global rate": self._rate.expand(len(offset.rows), -1),

@@ -22,7 +22,7 @@ from torch import Tensor
 from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig
 from tasks.data.statistics import StatisticsTables
-from tasks.learning.adapters import apply
+from tasks.learning.adapters import Adaptation
 from tasks.learning.bank import Bank
 from tasks.learning.base import Base
 from tasks.learning.baselines import FACTORISATION, POPULARITY
@@ -122,6 +122,7 @@ def ranked(
     device, objectives = night.material.device, len(base.kinds)
     rates = torch.from_numpy(statistics.item[candidates.items, :objectives]).to(device)
     weights = torch.from_numpy(bank.weights).to(device)
+    adaptation = Adaptation.of(base.network, base.adapter)
     slots = bank.slots_of(night.ladder.rows, visits.rows.start)
     same = _best(rates[None], length)
     parts: dict[str, list[I64]] = {CANDIDATE: [], ZERO_STEPS: [], POPULARITY: [], FACTORISATION: []}
@@ -131,8 +132,9 @@ def ranked(
             shape = (len(block), len(candidates), -1)
             inputs = (part.to(device) for part in _inputs(night.data, night.ladder.rows, statistics, candidates, some))
             logits, features = (part.reshape(shape) for part in base.network(*inputs))
-            own = weights[torch.from_numpy(slots[block]).to(device)][:, None]
-            parts[CANDIDATE].append(_best(apply(logits, features[..., : weights.shape[-1]], own), length))
+            own = weights[torch.from_numpy(slots[block]).to(device)]
+            adapted = logits + base.network.change(adaptation.used(features, own), own)
+            parts[CANDIDATE].append(_best(adapted, length))
             parts[ZERO_STEPS].append(_best(logits, length))
             parts[POPULARITY].append(np.repeat(same, len(block), axis=1))
             folded = factorisation.catalogue_scores(some, candidates.items, rates)

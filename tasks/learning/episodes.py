@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tasks.learning.adapters import AdapterConfig, apply
+from tasks.learning.adapters import Adaptation
 from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import I64, Material, Scorer, Visits, Windows
 from tasks.learning.solvers import ObjectiveKind
@@ -82,10 +82,8 @@ def score_visits(
     scorer: Scorer,
     material: Material,
     precisions: Tensor,
-    kinds: tuple[ObjectiveKind, ...],
-    config: AdapterConfig,
+    adaptation: Adaptation,
     query_rows: int | None = None,
-    first_order: bool = False,
 ) -> Scores:
     """Adapt on each visit's support and score its later rows.
 
@@ -96,24 +94,20 @@ def score_visits(
         scorer: logits and features of positions.
         material: labels of the support.
         precisions: ``[L, K, D]``.
-        kinds: kind of each objective.
-        config: how to solve.
+        adaptation: how to solve.
         query_rows: most query rows of a visit, the earliest; None for all.
-        first_order: no gradient flows through the support rows, see `adapters.descend`.
     """
     border, query = visits.split(after)
     if query_rows is not None:
         query = Windows(query.start, np.minimum(query.stop, border + query_rows))
     rows, visit = query.flat()
     logits, features = scorer(rows)
-    width = precisions.shape[-1]
-    if width == 0:
+    if precisions.shape[-1] == 0:
         return Scores(rows, logits, logits)
-    support = torch.no_grad()(scorer) if first_order else scorer  # nothing would flow there: no graph is needed
-    stages = ladder.plan(visits, after)
-    solution = climb(stages, support, material, precisions, kinds, config, first_order=first_order)[-1]
-    weights = solution[torch.from_numpy(visit).to(logits.device)]
-    return Scores(rows, logits, apply(logits, features[:, :width], weights))
+    # In first order nothing would flow through the support: no graph is needed.
+    support = torch.no_grad()(scorer) if adaptation.first_order else scorer
+    solution = climb(ladder.plan(visits, after), support, material, precisions, adaptation)[-1]
+    return Scores(rows, logits, adaptation.scores(logits, features, solution, visit))
 
 
 def row_loss(

@@ -21,7 +21,6 @@ from torch import Tensor
 from tasks.data.contract import DataConfig
 from tasks.data.segments import split_keys
 from tasks.data.vocabulary import Vocabularies
-from tasks.learning.adapters import apply
 from tasks.learning.bank import Bank
 from tasks.learning.base import Base
 from tasks.learning.baselines import Baselines
@@ -177,9 +176,8 @@ def sit(night: Night, base: Base, bank: Bank, baselines: Baselines) -> dict[str,
     def nightly(visits: Visits) -> Scores:
         at = visits.rows.flat()[0]
         logits, features = scorer(at)
-        features = features[:, : weights.shape[-1]]
         slots = bank.slots_of(night.ladder.rows, at)
-        own, above = (apply(logits, features, weights[torch.from_numpy(use)]) for use in (slots, parents[slots]))
+        own, above = (base.adaptation.scores(logits, features, weights, use) for use in (slots, parents[slots]))
         said = {CANDIDATE: own, PARENT: above, ZERO_STEPS: logits}
         return {name: (at, probability(scores, kinds)) for name, scores in said.items()}
 
@@ -226,7 +224,7 @@ def contact_scores(night: Night, base: Base, visits: Visits, support: int) -> tu
     """Positions of the rows after the first `support`, and predictions with and without adapters."""
     scores = score_visits(
         *(night.ladder, visits, np.full(len(visits), support, np.int64), night.material.scorer(base.network)),
-        *(night.material, base.table(), base.kinds, base.adapter),
+        *(night.material, base.table(), base.adaptation),
     )
     return scores.rows, probability(scores.adapted, base.kinds), probability(scores.base, base.kinds)
 

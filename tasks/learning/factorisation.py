@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.closed_form import factorise
 from tasks.learning.episodes import score_visits
 from tasks.learning.ladder import Ladder, climb
@@ -74,7 +74,7 @@ class Factorisation:
         columns = [
             score_visits(
                 *(self.ladder, visits, after, scorer, self.material),
-                *(self._held, self.kinds, FOLD_IN),
+                *(self._held, Adaptation(self.kinds, FOLD_IN)),
             ).adapted[:, objective]
             for objective, scorer in enumerate(self._scorers())
         ]
@@ -95,7 +95,7 @@ class Factorisation:
         stages = self.ladder.plan(visits, nothing)
         columns = []
         for objective, scorer in enumerate(self._scorers()):
-            solved = climb(stages, scorer, self.material, self._held, self.kinds, FOLD_IN)[-1][:, objective]
+            solved = climb(stages, scorer, self.material, self._held, Adaptation(self.kinds, FOLD_IN))[-1][:, objective]
             table = self.tables[objective]
             known = table[self._known(torch.from_numpy(items).to(table.device), len(table))]
             columns.append(rates[:, objective] + solved[:, :1] + solved[:, 1:] @ known.T)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tasks.errors import NotEnoughHistory
-from tasks.learning.adapters import Precisions, check_width
+from tasks.learning.adapters import Adaptation, Precisions, check_width
 from tasks.learning.base import Base, grow
 from tasks.learning.checkpoint import Point, TrainingState, Weights
 from tasks.learning.descent import optimiser_of
@@ -23,7 +23,7 @@ from tasks.learning.networks import Ranker
 from tasks.learning.outer import thaw
 from tasks.learning.priors import MOST_USERS, estimate, scaled
 from tasks.learning.setting import Setting
-from tasks.learning.starts import newest, normalise, solve_start
+from tasks.learning.starts import newest, normalise, solve_start, spread
 
 SWEEPS, MORE_SWEEPS = 10, 3
 """Passes of the factorisation from nothing, and from the parent's factors."""
@@ -120,6 +120,7 @@ class Initialisation:
         if start is None:
             network, precisions = self.fresh()
             normalise(network, setting.data, setting.rows, at)
+            spread(network, setting.material, at)
         else:
             network, precisions = copy.deepcopy(start.network), copy.deepcopy(start.precisions)
             curve.append((-1, None, self.losses.of_stop(network, precisions, stop)))
@@ -138,10 +139,11 @@ class Initialisation:
     def fresh(self) -> Weights:
         """Weights that nothing was learned by yet."""
         setting = self.setting
-        network = Ranker(setting.shape, setting.ranker).to(setting.device)
+        network = Ranker(setting.shape, setting.ranker, setting.adapter.bent).to(setting.device)
         check_width(setting.adapter, network.width)
         width = setting.adapter.width(network.width)
-        precisions = Precisions(len(setting.levels), len(setting.shape.kinds), width, setting.adapter)
+        kinds, fan_in = len(setting.shape.kinds), network.fan_in[:width]
+        precisions = Precisions(len(setting.levels), kinds, width, setting.adapter, fan_in)
         return network, precisions.to(setting.device)
 
     def optimiser(self, network: Ranker, precisions: Precisions) -> torch.optim.Optimizer:
@@ -158,22 +160,14 @@ class Initialisation:
         if precisions.logarithm.shape[-1] == 0:
             return "nothing is adapted"
         network.eval()
+        adaptation = Adaptation.of(network, setting.adapter)
         with torch.no_grad():
             scorer = setting.material.scorer(network)
             if len(setting.rows) <= REMEMBERED:
                 scorer = remembered(scorer, len(setting.rows))
-            found = estimate(
-                *(
-                    setting.ladder,
-                    fit,
-                    setting.material,
-                    scorer,
-                    precisions(),
-                    setting.shape.kinds,
-                    setting.adapter,
-                    random,
-                )
-            )
+            found = precisions()
+            if network.bent is None:
+                found = estimate(setting.ladder, fit, setting.material, scorer, found, adaptation, random)
             width = found.shape[-1]
             parts = {name: part for name, part in network.parts.items() if part.stop <= width}
             for name in sorted((FITTED | DRIFTING).intersection(parts)):
@@ -181,10 +175,11 @@ class Initialisation:
             few = stop
             if len(stop) > MOST_USERS:
                 few = stop.take(np.sort(random.choice(len(stop), MOST_USERS, replace=False)))
-            found, scales = scaled(found, parts, lambda tried: self.losses.mean_stop(scorer, tried, few))
+            found, scales = scaled(found, parts, lambda tried: self.losses.mean_stop(scorer, tried, adaptation, few))
             precisions.logarithm.copy_(found.log())
         changed = ", ".join(f"{name} by {scale:g}" for name, scale in scales.items() if scale != 1)
-        return "precisions by evidence" + (f", scaled on the stop nights ({changed})" if changed else "")
+        how = "precisions by evidence" if network.bent is None else "precisions as configured"
+        return how + (f", scaled on the stop nights ({changed})" if changed else "")
 
     def _solve(self, network: Ranker, at: I64, sweeps: int) -> None:
         """Solve the closed forms of the start on rows at positions."""

@@ -1,7 +1,7 @@
 """The ladder at work: which rows support which segment, and the weights of every segment, coarsest level first.
 
-A segment's solve starts from the scores that its parent's weights give, so thin support leaves it near its parent.
-Solutions are cumulative: a segment's weights include its parent's.
+A segment's solve starts from its parent's weights and the scores that they give, so thin support leaves it near its
+parent. Solutions are cumulative: a segment's weights are its parent's and what it adds to them.
 
 Shapes: E segments of a level, V visits, K objectives, D adapter features.
 """
@@ -18,14 +18,11 @@ from torch import Tensor
 from tasks.data.columns import Rows
 from tasks.data.contract import SegmentsConfig
 from tasks.data.segments import Level, split_keys
-from tasks.learning.adapters import AdapterConfig, adapt, apply
-from tasks.learning.material import I64, Material, Scorer, Visits, Windows
-from tasks.learning.solvers import ObjectiveKind
+from tasks.learning.adapters import Adaptation
+from tasks.learning.material import I64, Material, Scorer, Visits, Windows, batches, reads
 
 STRIDE = np.int64(1) << np.int64(32)
 """Makes one ascending key of (segment, night): nights are ordinals below it."""
-PADDED_ROWS = 131_072
-"""Most padded support rows solved in one batch when no gradient is wanted."""
 
 
 @dataclass(frozen=True)
@@ -176,10 +173,8 @@ def climb(
     scorer: Scorer,
     material: Material,
     precisions: Tensor,
-    kinds: Sequence[ObjectiveKind],
-    config: AdapterConfig,
+    adaptation: Adaptation,
     keep: Sequence[npt.NDArray[np.bool_]] | None = None,
-    first_order: bool = False,
     milliseconds: list[float] | None = None,
 ) -> list[Tensor]:
     """Cumulative weights of every stage's segments.
@@ -189,10 +184,8 @@ def climb(
         scorer: logits and features of positions, before adaptation.
         material: labels and weights of positions.
         precisions: ``[L, K, D]``.
-        kinds: kind of each objective.
-        config: how to solve.
+        adaptation: how to solve.
         keep: for each stage, which segments may leave their parent; None for all.
-        first_order: no gradient flows through the support rows, see `adapters.descend`.
         milliseconds: gets the wall time of every stage: its support read and scored, its systems solved. Arithmetic
             that another device was given is waited for, and only then. The first stage of a process also pays for what
             libraries load on first use.
@@ -203,8 +196,8 @@ def climb(
     solutions: list[Tensor] = []
     for number, stage in enumerate(stages):
         begun = 0.0 if milliseconds is None else _now(precisions)
-        inherited = inherit(stage, solutions, precisions, kinds)
-        own = _solve_stage(stage, inherited, scorer, material, precisions[stage.level], kinds, config, first_order)
+        inherited = inherit(stage, solutions, precisions)
+        own = _solve_stage(stage, inherited, scorer, material, precisions[stage.level], adaptation)
         if keep is not None:
             own = own * torch.from_numpy(keep[number]).to(own.device)[:, None, None]
         solutions.append(inherited + own)
@@ -239,7 +232,9 @@ class Support:
     weights: Tensor
 
 
-def supports(stage: Stage, inherited: Tensor, scorer: Scorer, material: Material) -> Iterator[Support]:
+def supports(
+    stage: Stage, inherited: Tensor, scorer: Scorer, material: Material, adaptation: Adaptation
+) -> Iterator[Support]:
     """The support of a stage's segments, batch by batch; segments without any are left out.
 
     Args:
@@ -247,24 +242,23 @@ def supports(stage: Stage, inherited: Tensor, scorer: Scorer, material: Material
         inherited: weights that each starts from ``[E, K, D]``.
         scorer: logits and features of positions, before adaptation.
         material: labels and weights of positions.
+        adaptation: what the weights mean.
     """
     lengths = stage.windows.lengths
     supported = np.flatnonzero(lengths > 0)
     # Segments of like size share a batch, so that little of it is padding.
     supported = supported[np.argsort(lengths[supported], kind="stable")]
-    for batches in _reads(_batches(supported, lengths[supported], inherited.shape[1] * inherited.shape[2]), lengths):
-        chosen = np.concatenate(batches)
+    for together in reads(batches(supported, lengths[supported], *adaptation.size(inherited)), lengths):
+        chosen = np.concatenate(together)
         windows = stage.windows.take(chosen)
         at, window = windows.flat()
         rows = at if stage.support is None else stage.support[at]
         logits, features = scorer(rows)
-        features = features[:, : inherited.shape[-1]]
-        number = torch.from_numpy(chosen[window]).to(features.device)
-        offsets = apply(logits, features, inherited[number])
-        parts = (features, offsets, material.labels(rows), material.weights(rows))
+        offsets = adaptation.scores(logits, features, inherited, chosen[window])
+        parts = (adaptation.used(features, inherited), offsets, material.labels(rows), material.weights(rows))
         slot, ends = at - windows.start[window], np.cumsum(windows.lengths)
         first = 0
-        for batch in batches:
+        for batch in together:
             here = slice(int(ends[first - 1]) if first else 0, int(ends[first + len(batch) - 1]))
             where = tuple(torch.from_numpy(part[here]).to(features.device) for part in (window - first, slot))
             shape = (len(batch), int(lengths[batch[-1]]))
@@ -274,10 +268,10 @@ def supports(stage: Stage, inherited: Tensor, scorer: Scorer, material: Material
             first += len(batch)
 
 
-def inherit(stage: Stage, above: Sequence[Tensor], precisions: Tensor, kinds: Sequence[ObjectiveKind]) -> Tensor:
+def inherit(stage: Stage, above: Sequence[Tensor], precisions: Tensor) -> Tensor:
     """Weights ``[E, K, D]`` that a stage's segments start from: their parents', given the stages' before (`climb`)."""
     if not above:
-        return precisions.new_zeros(len(stage.parent), len(kinds), precisions.shape[-1])
+        return precisions.new_zeros(len(stage.parent), *precisions.shape[1:])
     parent = torch.from_numpy(stage.parent).to(precisions.device)
     inherited: Tensor = above[-1][parent.clamp_min(0)] * (parent >= 0)[:, None, None]
     return inherited
@@ -289,58 +283,18 @@ def _solve_stage(
     scorer: Scorer,
     material: Material,
     precision: Tensor,
-    kinds: Sequence[ObjectiveKind],
-    config: AdapterConfig,
-    first_order: bool,
+    adaptation: Adaptation,
 ) -> Tensor:
     own = torch.zeros_like(inherited)
     if own.numel() == 0:
         return own
     segments: list[I64] = []
     solutions: list[Tensor] = []
-    for given in supports(stage, inherited, scorer, material):
+    for given in supports(stage, inherited, scorer, material, adaptation):
         segments.append(given.segments)
+        origin = inherited[torch.from_numpy(given.segments).to(own.device)]
         rows = (given.features, given.offsets, given.labels, given.weights)
-        solutions.append(adapt(*rows, precision, kinds, config, first_order))
+        solutions.append(adaptation.solve(*rows, precision, origin))
     if not segments:
         return own
     return own.index_put((torch.from_numpy(np.concatenate(segments)).to(own.device),), torch.cat(solutions))
-
-
-def _batches(segments: I64, lengths: I64, unknowns: int) -> list[I64]:
-    """Cut segments, ascending by length, so that padded rows and systems of equations are bounded.
-
-    Args:
-        segments: their numbers.
-        lengths: their support rows.
-        unknowns: numbers solved per segment, K x D; a segment's system has D of them in each of its rows.
-    """
-    # A batch that ends with a segment of length n holds at most PADDED_ROWS // n segments; cutting by the class of the
-    # length (its power of two) keeps the loop over classes, and batches, never over segments.
-    classes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
-    batches: list[I64] = []
-    for size in np.unique(classes):
-        members = segments[classes == size]
-        most = max(1, PADDED_ROWS // max(1 << int(size), unknowns))
-        batches += np.split(members, range(most, len(members), most))
-    return batches
-
-
-def _reads(batches: Sequence[I64], lengths: I64) -> Iterator[list[I64]]:
-    """Neighbouring batches whose rows are scored together, as long as there are few of them.
-
-    Args:
-        batches: numbers of segments.
-        lengths: support rows of every segment.
-    """
-    together: list[I64] = []
-    rows = 0
-    for batch in batches:
-        more = int(lengths[batch].sum())
-        if together and rows + more > PADDED_ROWS:
-            yield together
-            together, rows = [], 0
-        together.append(batch)
-        rows += more
-    if together:
-        yield together

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tasks.errors import TrainingDiverged
-from tasks.learning.adapters import Precisions
+from tasks.learning.adapters import Adaptation, Precisions
 from tasks.learning.checkpoint import Weights
 from tasks.learning.descent import in_mixed_precision
 from tasks.learning.ensemble import combined, soft_labels
@@ -65,9 +65,10 @@ class Losses:
 
     def _episodes(self, network: Ranker, precisions: Precisions, visits: Visits, after: I64) -> Scores:
         setting = self.setting
+        adaptation = Adaptation.of(network, setting.adapter, setting.training.outer == "first_order")
         return score_visits(
             *(setting.ladder, visits, after, self._scorer(network), setting.material, precisions()),
-            *(setting.shape.kinds, setting.adapter, QUERY_ROWS, setting.training.outer == "first_order"),
+            *(adaptation, QUERY_ROWS),
         )
 
     def _said(self, visits: Visits, after: I64) -> Tensor:
@@ -84,20 +85,24 @@ class Losses:
         """
         network.eval()
         with torch.no_grad():
-            loss = self.mean_stop(self.setting.material.scorer(network), precisions(), stop)
+            adaptation = Adaptation.of(network, self.setting.adapter)
+            loss = self.mean_stop(self.setting.material.scorer(network), precisions(), adaptation, stop)
         if not np.isfinite(loss):
             raise TrainingDiverged(
                 f"the stop loss of night {self.setting.night} is {loss}; look for extreme numbers in the data"
             )
         return loss
 
-    def mean_stop(self, scorer: Scorer, precisions: Tensor, stop: Visits) -> float:
-        """The same for any scorer and any precisions ``[L, K, D]``."""
-        return self._mean_stop(lambda visits, after: self._adapted(scorer, precisions, visits, after), stop)
+    def mean_stop(self, scorer: Scorer, precisions: Tensor, adaptation: Adaptation, stop: Visits) -> float:
+        """The same for any scorer, any precisions ``[L, K, D]`` and any way to adapt."""
+        return self._mean_stop(lambda *asked: self._adapted(scorer, precisions, adaptation, *asked), stop)
 
     def of_teachers(self, stop: Visits) -> float:
         """The same for the teachers' mean predictions."""
-        scorers = [(self.setting.material.scorer(network), precisions()) for network, precisions in self.teachers]
+        scorers = [
+            (self.setting.material.scorer(network), precisions(), Adaptation.of(network, self.setting.adapter))
+            for network, precisions in self.teachers
+        ]
 
         def score(visits: Visits, after: I64) -> Tensor:
             return combined([self._adapted(*one, visits, after) for one in scorers], self.setting.shape.kinds)
@@ -105,12 +110,11 @@ class Losses:
         with torch.no_grad():
             return self._mean_stop(score, stop)
 
-    def _adapted(self, scorer: Scorer, precisions: Tensor, visits: Visits, after: I64) -> Tensor:
+    def _adapted(
+        self, scorer: Scorer, precisions: Tensor, adaptation: Adaptation, visits: Visits, after: I64
+    ) -> Tensor:
         setting = self.setting
-        return score_visits(
-            *(setting.ladder, visits, after, scorer),
-            *(setting.material, precisions, setting.shape.kinds, setting.adapter),
-        ).adapted
+        return score_visits(setting.ladder, visits, after, scorer, setting.material, precisions, adaptation).adapted
 
     def _mean_stop(self, score: Callable[[Visits, I64], Tensor], stop: Visits) -> float:
         losses: list[float] = []

@@ -3,7 +3,7 @@
 Shapes: N rows, T positions, E windows, K objectives, D adapter features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from tasks.data.columns import Rows
 from tasks.learning.networks import Ranker
 
 I64 = npt.NDArray[np.int64]
+PADDED_ROWS = 131_072
+"""Most padded rows of segments handled in one batch when no gradient is wanted."""
 Scorer = Callable[[I64], tuple[Tensor, Tensor]]
 """Positions [T] to logits [T, K] and adapter features [T, D]: a network, or a baseline that plays its part."""
 
@@ -157,3 +159,43 @@ def remembered(scorer: Scorer, count: int, part: int = 65_536) -> Scorer:
         return logits[here], features[here]
 
     return look_up
+
+
+def batches(segments: I64, lengths: I64, unknowns: int, row: int = 1) -> list[I64]:
+    """Cut segments, ascending by length, so that padded rows and systems of equations are bounded.
+
+    Args:
+        segments: their numbers.
+        lengths: their support rows.
+        unknowns: numbers solved per segment, K x D; a segment's system has D of them in each of its rows.
+        row: what a padded row counts.
+    """
+    # A batch that ends with a segment of length n holds at most PADDED_ROWS // n segments; cutting by the class of the
+    # length (its power of two) keeps the loop over classes, and batches, never over segments.
+    classes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    cut: list[I64] = []
+    for size in np.unique(classes):
+        members = segments[classes == size]
+        most = max(1, PADDED_ROWS // max(row << int(size), unknowns))
+        cut += np.split(members, range(most, len(members), most))
+    return cut
+
+
+def reads(batches: Sequence[I64], lengths: I64) -> Iterator[list[I64]]:
+    """Neighbouring batches whose rows are scored together, as long as there are few of them.
+
+    Args:
+        batches: numbers of segments.
+        lengths: support rows of every segment.
+    """
+    together: list[I64] = []
+    rows = 0
+    for batch in batches:
+        more = int(lengths[batch].sum())
+        if together and rows + more > PADDED_ROWS:
+            yield together
+            together, rows = [], 0
+        together.append(batch)
+        rows += more
+    if together:
+        yield together

@@ -1,9 +1,11 @@
 """The ranker: one shared network that scores rows and says which features adapters may bend.
 
 Shapes: ``...`` any leading axes, Cr/Cc ids per request/candidate, Fr/Fc numbers, S statistics, K objectives,
-D adapter features, E embedding width, H hidden width.
+D adapter features, E embedding width, H hidden width, X inputs of the joint perceptron, P numbers of an adapter per
+objective.
 """
 
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Annotated, Literal, Self
 
@@ -12,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tasks.data.contract import Section
+from tasks.learning.bending import Bent, Perceptron, mirror
 from tasks.learning.layers import Cross, Normaliser, WarmUp
 
 CROSS_LAYERS = 2
@@ -43,7 +46,8 @@ class RankerConfig(Section):
     column is then learned from its own rows, whether or not the towers have found the column useful."""
     features: Annotated[int, Field(ge=0, le=256)] = 0
     """Adapter features that the candidate tower computes: tastes that are no straight line in a number, at the price
-    of weights that every segment has to learn. All these and the constant 1 are what an adapter's weights multiply."""
+    of weights that every segment has to learn. All these and the constant 1 are what a linear adapter's weights
+    multiply; one that bends the dense layers takes what they are given instead, and the network has none of these."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Dropout of hidden units in training."""
     request_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.8
@@ -105,9 +109,10 @@ def _columns(values: Tensor, positions: tuple[int, ...]) -> Tensor:
 
 
 class Ranker(nn.Module):
-    """Scores rows before adaptation, and gives the features that an adapter's weights multiply.
+    """Scores rows before adaptation, and gives the features that adapters work on.
 
-    An adapted row's logit is ``logits[..., k] + features[..., :] @ bank[slot, k, :]``.
+    An adapted row's logit is ``logits[..., k] + features[..., :] @ bank[slot, k, :]``; for adapters that bend the dense
+    layers, features are the inputs of the joint perceptron, and `Bent.change` takes the product's place.
     """
 
     read: Tensor
@@ -117,9 +122,16 @@ class Ranker(nn.Module):
     candidate_rows: Tensor
     """Rows of each candidate embedding table, int64 ``[Cc]``."""
 
-    def __init__(self, shape: RankerShape, config: RankerConfig) -> None:
+    def __init__(self, shape: RankerShape, config: RankerConfig, bent: Bent | None = None) -> None:
+        """Build the network.
+
+        Args:
+            shape: what the layers are sized by.
+            config: the ranker's.
+            bent: what adapters bend of the joint perceptron; None for linear adapters on features of their own.
+        """
         super().__init__()
-        self.shape, self.config = shape, config
+        self.shape, self.config, self.bent = shape, config, bent
         width, hidden = config.embedding, config.hidden
         self.request_tables = nn.ModuleList(nn.Embedding(rows, width) for rows in shape.request_vocabularies)
         self.candidate_tables = nn.ModuleList(nn.Embedding(rows, width) for rows in shape.candidate_vocabularies)
@@ -141,8 +153,10 @@ class Ranker(nn.Module):
             nn.Linear(hidden, len(shape.kinds)),
         )
         self.wide = nn.Linear(shape.statistics, len(shape.kinds))
-        self.head = nn.Linear(hidden, config.features) if config.features else None
+        self.head = nn.Linear(hidden, config.features) if config.features and bent is None else None
         sizes = (config.factors, *(config.category_factors for _ in shape.candidate_vocabularies[1:]))
+        if bent is not None:
+            sizes = (0,) * len(sizes)
         self.factored = tuple(at for at, size in enumerate(sizes) if size)
         self.factor_tables = nn.ModuleList(
             nn.Embedding(shape.candidate_vocabularies[at], sizes[at]) for at in self.factored
@@ -153,7 +167,7 @@ class Ranker(nn.Module):
         told = bool(shape.candidate_numbers or len(shape.candidate_vocabularies) > 1)
         self.warm_up = (
             WarmUp(2 * shape.candidate_numbers, shape.candidate_vocabularies[1:], config.factors)
-            if config.warm_up and config.factors and told
+            if config.warm_up and config.factors and told and bent is None
             else None
         )
         self.dropout = nn.Dropout(config.dropout)
@@ -163,20 +177,35 @@ class Ranker(nn.Module):
             self.register_buffer(f"{name}_rows", torch.tensor(rows, dtype=torch.int64), persistent=False)
         for table in (*self.request_tables, *self.candidate_tables):
             nn.init.normal_(table.weight, std=0.05)
-        last = self.joint[-1]
+        first, last = self.joint[0], self.joint[-1]
+        assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)
+        self.joint_inputs = first.in_features
         for layer in (last, self.wide):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        if bent is not None:
+            mirror(first, last)
+        if bent is not None and bent.kind == "lora":
+            self.low_rank = nn.Parameter(torch.randn(bent.rank, self.joint_inputs) * self.joint_inputs**-0.5)
 
     @property
     def width(self) -> int:
-        """D: adapter features per row."""
+        """Numbers of an adapter per objective: D, one for each feature; P where the dense layers are bent."""
         return next(reversed(self.parts.values())).stop  # type: ignore[no-any-return]
 
     @property
+    def fan_in(self) -> Tensor:
+        """How many of an adapter's numbers share a precision where precisions start ``[width]``, see `Bent.fan_in`."""
+        if self.bent is None:
+            return torch.ones(self.width)
+        return self.bent.fan_in(self.joint_inputs, self.config.hidden)
+
+    @property
     def parts(self) -> dict[str, slice]:
-        """What the adapter features are, in their order: name to positions. None is empty."""
+        """What an adapter's numbers are about, in their order: name to positions. None is empty."""
+        if self.bent is not None:
+            return self.bent.parts(self.joint_inputs, self.config.hidden)
         sizes = {
             "constant": 1,
             "item factors": self.config.factors,
@@ -225,7 +254,8 @@ class Ranker(nn.Module):
             statistics: as-of statistics, float32 ``[..., S]``, in model units.
 
         Returns:
-            Logits ``[..., K]`` (for ratings: values) and adapter features ``[..., D]``.
+            Logits ``[..., K]`` (for ratings: values) and adapter features ``[..., D]``; ``[..., X]``, the inputs of the
+            joint perceptron, where that is what adapters bend.
         """
         shape = self.shape
         normal = self.normal_statistics(statistics)
@@ -255,6 +285,8 @@ class Ranker(nn.Module):
         else:
             joint = self.cross(torch.cat([left, right, seen], dim=-1))
         logits = _columns(statistics, shape.offsets) + self.wide(normal) + self.joint(joint)
+        if self.bent is not None:
+            return logits, joint
         features = [torch.ones_like(logits[..., :1])]
         for at, table in zip(self.factored, self.factor_tables, strict=True):
             factors = table(self._known(candidate_ids[..., at], self.candidate_rows[at]))
@@ -269,13 +301,34 @@ class Ranker(nn.Module):
             features.append(self.head(right))
         return logits, torch.cat(features, dim=-1)
 
+    def perceptron(self, parameters: Mapping[str, Tensor] | None = None) -> Perceptron | None:
+        """The layers that adapters bend; None where adapters are linear.
+
+        Args:
+            parameters: by name, in place of the network's own.
+        """
+        if self.bent is None:
+            return None
+        given = dict(self.named_parameters()) if parameters is None else parameters
+        first, shift, last = (given[f"joint.{name}"] for name in ("0.weight", "0.bias", "3.weight"))
+        return Perceptron(first, shift, last, given.get("low_rank"))
+
+    def change(self, features: Tensor, weights: Tensor) -> Tensor:
+        """What adapters add to scores ``[R, S, K]``, of features ``[R, S, D or X]`` and weights ``[R, K, D or P]``."""
+        layers = self.perceptron()
+        if self.bent is None or layers is None:
+            return torch.matmul(features, weights.transpose(1, 2))
+        return self.bent.change(layers, features, weights)
+
     @classmethod
-    def restore(cls, shape: RankerShape, config: RankerConfig, state: dict[str, Tensor]) -> Self:
+    def restore(
+        cls, shape: RankerShape, config: RankerConfig, state: dict[str, Tensor], bent: Bent | None = None
+    ) -> Self:
         """A network with the given weights, in evaluation mode.
 
         Raises:
             RuntimeError: if names or shapes of the weights do not fit.
         """
-        network = cls(shape, config)
+        network = cls(shape, config, bent)
         network.load_state_dict(state)
         return network.eval()

@@ -4,6 +4,7 @@ Shapes: V visits, S rows of a visit (padded), K objectives, D adapter features.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from tasks.errors import InvalidConfig
-from tasks.learning.adapters import AdapterConfig, adapt, apply
+from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.episodes import QUERY_ROWS, row_loss
 from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import I64, Material, Visits, Windows
@@ -27,16 +28,17 @@ PATH_RATE = 0.05
 far apart the visits' networks drift, not how far the shared one moves."""
 PATH_NUMBERS = 32_000_000
 """Most parameters of visits' own networks held at once in Reptile."""
-HEAD = ("wide.", "joint.3.", "head.", "warm_up.constant", "warm_up.line.")
-"""The layers that end in scores or in adapter features."""
+HEAD = ("wide.", "joint.3.", "head.", "low_rank", "warm_up.constant", "warm_up.line.")
+"""The layers that end in scores or in what adapters multiply."""
 
 
 def misfit(outer: OuterLoop, adapter: AdapterConfig) -> str | None:
     """Why an outer loop cannot train for an adapter, and what to do; None if it can."""
-    if outer in STEPPING and adapter.kind != "gradient":
+    if outer in STEPPING and not adapter.takes_steps:
         return (
             f"training.outer: {outer!r} is made of the gradient steps of an adapter, and adapter.kind {adapter.kind!r} "
-            "takes none; set adapter.kind to 'gradient', or training.outer to 'second_order' or 'joint'"
+            "takes none; set adapter.kind to 'gradient' ('film' and 'lora' take some too), or training.outer to "
+            "'second_order' or 'joint'"
         )
     return None
 
@@ -74,7 +76,7 @@ def reptile(
 
     Every visit takes the shared parameters and the adapter weights that serve it at its start, and goes
     ``config.steps`` gradient steps on the mean loss of all its rows: the network with `PATH_RATE`, the adapter with its
-    own rates (`adapters.descend`), both from the same point each time. The answer, over all visits,
+    own rates (`Adaptation.solve`), both from the same point each time. The answer, over all visits,
 
         mean of (shared - where the visit ended) / (PATH_RATE steps)
 
@@ -101,17 +103,17 @@ def reptile(
     shared = {name: value.detach() for name, value in network.named_parameters() if value.requires_grad}
     fixed = {name: value.detach() for name, value in network.named_parameters() if not value.requires_grad}
     kinds = network.shape.kinds
-    precisions = precisions.detach()
+    precisions, adaptation = precisions.detach(), Adaptation.of(network, config)
+    one_step = replace(adaptation, config=config.model_copy(update={"steps": 1}))
     with torch.no_grad():
         stages = ladder.plan(visits, np.zeros(len(visits), np.int64))
-        begin = climb(stages, material.scorer(network), material, precisions, kinds, config)[-1]
+        begin = climb(stages, material.scorer(network), material, precisions, adaptation)[-1]
 
     def loss(
         own: dict[str, Tensor], weights: Tensor, inputs: tuple[Tensor, ...], labels: Tensor, mass: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         logits, features = functional_call(network, fixed | own, inputs)
-        features = features[:, : weights.shape[-1]]
-        scores = apply(logits, features, weights)
+        scores = replace(adaptation, perceptron=network.perceptron(fixed | own)).apply(logits, features, weights)
         adapted = row_loss(scores, labels, kinds, objectives, mass)
         whole = adapted + base_weight * row_loss(logits, labels, kinds, objectives, mass)
         return whole, (adapted, scores, features)
@@ -125,8 +127,9 @@ def reptile(
         weights = begin[torch.from_numpy(chosen).to(begin.device)]
         for _ in range(config.steps):
             slopes, (adapted, scores, features) = downhill(own, weights, inputs, labels, mass)
-            step = config.model_copy(update={"steps": 1})
-            weights = weights + adapt(features, scores, labels, mass, precisions[0], kinds, step)
+            step = replace(one_step, perceptron=network.perceptron(fixed | own))
+            rows = (step.used(features, weights), scores, labels, mass)
+            weights = weights + step.solve(*rows, precisions[0], weights)
             own = {name: value - PATH_RATE * slopes[name] for name, value in own.items()}
         total += float(adapted.sum())
         for name, value in shared.items():

@@ -6,16 +6,16 @@ magnitude on a new data set, and everything that adaptation could do is lost or 
 Shapes: L levels, K objectives, D adapter features.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import Adaptation
 from tasks.learning.ladder import Ladder, climb, inherit, supports
 from tasks.learning.material import Material, Scorer, Visits
-from tasks.learning.solvers import ObjectiveKind, solve, variances
+from tasks.learning.solvers import solve, variances
 
 MOST_USERS = 2048
 """Users whose rows the estimate reads."""
@@ -35,8 +35,7 @@ def estimate(
     material: Material,
     scorer: Scorer,
     precisions: Tensor,
-    kinds: Sequence[ObjectiveKind],
-    config: AdapterConfig,
+    adaptation: Adaptation,
     random: np.random.Generator,
 ) -> Tensor:
     r"""Precisions of the users' own level by evidence maximisation, the coarser levels as they are.
@@ -55,29 +54,28 @@ def estimate(
         material: labels and weights.
         scorer: the base.
         precisions: where to start ``[L, K, D]``.
-        kinds: kind of each objective.
-        config: how adapters are solved.
+        adaptation: how adapters are solved; linear ones only, the others have no closed form to weigh them in.
         random: draws the users that are read, where there are many.
 
     Returns:
         Precisions ``[L, K, D]``.
     """
-    config = config.in_closed_form
+    adaptation = adaptation.in_closed_form
     last = np.flatnonzero(np.append(visits.first, -1)[1:] != visits.first)
     if len(last) > MOST_USERS:
         last = np.sort(random.choice(last, MOST_USERS, replace=False))
     newest = visits.take(last)
     stages = ladder.plan(newest, newest.rows.lengths)
-    above = climb(stages[:-1], scorer, material, precisions, kinds, config)
-    given = list(supports(stages[-1], inherit(stages[-1], above, precisions, kinds), scorer, material))
+    above = climb(stages[:-1], scorer, material, precisions, adaptation)
+    given = list(supports(stages[-1], inherit(stages[-1], above, precisions), scorer, material, adaptation))
     if not given:
         return precisions
     own = precisions[0]
     for _ in range(ROUNDS):
         known, spread = torch.zeros_like(own), torch.zeros_like(own)
         for part in given:
-            rows = (part.features, part.offsets, part.labels, part.weights, own, kinds)
-            weights = solve(*rows, config.steps)
+            rows = (part.features, part.offsets, part.labels, part.weights, own, adaptation.kinds)
+            weights = solve(*rows, adaptation.config.steps)
             known = known + (1 - own * variances(*rows, weights)).sum(dim=0)
             spread = spread + (weights**2).sum(dim=0)
         own = (known.clamp_min(LEAST) / spread.clamp_min(1.0 / MOST)).clamp(LEAST, MOST)

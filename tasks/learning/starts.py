@@ -16,6 +16,7 @@ from tasks.data.contract import DataConfig
 from tasks.errors import TrainingDiverged
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.closed_form import calibrate, factorise, fit_warm_up
+from tasks.learning.layers import SMALLEST_SCALE
 from tasks.learning.material import I64, Material, Visits
 from tasks.learning.networks import Ranker
 
@@ -65,6 +66,31 @@ def normalise(network: Ranker, data: DataConfig, rows: Rows, at: I64) -> None:
         mean = np.where(given, values, 0.0).sum(axis=0) / count
         scale = np.sqrt(np.where(given, (values - mean) ** 2, 0.0).sum(axis=0) / count)
         normaliser.fit(torch.from_numpy(mean), torch.from_numpy(scale))
+
+
+def spread(network: Ranker, material: Material, at: I64) -> None:
+    """Scale and shift what goes into the units that adapters bend: mean 0 and deviation 1 over rows at positions [N].
+
+    Untrained towers differ little from row to row; units that all say the same leave nothing to weigh differently.
+    Source: the data-dependent start of Salimans and Kingma, Weight Normalization, 2016. Reads the newest `PART` rows.
+    Linear adapters have no such units, and nothing is changed.
+    """
+    layers = network.perceptron()
+    if layers is None:
+        return
+    network.eval()
+    with torch.no_grad():
+        _, inputs = network(*material.inputs(at[-PART:]))
+        before = inputs @ layers.first.mT + layers.shift
+        scale = before.std(dim=0, correction=0).clamp_min(SMALLEST_SCALE)
+        layers.shift.sub_(before.mean(dim=0)).div_(scale)
+        layers.first.div_(scale[:, None])
+        if layers.down is not None:
+            count = min(*inputs.shape, len(layers.down))
+            _, spans, ways = torch.pca_lowrank(inputs, q=count)
+            spans = spans / len(inputs) ** 0.5
+            scale = torch.where(spans > SMALLEST_SCALE, spans, torch.ones_like(spans))
+            layers.down[:count] = ways.mT / scale[:, None]
 
 
 def solve_start(

@@ -4,7 +4,7 @@
 Weights lie in external files that are cut by how fast they change: `base.bin`, `statistics.bin`, `bank.bin`; both
 `score.onnx` and `model.onnx` refer to them by bare name.
 
-Shapes: K objectives, D adapter features.
+Shapes: K objectives, D numbers of an adapter per objective.
 """
 
 import copy
@@ -19,13 +19,14 @@ from onnx import TensorProto, helper
 
 from tasks.data.contract import DataConfig
 from tasks.errors import ParityBroken
+from tasks.learning.bending import Bent
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.release.lookups import Wires, as_model, lookup_graph, wires
 from tasks.release.scorer import PREFIX, Scorer, numbers_of, trace
 from tasks.release.tables import ServingTables
 
 F32 = npt.NDArray[np.float32]
-Trace = Callable[[RankerShape, RankerConfig, Wires], bytes]
+Trace = Callable[[RankerShape, RankerConfig, Wires, Bent | None], bytes]
 ALIGNMENT = 64
 """Tensors in external files start at multiples of this many bytes, so that they can be mapped as they lie."""
 EXTERNAL = {"network.": "base.bin", "statistics_": "statistics.bin", "bank": "bank.bin"}
@@ -66,7 +67,7 @@ def export(
     _check_fit(network, bank, tables)
     names = wires(data, tables)
     lookup = lookup_graph(data, tables, names)
-    score = onnx.load_from_string(traced(network.shape, network.config, names))
+    score = onnx.load_from_string(traced(network.shape, network.config, names, network.bent))
     _fill(score, Scorer(copy.deepcopy(network).cpu(), bank, tables.statistics), folder)
     graph = helper.make_graph(
         [*lookup.graph.node, *score.graph.node],

@@ -4,7 +4,7 @@ A graph depends on the network's layers and on what goes in, not on a weight nor
 there are: it is traced from a blank network once, and filled with each night's numbers. The exporter's metadata (stack
 traces with source paths) is stripped, so that equal layers give equal bytes wherever they are traced.
 
-Shapes: R requests, M candidates, K objectives, D adapter features.
+Shapes: R requests, M candidates, K objectives, D numbers of an adapter per objective.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from tasks.data.statistics import StatisticsTables
-from tasks.learning import layers, networks
+from tasks.learning import bending, layers, networks
+from tasks.learning.bending import Bent
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.release.lookups import IR_VERSION, OPSETS, Wires, as_model
 
@@ -31,7 +33,7 @@ F32 = npt.NDArray[np.float32]
 PREFIX = "score/"
 """All names in the graph are the release's own or begin with this; then comes a parameter's name in the scorer."""
 # Read with the modules: what lies on the disk later may be newer than what runs.
-_FILES = (layers.__file__, networks.__file__, __file__)
+_FILES = (bending.__file__, layers.__file__, networks.__file__, __file__)
 _CODE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in _FILES)).hexdigest()
 
 
@@ -49,7 +51,7 @@ class Scorer(nn.Module):
 
         Args:
             network: the shared network; ids beyond its embedding tables count as unknown in it.
-            bank: adapter weights [slots, K, D]; slot 0 is the base.
+            bank: adapter weights [slots, K, D], D the network's width; slot 0 is the base.
             statistics: as-of statistics by vocabulary id.
         """
         super().__init__()
@@ -106,19 +108,20 @@ class Scorer(nn.Module):
             torch.cat(statistics, dim=-1),
         )
         adapter = embedding(slot, self.bank).reshape(requests, self.objectives, self.features)
-        values = logits + torch.matmul(features, adapter.transpose(1, 2))
+        values = logits + self.network.change(features, adapter)
         if all(kind == "binary" for kind in self.shape.kinds):
             return torch.sigmoid(values)
         return torch.where(self.binary, torch.sigmoid(values), values)
 
 
-def traced_from(shape: RankerShape, config: RankerConfig, names: Wires) -> dict[str, object]:
+def traced_from(shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None = None) -> dict[str, object]:
     """What ``trace`` depends on, as JSON: layers, inputs, format, our code and the exporter's versions."""
     layers = shape.model_dump(mode="json", exclude={"request_vocabularies", "candidate_vocabularies", "names"})
     return {
         "layers": layers,
         "tables": [len(shape.request_vocabularies), len(shape.candidate_vocabularies)],
         "ranker": config.model_dump(mode="json"),
+        "bent": None if bent is None else asdict(bent),
         "wires": {**names.between(), "scores": names.scores},
         "format": {"ir": IR_VERSION, "opsets": OPSETS},
         "code": _CODE,
@@ -126,19 +129,20 @@ def traced_from(shape: RankerShape, config: RankerConfig, names: Wires) -> dict[
     }
 
 
-def trace(shape: RankerShape, config: RankerConfig, names: Wires) -> bytes:
+def trace(shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None = None) -> bytes:
     """The graph of a scorer with these layers.
 
     Args:
         shape: what the layers are sized by; how many rows its vocabularies have does not matter.
         config: the ranker's.
         names: what the inputs and the output are called.
+        bent: what adapters bend of the dense layers; None if they are linear.
 
     Returns:
         A serialised ``ModelProto``; its initialisers that are called ``PREFIX`` and the name of a parameter or buffer
         of ``Scorer`` are blank, the others are constants.
     """
-    scorer = _blank(shape, config, names)
+    scorer = _blank(shape, config, bent)
     example, dims = _example(scorer, names)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -172,10 +176,10 @@ def numbers_of(scorer: Scorer) -> dict[str, Tensor]:
     return {**dict(scorer.named_parameters()), **dict(scorer.named_buffers())}
 
 
-def _blank(shape: RankerShape, config: RankerConfig, names: Wires) -> Scorer:
+def _blank(shape: RankerShape, config: RankerConfig, bent: Bent | None) -> Scorer:
     """A scorer with the right layers, and tables of one row."""
     rows = {name: (1,) * len(getattr(shape, name)) for name in ("request_vocabularies", "candidate_vocabularies")}
-    network = Ranker(shape.model_copy(update=rows), config)
+    network = Ranker(shape.model_copy(update=rows), config, bent)
     objectives = len(shape.kinds)
     table = np.zeros((1, objectives + 1), np.float32)
     statistics = StatisticsTables(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tasks.data.columns import Rows
 from tasks.data.contract import SegmentsConfig
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.bank import Bank, fill_bank
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material
@@ -37,6 +37,7 @@ ITEMS = 1000
 USERS_ONLY = (("shopper",),)
 CLICK = ("binary",)
 ADAPTER = AdapterConfig()
+ADAPTATION = Adaptation(CLICK, ADAPTER)
 
 
 def default_ranker(rows: Rows) -> Ranker:
@@ -86,7 +87,7 @@ class Segments:
     def fill(self, ladder: Ladder) -> Bank:
         """The bank of all segments, as a night fills it."""
         material = Material(self.rows, self.device)
-        return fill_bank(ladder, material, self.score, self.precisions(), CLICK, ADAPTER, FIRST + 1)
+        return fill_bank(ladder, material, self.score, self.precisions(), ADAPTATION, FIRST + 1)
 
 
 def mixed_sizes(count: int, random: np.random.Generator) -> np.ndarray:

@@ -26,7 +26,6 @@ from tasks.data.contract import ObjectiveConfig
 from tasks.data.interactions import nights as nights_of
 from tasks.evaluate import exam_table
 from tasks.ingest import lake
-from tasks.learning.adapters import apply
 from tasks.learning.bank import Bank, fill_bank
 from tasks.learning.base import Base, shape_of
 from tasks.learning.exams import CANDIDATE, PARENT, Night, Scores, gather, joined, probability, sit_contact
@@ -137,7 +136,7 @@ def joint(config: RetrainConfig, examined: Sequence[ReplayedNight]) -> Iterator[
         parent = trained.base
         ladder, material = Ladder(past, config.segments, data.user), Material(past)
         bank = fill_bank(
-            *(ladder, material, material.scorer(parent.network), parent.table(), parent.kinds, config.adapter),
+            *(ladder, material, material.scorer(parent.network), parent.table(), parent.adaptation),
             one.night.toordinal(),
         )
         ladder, material = Ladder(rows, config.segments, data.user), Material(rows)
@@ -154,8 +153,8 @@ def nightly(night: Night, base: Base, bank: Bank):  # type: ignore[no-untyped-de
     def score(visits: Visits) -> Scores:
         at = visits.rows.flat()[0]
         logits, features = scorer(at)
-        slots = torch.from_numpy(bank.slots_of(night.ladder.rows, at))
-        return {JOINT: (at, probability(apply(logits, features[:, : weights.shape[-1]], weights[slots]), base.kinds))}
+        scores = base.adaptation.scores(logits, features, weights, bank.slots_of(night.ladder.rows, at))
+        return {JOINT: (at, probability(scores, base.kinds))}
 
     return score
 

@@ -28,6 +28,7 @@ from tasks.learning.networks import Ranker
 from tasks.learning.solvers import solve
 from tests.benchmarks.conftest import Row
 from tests.benchmarks.many_segments import (
+    ADAPTATION,
     ADAPTER,
     CLICK,
     ITEMS,
@@ -153,7 +154,7 @@ def test_a_step_through_the_adaptation_of_many_episodes_beside_a_loop_over_the_e
     ones = torch.ones(1, device=device)
 
     def together() -> Tensor:
-        scores = score_visits(ladder, visits, after, material.scorer(network), material, precisions(), CLICK, ADAPTER)
+        scores = score_visits(ladder, visits, after, material.scorer(network), material, precisions(), ADAPTATION)
         return row_loss(scores.adapted, material.labels(scores.rows), CLICK, ones)
 
     def looped() -> Tensor:

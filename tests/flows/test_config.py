@@ -132,8 +132,9 @@ def test_an_outer_loop_that_the_adapter_cannot_serve_is_refused_with_the_remedy(
     message = refusal(tmp_path, tree)
     assert f"training.outer: {outer!r} is made of the gradient steps" in message
     assert "set adapter.kind to 'gradient'" in message
-    tree["adapter"] = {"kind": "gradient"}
-    assert RetrainConfig.model_validate(tree).training.outer == outer
+    for adapter in ({"kind": "gradient"}, {"kind": "gradient", "bends": "dense"}, {"kind": "film"}, {"kind": "lora"}):
+        tree["adapter"] = adapter
+        assert RetrainConfig.model_validate(tree).training.outer == outer
 
 
 @pytest.mark.parametrize("zone", ["Mars/Olympus", "", "../UTC", "/etc/localtime"])

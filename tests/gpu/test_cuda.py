@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.learning.adapters import AdapterConfig, adapt
+from tasks.learning.adapters import Adaptation, AdapterConfig
+from tasks.learning.solvers import ObjectiveKind
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,10 +25,10 @@ def test_an_adaptation_on_the_device_equals_the_processors(kind: Literal["ridge"
     labels = (torch.rand(64, 20, 2, generator=generator) > 0.5).float()
     weights = (torch.rand(64, 20, generator=generator) > 0.2).float()
     precision = torch.full((2, 8), 4.0)
-    kinds = ("binary", "rating")
-    config = AdapterConfig(kind=kind)
-    here = adapt(features, offsets, labels, weights, precision, kinds, config)
-    there = adapt(*(part.cuda() for part in (features, offsets, labels, weights, precision)), kinds, config)
+    kinds: tuple[ObjectiveKind, ...] = ("binary", "rating")
+    how, parts = Adaptation(kinds, AdapterConfig(kind=kind)), (features, offsets, labels, weights, precision)
+    here = how.solve(*parts, torch.zeros(64, 2, 8))
+    there = how.solve(*(part.cuda() for part in parts), torch.zeros(64, 2, 8).cuda())
     torch.testing.assert_close(there.cpu(), here, atol=1e-5, rtol=1e-4)
 
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.numpy import load_file
 
 from tasks.learning import ladder as ladder_module
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.bank import Bank, fill_bank
 from tasks.learning.episodes import score_visits
 from tasks.learning.ladder import Ladder
@@ -21,8 +21,8 @@ RIDGE = AdapterConfig()
 def bank_of(rows, segments, night, scorer=None, harmful=None, config=RIDGE, width=3):
     ladder, levels = Ladder(rows, segments, "shopper"), len(segments.levels)
     return fill_bank(
-        ladder, Material(rows), scorer or told(rows), precisions_of(levels, width=width), KINDS, config, FIRST + night,
-        harmful,
+        ladder, Material(rows), scorer or told(rows), precisions_of(levels, width=width),
+        Adaptation(KINDS, config), FIRST + night, harmful,
     )  # fmt: skip
 
 
@@ -68,7 +68,13 @@ def test_the_bank_says_what_the_plan_says_for_users_with_support(seed, levels):
     visits = visits.take(np.flatnonzero(visits.rows.start - visits.first >= 2))
     assert len(visits) > 0
     scores = score_visits(
-        ladder, visits, np.zeros(len(visits), np.int64), scorer, Material(rows), precisions_of(3), KINDS, RIDGE
+        ladder,
+        visits,
+        np.zeros(len(visits), np.int64),
+        scorer,
+        Material(rows),
+        precisions_of(3),
+        Adaptation(KINDS, RIDGE),
     )
     bank = bank_of(rows, segments, 3, scorer)
     weights = bank.weights[bank.slots_of(rows, scores.rows)]
@@ -114,7 +120,7 @@ def test_support_counts_the_rows_that_were_read():
 def bank_of_one(rows, segments, night=1, **more):
     levels = len(segments.levels)
     return fill_bank(Ladder(rows, segments, "shopper"), Material(rows), told(rows), precisions_of(levels, 1),
-                     ("binary",), RIDGE, FIRST + night, **more)  # fmt: skip
+                     Adaptation(("binary",), RIDGE), FIRST + night, **more)  # fmt: skip
 
 
 def test_a_night_without_history_has_only_the_base():
@@ -262,7 +268,8 @@ def test_milliseconds_of_a_level_are_those_of_its_own_rows(monkeypatch):
     milliseconds = []
     segments = ladder_of(THREE, min_support=4)
     bank = fill_bank(
-        *(Ladder(rows, segments, "shopper"), Material(rows), slow, precisions_of(3), KINDS, RIDGE, FIRST + 3),
+        *(Ladder(rows, segments, "shopper"), Material(rows), slow, precisions_of(3)),
+        *(Adaptation(KINDS, RIDGE), FIRST + 3),
         milliseconds=milliseconds,
     )
     support = [level.support.sum() for level in bank.levels]

@@ -16,6 +16,7 @@ from tests.learning.small_rows import contract, opposed, shape, vocabularies_of
 KINDS = ("binary", "rating")
 LEVELS = (("shopper",), ("market",))
 RIDGE = AdapterConfig()
+BENT = ({"kind": "film"}, {"kind": "lora", "rank": 2}, {"kind": "gradient", "bends": "dense"})
 SMALL = RankerConfig(embedding=3, hidden=4, factors=2, features=3)
 
 
@@ -27,7 +28,7 @@ def rows():
 def base_of(rows, seed=0, more=0, adapter=RIDGE, ranker=SMALL):
     """A base with random numbers in everything that is stored."""
     torch.manual_seed(seed)
-    network = Ranker(shape(rows, *KINDS, more=more), ranker)
+    network = Ranker(shape(rows, *KINDS, more=more), ranker, adapter.bent)
     precisions = Precisions(2, 2, adapter.width(network.width), adapter)
     with torch.no_grad():
         for stored in (*network.state_dict().values(), *precisions.state_dict().values()):
@@ -40,9 +41,11 @@ def scores(base, rows):
         return Material(rows).scorer(base.network)(torch.arange(len(rows)).numpy())
 
 
-@pytest.mark.parametrize("kind", ["none", "bias", "ridge", "gradient"])
-def test_a_base_comes_back_from_disk(rows, tmp_path, kind):
-    base = base_of(rows, adapter=AdapterConfig(kind=kind, steps=2))
+@pytest.mark.parametrize(
+    "adapter", [*({"kind": kind} for kind in ("none", "bias", "ridge", "gradient")), *BENT], ids=str
+)
+def test_a_base_comes_back_from_disk(rows, tmp_path, adapter):
+    base = base_of(rows, adapter=AdapterConfig(**adapter, steps=2))
     back = load_base(save_base(base, tmp_path))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(scores(back, rows), scores(base, rows), strict=True))
     assert torch.equal(back.table(), base.table())
@@ -122,8 +125,9 @@ def test_the_shape_follows_the_contract_and_the_vocabularies(rows):
     assert sized.kinds == KINDS
 
 
-def test_growing_changes_no_score_of_old_ids_nor_of_new_ones(rows):
-    base = base_of(rows)
+@pytest.mark.parametrize("adapter", [{"kind": "ridge"}, BENT[1]], ids=str)
+def test_growing_changes_no_score_of_old_ids_nor_of_new_ones(rows, adapter):
+    base = base_of(rows, adapter=AdapterConfig(**adapter))
     grown = grow(base, shape(rows, *KINDS, more=5))
     assert grown.network.shape == shape(rows, *KINDS, more=5)
     fresh = [torch.full((4, 2), 0), torch.full((4, 2), 0), torch.rand(4, 1), torch.rand(4, 1), torch.rand(4, 9)]

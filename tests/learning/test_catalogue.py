@@ -10,7 +10,7 @@ import torch
 
 from tasks.data.statistics import StatisticsTables
 from tasks.learning import catalogue as module
-from tasks.learning.adapters import AdapterConfig, Precisions
+from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions
 from tasks.learning.bank import fill_bank
 from tasks.learning.base import Base
 from tasks.learning.catalogue import catalogue, ranked, sampled
@@ -68,15 +68,8 @@ class Asked:
         self.ladder, material = Ladder(rows, ladder_of(), "shopper"), Material(rows)
         with torch.no_grad():
             self.bank = fill_bank(
-                *(
-                    self.ladder,
-                    material,
-                    material.scorer(base.network),
-                    base.table(),
-                    KINDS,
-                    base.adapter,
-                    FIRST + NIGHT,
-                )
+                *(self.ladder, material, material.scorer(base.network), base.table()),
+                *(Adaptation.of(base.network, base.adapter), FIRST + NIGHT),
             )
         self.night = Night.among(DATA, self.ladder, material, FIRST + NIGHT)
         earlier = np.flatnonzero(rows.night < FIRST + NIGHT)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tasks.errors import InvalidConfig
-from tasks.learning.adapters import AdapterConfig, adapt, apply, check_width
+from tasks.learning.adapters import Adaptation, AdapterConfig, apply, check_width
 from tasks.learning.episodes import row_loss, score_visits
 from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import Material, visits_of
@@ -135,8 +135,9 @@ def test_a_row_of_weight_two_counts_as_two_rows():
 
 def test_the_config_says_which_way_is_taken():
     parts = segments(2)
-    assert torch.equal(adapt(*parts, KINDS, AdapterConfig(kind="gradient", steps=3)), descend(*parts, KINDS, 3))
-    assert torch.equal(adapt(*parts, KINDS, AdapterConfig(kind="ridge", steps=3)), solve(*parts, KINDS, 3))
+    for kind, way in (("gradient", descend), ("ridge", solve)):
+        how = Adaptation(KINDS, AdapterConfig(kind=kind, steps=3))
+        assert torch.equal(how.solve(*parts, torch.zeros(4, 2, 3)), way(*parts, KINDS, 3))
     assert GRADIENT.width(6) == 6
     assert GRADIENT.in_closed_form.kind == "ridge"
     assert AdapterConfig(kind="bias").in_closed_form.kind == "bias"
@@ -204,7 +205,7 @@ def query_loss(rows, theta, precisions, config, first_order=False):
     after = np.minimum(2, visits.rows.lengths - 1)
     scores = score_visits(
         *(Ladder(rows, ladder_of(THREE), "shopper"), visits, after, Shaped(rows, theta), Material(rows), precisions),
-        *(KINDS, config, None, first_order),
+        Adaptation(KINDS, config, first_order=first_order),
     )
     labels = Material(rows).labels(scores.rows).double()
     return row_loss(scores.adapted, labels, KINDS, torch.tensor([1.0, 0.5]).double()), scores
@@ -230,7 +231,7 @@ def test_the_meta_gradient_of_first_order_is_that_of_weights_held_constant():
     after = np.minimum(2, visits.rows.lengths - 1)
     served = climb(
         Ladder(rows, ladder_of(THREE), "shopper").plan(visits, after),
-        *(Shaped(rows, theta), Material(rows), precisions, KINDS, GRADIENT),
+        *(Shaped(rows, theta), Material(rows), precisions, Adaptation(KINDS, GRADIENT)),
     )[-1].detach()[torch.from_numpy(visits.split(after)[1].flat()[1])]
     labels = Material(rows).labels(scores.rows).double()
 
@@ -258,7 +259,7 @@ def test_a_segment_without_support_has_exactly_its_parent_s_weights():
     ladder = Ladder(rows, ladder_of(THREE, min_support=4), "shopper")
     visits = visits_of(rows)
     stages = ladder.plan(visits, np.zeros(len(visits), np.int64))
-    weights = climb(stages, told(rows), Material(rows), precisions_of(3), KINDS, GRADIENT)
+    weights = climb(stages, told(rows), Material(rows), precisions_of(3), Adaptation(KINDS, GRADIENT))
     alone = stages[-1].windows.lengths == 0
     assert alone.any()
     assert torch.equal(weights[-1][alone], weights[-2][stages[-1].parent[alone]])

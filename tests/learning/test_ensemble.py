@@ -1,12 +1,13 @@
 """An ensemble of bases and its student: what is taught, what is kept, and how a killed one goes on."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.checkpoint import NoCheckpoint
 from tasks.learning.descent import steady
 from tasks.learning.ensemble import combined, soft_labels
@@ -111,7 +112,7 @@ def test_a_students_step_mixes_labels_and_what_each_member_says_after_its_own_ad
     with torch.no_grad():
         for scorer, held in (*teachers, (network, precisions)):
             parts = (setting.ladder, setting.visits, after, setting.material.scorer(scorer), setting.material, held())
-            scores = score_visits(*parts, ("binary",), setting.adapter)
+            scores = score_visits(*parts, Adaptation(("binary",), setting.adapter))
             said.append(scores.adapted[:, 0].sigmoid().double().numpy())
     labels = history.labels[scores.rows, 0]
     targets = 0.7 * labels + 0.3 * (said[0] + said[1]) / 2
@@ -126,6 +127,11 @@ def test_a_students_step_mixes_labels_and_what_each_member_says_after_its_own_ad
 
 class Truth(torch.nn.Module):
     """Knows what the world was made from: whether market and genre of a row go together."""
+
+    shape = SimpleNamespace(kinds=("binary",))
+
+    def perceptron(self):
+        return None
 
     def forward(self, request_ids, candidate_ids, *_):
         together = (request_ids[..., :1] == 1) == (candidate_ids[..., 1:2] == 1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.episodes import COLD_SHARE, MOST_SUPPORT, counts_by_age, draw, row_loss, score_visits
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
@@ -19,8 +19,8 @@ def scored(rows, visits, after, config=RIDGE, width=3, **more):
     precisions = torch.ones(2, rows.labels.shape[1], width, dtype=torch.float64)
     kinds = KINDS[: rows.labels.shape[1]]
     return score_visits(
-        Ladder(rows, ladder_of(), "shopper"), visits, np.asarray(after), told(rows), Material(rows), precisions, kinds,
-        config, **more,
+        Ladder(rows, ladder_of(), "shopper"), visits, np.asarray(after), told(rows), Material(rows), precisions,
+        Adaptation(kinds, config), **more,
     )  # fmt: skip
 
 

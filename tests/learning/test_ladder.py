@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.learning import ladder as module
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning import material as module
+from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.episodes import score_visits
 from tasks.learning.ladder import Ladder, climb, inherit, learned_levels, supports
 from tasks.learning.material import Material, visits_of
@@ -13,7 +13,7 @@ from tests.learning.slow_ladder import CROSSED, KINDS, THREE, SlowLadder, precis
 from tests.learning.small_rows import FIRST, Told, ladder_of, table, told
 
 SEEDS = range(6)
-RIDGE = AdapterConfig()
+RIDGE = Adaptation(KINDS, AdapterConfig())
 
 
 def slow(rows, segments, scorer, precisions, **more):
@@ -42,7 +42,7 @@ def test_every_visit_is_served_by_the_weights_of_the_slow_ladder(seed, levels, l
     scorer, precisions = told(rows, seed=seed), precisions_of(3, seed=seed)
     visits = visits_of(rows)
     after = np.random.default_rng(seed).integers(0, 4, len(visits))
-    scores = score_visits(Ladder(rows, segments, "shopper"), visits, after, scorer, Material(rows), precisions, KINDS,
+    scores = score_visits(Ladder(rows, segments, "shopper"), visits, after, scorer, Material(rows), precisions,
                           RIDGE)  # fmt: skip
     oracle = slow(rows, segments, scorer, precisions)
     border, query = visits.split(after)
@@ -65,7 +65,7 @@ def test_the_labels_that_reach_a_query_are_those_of_its_support_and_no_others(se
     ladder, visits = Ladder(rows, segments, "shopper"), visits_of(rows)
     oracle = slow(rows, segments, scorer, precisions)
     after = np.minimum(np.random.default_rng(seed).integers(0, 4, len(visits)), visits.rows.lengths - 1)
-    scores = score_visits(ladder, visits, after, scorer, material, precisions, KINDS, RIDGE)
+    scores = score_visits(ladder, visits, after, scorer, material, precisions, RIDGE)
     border, _ = visits.split(after)
     reached = 0
     for number in range(0, len(visits), 3):
@@ -93,7 +93,7 @@ def test_a_visit_is_served_alike_alone_and_among_others(seed):
 
     def adapted(chosen):
         return score_visits(
-            ladder, visits.take(chosen), after[chosen], scorer, Material(rows), precisions, KINDS, RIDGE
+            ladder, visits.take(chosen), after[chosen], scorer, Material(rows), precisions, RIDGE
         ).adapted
 
     together = adapted(np.arange(len(visits)))
@@ -109,7 +109,7 @@ def test_visits_of_one_new_segment_keep_their_own_parents():
     )  # fmt: skip
     visits = visits_of(rows).of_nights(FIRST + 1, FIRST + 1)
     stages = Ladder(rows, ladder_of(CROSSED), "shopper").plan(visits, np.zeros(2, np.int64))
-    weights = climb(stages, told(rows), Material(rows), precisions_of(3), KINDS, RIDGE)[-1]
+    weights = climb(stages, told(rows), Material(rows), precisions_of(3), RIDGE)[-1]
     oracle = slow(rows, ladder_of(CROSSED), told(rows), precisions_of(3))
     assert not torch.equal(weights[0], weights[1])
     for number, row in enumerate((2, 3)):
@@ -125,9 +125,9 @@ def test_batches_of_segments_are_cut_without_a_trace(monkeypatch):
         precisions_of(3),
     )
     after = np.ones(len(visits), np.int64)
-    whole = score_visits(ladder, visits, after, scorer, Material(rows), precisions, KINDS, RIDGE)
+    whole = score_visits(ladder, visits, after, scorer, Material(rows), precisions, RIDGE)
     monkeypatch.setattr(module, "PADDED_ROWS", 16)
-    cut = score_visits(ladder, visits, after, scorer, Material(rows), precisions, KINDS, RIDGE)
+    cut = score_visits(ladder, visits, after, scorer, Material(rows), precisions, RIDGE)
     torch.testing.assert_close(cut.adapted, whole.adapted, rtol=1e-10, atol=1e-12)
 
 
@@ -135,13 +135,13 @@ def test_batches_hold_every_segment_once_and_little_padding(monkeypatch):
     monkeypatch.setattr(module, "PADDED_ROWS", 64)
     lengths = np.sort(np.random.default_rng(0).integers(1, 200, 300))
     segments = np.arange(300) + 1000
-    batches = module._batches(segments, lengths, 9)
+    batches = module.batches(segments, lengths, 9)
     assert np.concatenate(batches).tolist() == segments.tolist()
     for batch in batches:
         longest = lengths[batch - 1000].max()
         assert len(batch) == 1 or len(batch) * max(longest, 9) <= 64
         assert longest < 2 * lengths[batch - 1000].min() or longest == 1
-    reads = list(module._reads([batch - 1000 for batch in batches], lengths))
+    reads = list(module.reads([batch - 1000 for batch in batches], lengths))
     assert sum(map(len, reads)) == len(batches)
     assert np.concatenate([np.concatenate(read) for read in reads]).tolist() == list(range(300))
     for read in reads:
@@ -157,7 +157,7 @@ def test_supports_are_each_segment_s_rows_once_and_padding_of_no_weight(monkeypa
     scorer, precisions, visits = told(rows, seed=seed), precisions_of(3), visits_of(rows)
     after = np.random.default_rng(seed).integers(0, 4, len(visits))
     stages = Ladder(rows, segments, "shopper").plan(visits, after)
-    solved = climb(stages, scorer, Material(rows), precisions, KINDS, RIDGE)
+    solved = climb(stages, scorer, Material(rows), precisions, RIDGE)
     oracle, (border, _) = slow(rows, segments, scorer, precisions), visits.split(after)
     expected = [{}, {}, {}]  # rows of every segment by stage
     for number in range(len(visits)):
@@ -171,9 +171,9 @@ def test_supports_are_each_segment_s_rows_once_and_padding_of_no_weight(monkeypa
             assert expected[2 - level].setdefault(at, earlier if used else []) == (earlier if used else [])
             row, at = earlier[-1] if earlier else row, stages[2 - level].parent[at]
     for number, stage in enumerate(stages):
-        inherited = inherit(stage, solved[:number], precisions, KINDS).numpy()
+        inherited = inherit(stage, solved[:number], precisions).numpy()
         found = {}
-        for given in supports(stage, torch.from_numpy(inherited), scorer, Material(rows)):
+        for given in supports(stage, torch.from_numpy(inherited), scorer, Material(rows), RIDGE):
             for place, segment in enumerate(given.segments):
                 mine = expected[number][segment]
                 rest = len(mine)
@@ -275,7 +275,7 @@ def test_a_segment_without_support_has_exactly_its_parents_weights():
     rows = world(2)
     ladder, visits = Ladder(rows, ladder_of(THREE), "shopper"), visits_of(rows)
     stages = ladder.plan(visits, np.zeros(len(visits), np.int64))
-    *_, region, own = climb(stages, told(rows), Material(rows), precisions_of(3), KINDS, RIDGE)
+    *_, region, own = climb(stages, told(rows), Material(rows), precisions_of(3), RIDGE)
     empty = np.flatnonzero(stages[-1].windows.lengths == 0)
     assert len(empty) > 0
     assert torch.equal(own[empty], region[stages[-1].parent[empty]])
@@ -292,12 +292,12 @@ def test_the_query_loss_flows_back_through_two_levels(steps):
         labels=np.array([[1, 0.3], [0, 0.1], [1, -1], [1, np.nan], [0, 2], [np.nan, 0.5], [1, 1]]),
     )  # fmt: skip
     ladder, visits = Ladder(rows, ladder_of(), "shopper"), visits_of(rows).of_nights(FIRST + 1, FIRST + 1)
-    start, config = told(rows), AdapterConfig(steps=steps)
+    start, how = told(rows), Adaptation(KINDS, AdapterConfig(steps=steps))
     truth = torch.nan_to_num(torch.from_numpy(rows.labels.astype(np.float64)))
 
     def loss(logits, features, precisions):
         scores = score_visits(ladder, visits, np.array([1, 0, 0]), Told(logits, features), Material(rows), precisions,
-                              KINDS, config)  # fmt: skip
+                              how)  # fmt: skip
         return (torch.nn.functional.softplus(scores.adapted) - truth[scores.rows] * scores.adapted).mean()
 
     inputs = tuple(part.clone().requires_grad_() for part in (start.logits, start.features, precisions_of(2)))

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.learning import ladder
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.descent import steady
 from tasks.learning.initialisation import Initialisation
 from tasks.learning.losses import Losses
@@ -49,10 +48,13 @@ def test_layers_compute_in_bfloat16_and_solves_and_losses_in_float32(monkeypatch
     for layer in network.modules():
         if isinstance(layer, torch.nn.Linear):
             layer.register_forward_hook(lambda _layer, _given, said: layers.append(said.dtype))
-    adapt = ladder.adapt
-    monkeypatch.setattr(
-        ladder, "adapt", lambda *given: solved.extend(part.dtype for part in given[:5]) or adapt(*given)
-    )
+    solve = Adaptation.solve
+
+    def spy(self, *given):
+        solved.extend(part.dtype for part in given)
+        return solve(self, *given)
+
+    monkeypatch.setattr(Adaptation, "solve", spy)
     losses = losses_of(history, AdapterConfig(kind=kind), mixed_precision=mixed, outer=outer)
     adapted, loss = losses.of_step(network, precisions, visits, np.minimum(3, visits.rows.lengths - 1))
     loss.backward()

@@ -9,7 +9,7 @@ import torch
 
 from tasks.errors import InvalidConfig
 from tasks.learning import outer as module
-from tasks.learning.adapters import AdapterConfig, Precisions, apply
+from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions, apply
 from tasks.learning.base import Base
 from tasks.learning.episodes import row_loss
 from tasks.learning.initialisation import Initialisation
@@ -81,7 +81,7 @@ def slow(rows, visits, network, steps=3, base_weight=0.5, most=512):
     ladder = Ladder(rows, ladder_of(), "shopper")
     with torch.no_grad():
         stages = ladder.plan(visits, np.zeros(len(visits), np.int64))
-        begin = climb(stages, material.scorer(network), material, precisions, KINDS, config)[-1]
+        begin = climb(stages, material.scorer(network), material, precisions, Adaptation(KINDS, config))[-1]
     losses, ends = [], {name: torch.zeros_like(value) for name, value in network.named_parameters()}
     for number in range(len(visits)):
         own, weights = copy.deepcopy(network), begin[number]

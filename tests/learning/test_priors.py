@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tasks.learning import initialisation, priors
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig
@@ -25,8 +25,8 @@ TRUE = np.array([1.0, 0.25, 4.0, np.inf])
 def found_in(rows, scorer, start, *, kinds=KINDS, levels=ALONE, visits=None, seed=0, steps=2, **limits):
     ladder = Ladder(rows, ladder_of(levels, **limits), "shopper")
     return estimate(
-        *(ladder, visits_of(rows) if visits is None else visits, Material(rows), scorer, start, kinds),
-        *(AdapterConfig(steps=steps), np.random.default_rng(seed)),
+        *(ladder, visits_of(rows) if visits is None else visits, Material(rows), scorer, start),
+        *(Adaptation(kinds, AdapterConfig(steps=steps)), np.random.default_rng(seed)),
     )
 
 

@@ -75,7 +75,7 @@ def stop_losses(trained, rows, nights=(NIGHTS - 2, NIGHTS - 1)):
                 continue
             after = np.full(len(longer), support)
             scores = score_visits(ladder, longer, after, Material(rows).scorer(base.network), Material(rows),
-                                  base.table(), base.kinds, base.adapter)  # fmt: skip
+                                  base.table(), base.adaptation)  # fmt: skip
             label = rows.labels[scores.rows, 0]
             losses.append([reference.log_loss(label, torch.sigmoid(part[:, 0]).double().numpy())
                            for part in (scores.adapted, scores.base)])  # fmt: skip
@@ -233,7 +233,7 @@ def test_a_rating_beside_a_click_is_learned_too():
     ladder, visits = Ladder(rows, ladder_of(), "shopper"), visits_of(rows).of_nights(FIRST + 3, FIRST + 3)
     with torch.no_grad():
         scores = score_visits(ladder, visits, np.full(len(visits), 5), Material(rows).scorer(made.base.network),
-                              Material(rows), made.base.table(), made.base.kinds, made.base.adapter)  # fmt: skip
+                              Material(rows), made.base.table(), made.base.adaptation)  # fmt: skip
     stars = rows.labels[scores.rows, 1]
     errors = [((said[:, 1].numpy() - stars) ** 2).mean() for said in (scores.adapted, scores.base)]
     assert errors[0] < 0.5 * errors[1]

@@ -137,7 +137,7 @@ def learned(rows, nights=NIGHTS, **training):
     with torch.no_grad():
         scores = score_visits(
             *(Ladder(rows, ladder_of(), "shopper"), visits, np.zeros(len(visits), np.int64)),
-            *(Material(rows).scorer(made.base.network), Material(rows), made.base.table(), made.base.kinds, RIDGE),
+            *(Material(rows).scorer(made.base.network), Material(rows), made.base.table(), made.base.adaptation),
         )
     return scores.rows, *(sigmoid(part[:, 0].double().numpy()) for part in (scores.base, scores.adapted))
 

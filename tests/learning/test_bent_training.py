@@ -1,0 +1,172 @@
+"""Training bases whose dense layers are bent: every loop, Reptile against a plain loop, and a world that needs it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.learning import initialisation
+from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions
+from tasks.learning.episodes import row_loss
+from tasks.learning.ladder import Ladder, climb
+from tasks.learning.losses import Losses
+from tasks.learning.material import Material, visits_of
+from tasks.learning.networks import Ranker, RankerConfig
+from tasks.learning.outer import PATH_RATE, check_outer, reptile, thaw
+from tasks.learning.starts import normalise, spread
+from tests.learning.small_rows import before, contract, ladder_of, one_aim, opposed, shape, with_labels
+from tests.learning.test_bending import BENDING, DENSE, FILM, LORA
+from tests.learning.test_outer import KINDS, LOOPS, STILL, loop
+from tests.learning.test_training import SHORT, stop_losses, train
+
+NIGHTS = 4
+WEIGHTS = torch.tensor([1.0, 0.3])
+
+
+@pytest.fixture(scope="module")
+def history():
+    """Half of the users like what is dear and the other half what is cheap; nothing but their own rows tells which."""
+    rows = one_aim(opposed(nights=NIGHTS, users=24))
+    price = np.asarray(rows.candidate_numbers)[:, 0]
+    pull = 2.0 * np.where(np.asarray(rows.user) % 2 == 0, 1, -1) * (price - price.mean()) / price.std()
+    return with_labels(rows, (np.random.default_rng(5).random(len(pull)) < 1 / (1 + np.exp(-pull)))[:, None])
+
+
+@pytest.fixture
+def unscaled(monkeypatch):
+    """Precisions as the config has them: the stop nights do not scale them, which takes longer than all else."""
+    monkeypatch.setattr(initialisation, "scaled", lambda precisions, parts, loss: (precisions, {}))
+
+
+# Where it starts
+
+
+@BENDING
+def test_bent_units_start_alike_in_scale_and_say_nothing_together(history, config):
+    torch.manual_seed(0)
+    ranker = RankerConfig(embedding=4, hidden=8)
+    network, at = Ranker(shape(history), ranker, config.bent), np.arange(len(history))
+    normalise(network, contract(), history, at)
+    spread(network, Material(history), at)
+    with torch.no_grad():
+        inputs = network.eval()(*Material(history).inputs(at))[1]
+        units = network.joint[0](inputs)
+        torch.testing.assert_close(network.joint(inputs), torch.zeros(len(at), 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(units.mean(dim=0), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(units.std(dim=0, correction=0), torch.ones(8), atol=1e-3, rtol=0)
+    if config is LORA:
+        read = inputs @ network.low_rank.mT
+        np.testing.assert_allclose(np.cov(read.detach().numpy().T, bias=True), np.eye(2), atol=0.02)
+        shares = np.linalg.svd((inputs - inputs.mean(dim=0)).numpy(), compute_uv=False) ** 2
+        told = np.linalg.lstsq(read.detach().numpy() - read.detach().numpy().mean(axis=0), inputs - inputs.mean(dim=0))
+        assert told[1].sum() == pytest.approx(shares[2:].sum(), rel=0.01)  # no two directions say more
+
+
+def test_a_linear_start_is_left_alone(history):
+    network = Ranker(shape(history), STILL)
+    was = copy.deepcopy(network.state_dict())
+    spread(network, Material(history), np.arange(50))
+    assert all(torch.equal(value, was[name]) for name, value in network.state_dict().items())
+
+
+# The outer loops
+
+
+@pytest.mark.parametrize("freeze", ["nothing", "all_but_head"])
+@BENDING
+def test_reptile_is_the_plain_loop_over_visits(config, freeze):
+    """With a network of each visit's own, and the adapter's steps through that network's layers."""
+    rows, config = opposed(nights=3, users=7), config.model_copy(update={"steps": 2})
+    visits, material, ladder = visits_of(rows), Material(rows), Ladder(rows, ladder_of(), "shopper")
+    visits = visits.of_nights(int(rows.night.min()) + 1, int(rows.night.max()))
+    torch.manual_seed(0)
+    network = Ranker(shape(rows, *KINDS), STILL, config.bent).train()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    thaw(network, freeze)
+    precisions = Precisions(2, 2, network.width, config, network.fan_in)().detach()
+    said, moved = reptile(ladder, visits, network, material, precisions, config, WEIGHTS, 0.5)
+    with torch.no_grad():
+        stages = ladder.plan(visits, np.zeros(len(visits), np.int64))
+        begin = climb(stages, material.scorer(network), material, precisions, Adaptation.of(network, config))[-1]
+    one_step, losses = config.model_copy(update={"steps": 1}), []
+    ends = {name: torch.zeros_like(value) for name, value in network.named_parameters() if value.requires_grad}
+    assert moved.keys() == ends.keys()
+    assert ("low_rank" in ends) == (config.kind == "lora")
+    for number in range(len(visits)):
+        own, weights = copy.deepcopy(network), begin[number]
+        optimiser = torch.optim.SGD([p for p in own.parameters() if p.requires_grad], lr=PATH_RATE)
+        at = np.arange(visits.rows.start[number], visits.rows.stop[number])
+        labels, mass = material.labels(at), material.weights(at)
+        for _ in range(2):
+            logits, inputs = own(*material.inputs(at))
+            scores = Adaptation.of(own, config).apply(logits, inputs, weights)
+            adapted, base = (row_loss(one, labels, KINDS, WEIGHTS, mass) for one in (scores, logits))
+            optimiser.zero_grad()
+            (adapted + 0.5 * base).backward()
+            step = Adaptation.of(copy.deepcopy(own), one_step)
+            rows_of_it = (part.detach()[None] for part in (inputs, scores, labels, mass))
+            weights = weights + step.solve(*rows_of_it, precisions[0], weights[None]).detach()[0]
+            optimiser.step()
+        losses.append(adapted.item())
+        for name in ends:
+            ends[name] += own.get_parameter(name).detach() / len(visits)
+    assert said == pytest.approx(np.mean(losses), rel=1e-4)
+    for name, end in ends.items():
+        expected = (network.get_parameter(name).detach() - end) / (PATH_RATE * 2)
+        torch.testing.assert_close(moved[name], expected, rtol=1e-3, atol=5e-5, msg=name)
+
+
+@pytest.mark.parametrize("outer", LOOPS)
+@BENDING
+def test_every_loop_trains_for_every_kind_and_moves_what_it_should(unscaled, monkeypatch, history, config, outer):
+    """One step from where precisions start: only loops whose loss knows of the adapter move what is the adapter's."""
+    check_outer(outer, config)
+    kept = []
+    stop_loss = Losses.of_stop
+
+    def spy(self, network, precisions, stop):
+        kept.append(copy.deepcopy((network.state_dict(), precisions().detach())))
+        return stop_loss(self, network, precisions, stop)
+
+    monkeypatch.setattr(Losses, "of_stop", spy)
+    rows = before(history, 3)
+    made = train(rows, adapter=config, night=3, config=loop(outer, steps_per_epoch=1, stop_nights=1))
+    assert np.isfinite(made.curve[-1][1:]).all()
+    assert "precisions as configured" in made.why
+    (first, held), (last, moved) = kept[0], kept[-1]
+    assert torch.equal(held, moved) == (outer in ("joint", "reptile"))
+    assert not torch.equal(first["joint.0.weight"], last["joint.0.weight"])
+    if config is LORA:
+        assert torch.equal(first["low_rank"], last["low_rank"]) == (outer == "joint")
+
+
+@pytest.mark.parametrize(
+    ("config", "outer"),
+    [(FILM, "second_order"), (LORA, "first_order"), (DENSE, "reptile")],
+    ids=["film", "lora", "dense"],
+)
+def test_each_kind_tells_what_no_unadapted_base_can(unscaled, history, config, outer):
+    """Trained for a little, its weights held as loosely as such tastes ask for."""
+    loose = config.model_copy(update={"precision": 0.02})
+    made = train(history, adapter=loose, night=NIGHTS, config=loop(outer, steps_per_epoch=2))
+    losses = stop_losses(made, history, (NIGHTS - 2, NIGHTS - 1))
+    assert losses[:, 1] == pytest.approx(np.log(2), abs=0.05)
+    assert (losses[:, 0] < 0.95 * losses[:, 1]).all()
+
+
+def test_equal_inputs_train_to_equal_numbers(unscaled, history):
+    rows, short = before(history, 2), loop("second_order", steps_per_epoch=1, stop_nights=1)
+    first, second = (train(rows, adapter=LORA, night=2, config=short) for _ in range(2))
+    assert first.curve == second.curve
+    state = second.base.network.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in first.base.network.state_dict().items())
+
+
+def test_a_parent_of_another_kind_is_no_start(unscaled, history):
+    rows = before(history, 3)
+    kept = SHORT.model_copy(update={"epochs": 0, "stop_nights": 1})
+    parent = train(before(history, 2), adapter=AdapterConfig(), night=2, config=kept).base
+    assert "the parent's base does not fit" in train(rows, adapter=FILM, night=3, config=kept, parent=parent).why

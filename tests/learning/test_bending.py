@@ -248,7 +248,7 @@ def test_first_order_is_its_definition(config):
         return sum(np.sin(solution).sum() for solution in told)
 
     held, flow = plain[4], flows[4].numpy()
-    for place in ((0, 0), (1, 0), (0, 3), (1, 5), (1, held.shape[1] - 1)):
+    for place in ((0, 0), (0, 3), (1, held.shape[1] - 1)):
         shift = np.zeros_like(held)
         shift[place] = 1e-5
         assert flow[place] == pytest.approx((loss(held + shift) - loss(held - shift)) / 2e-5, rel=1e-3, abs=1e-7)

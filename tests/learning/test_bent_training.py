@@ -73,11 +73,12 @@ def test_a_linear_start_is_left_alone(history):
 # The outer loops
 
 
-@pytest.mark.parametrize("freeze", ["nothing", "all_but_head"])
-@BENDING
+@pytest.mark.parametrize(
+    ("config", "freeze"), [(FILM, "nothing"), (LORA, "all_but_head"), (DENSE, "nothing")], ids=["film", "lora", "dense"]
+)
 def test_reptile_is_the_plain_loop_over_visits(config, freeze):
     """With a network of each visit's own, and the adapter's steps through that network's layers."""
-    rows, config = opposed(nights=3, users=7), config.model_copy(update={"steps": 2})
+    rows, config = opposed(nights=2, users=7), config.model_copy(update={"steps": 2})
     visits, material, ladder = visits_of(rows), Material(rows), Ladder(rows, ladder_of(), "shopper")
     visits = visits.of_nights(int(rows.night.min()) + 1, int(rows.night.max()))
     torch.manual_seed(0)

@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 
 from tasks.learning.catalogue import Catalogue
 from tasks.learning.exams import CANDIDATE
-from tasks.learning.lists import coverage, diversity, gini, personalisation
+from tasks.learning.exposure import coverage, diversity, gini, personalisation
 from tasks.learning.material import I64
 from tasks.release.slices import ADAPTED, POOLED
 
 
 @dataclass(frozen=True)
 class Variety:
-    """One method's lists of one night, or the mean over nights; figures are those of `tasks.learning.lists`.
+    """One method's lists of one night, or the mean over nights; figures are those of `tasks.learning.exposure`.
 
     Attributes:
         objective: that was ranked by.

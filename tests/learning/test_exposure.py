@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from tasks.learning.lists import coverage, diversity, gini, personalisation
+from tasks.learning.exposure import coverage, diversity, gini, personalisation
 
 SEEDS = range(5)
 

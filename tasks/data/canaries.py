@@ -9,8 +9,9 @@ from typing import Any
 
 import duckdb
 
-from tasks.data.contract import ColumnConfig, DataConfig
-from tasks.data.rules import SQL_TYPES, night_bounds, quoted
+from tasks.data.contract import LISTS, ColumnConfig, DataConfig
+from tasks.data.rules import night_bounds, quoted, sql_type
+from tasks.data.vocabulary import MISSING
 from tasks.errors import InvalidConfig
 
 _NIGHT = date(2000, 1, 1)
@@ -39,7 +40,7 @@ class Canary:
     @contextmanager
     def table(self, data: DataConfig) -> Iterator[duckdb.DuckDBPyConnection]:
         """A DuckDB connection whose table `interactions` holds the rows."""
-        columns = [f"{quoted(column)} {SQL_TYPES[column.dtype]}" for column in data.columns]
+        columns = [f"{quoted(column)} {sql_type(column)}" for column in data.columns]
         marks = ", ".join("?" for _ in data.columns)
         with duckdb.connect(":memory:") as connection:
             connection.execute(f"CREATE TABLE interactions ({', '.join(columns)})")
@@ -118,6 +119,10 @@ def _binary(data: DataConfig, column: ColumnConfig) -> bool:
 
 def _value(data: DataConfig, column: ColumnConfig) -> Any:
     """A value that the contract accepts."""
+    if column.kind == "dense":
+        return [0.0] * column.width
+    if column.kind == "multi":
+        return ["a" if column.dtype == "string" else 0]
     if column.dtype == "timestamp":
         return _bounds(data)[0]
     if column.dtype == "bool":
@@ -153,6 +158,8 @@ def _violations(data: DataConfig, column: ColumnConfig) -> list[tuple[str, Any]]
     found: list[tuple[str, Any]] = []
     if not column.nullable:
         found.append((f"null:{column.name}", None))
+    if column.kind in LISTS:
+        return [*found, *_list_violations(data, column)]
     if column.dtype == "float64":
         found += [(f"not_finite:{column.name}", value) for value in (math.nan, math.inf, -math.inf)]
     if column.minimum is not None:
@@ -171,3 +178,14 @@ def _violations(data: DataConfig, column: ColumnConfig) -> list[tuple[str, Any]]
         found.append((f"negative:{column.name}", -1))
     # a bound at the edge of int64 has nothing beyond it
     return [(code, value) for code, value in found if column.dtype != "int64" or value is None or value in _INT64]
+
+
+def _list_violations(data: DataConfig, column: ColumnConfig) -> list[tuple[str, Any]]:
+    good = _value(data, column)
+    if column.kind == "multi":
+        longer = good * (column.width + 1)
+        empty = [[value] for value in (None, MISSING[column.dtype])]
+        return [(f"too_many:{column.name}", longer), *((f"empty_value:{column.name}", value) for value in empty)]
+    lengths = [(f"wrong_length:{column.name}", value) for value in ([*good, 0.0], good[1:], [])]
+    bad = (None, math.nan, math.inf, -math.inf, 1e39)
+    return [*lengths, *((f"not_finite:{column.name}", [*good[1:], value]) for value in bad)]

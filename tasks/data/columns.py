@@ -2,11 +2,12 @@
 
 Rows are sorted by (user, time, tie), where the tie is a digest of (user, item, time) and never of a label.
 
-Shapes: N rows, Cr/Cc categorical and Fr/Fc numeric request/candidate columns, S statistics, K objectives.
+Shapes: N rows, Cr/Cc categorical and Fr/Fc numeric request/candidate columns, Vr/Vc places of all their `multi`
+columns together, Lr/Lc of their `dense` ones, S statistics, K objectives.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -19,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tasks.data.contract import DataConfig, SegmentsConfig, StatisticsConfig
+from tasks.data.contract import DataConfig, Kind, Role, SegmentsConfig, StatisticsConfig
+from tasks.data.lists import NOTHING, padded, spans, values_of
 from tasks.data.segments import Level, build_levels, check_levels
 from tasks.data.states import label_values, load_state
 from tasks.data.statistics import RunningStatistics, statistics_names
@@ -31,12 +33,16 @@ I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 Progress = Callable[[float, float | None, str], None]
 Tables = dict[str, "np.memmap[Any, np.dtype[Any]]"]
+READ_AT_ONCE = 1 << 22
+"""Values of lists that are read at a time."""
 _INDEX = "index.json"
 _INDEX_VERSION = 1
 _TABLES = (
     *("request_ids", "candidate_ids", "request_numbers", "candidate_numbers", "statistics", "labels", "weights"),
     *("time", "night", "user", "item", "tie"),
 )
+_LISTS = ("request_values", "candidate_values", "request_vectors", "candidate_vectors")
+"""Tables of list columns; a contract without such columns has no such table."""
 _LEVEL_TABLES = ("segment", "order", "offsets", "keys", "parent")
 
 
@@ -59,6 +65,11 @@ class Rows:
         tie: digest of (user, item, time) as int64 [N].
         levels: the ladder over these rows, finest first.
         statistics_names: names of the S statistics.
+        request_values: vocabulary ids of `multi` request columns side by side, int32 [N, Vr], -1 behind a list's end;
+            None if there are none, as for the rest.
+        candidate_values: of candidate columns, int32 [N, Vc].
+        request_vectors: `dense` request columns side by side, float32 [N, Lr], NaN where a vector is missing.
+        candidate_vectors: of candidate columns, float32 [N, Lc].
     """
 
     request_ids: I64
@@ -75,6 +86,10 @@ class Rows:
     tie: I64
     levels: tuple[Level, ...]
     statistics_names: tuple[str, ...]
+    request_values: I32 | None = None
+    candidate_values: I32 | None = None
+    request_vectors: F32 | None = None
+    candidate_vectors: F32 | None = None
 
     def __len__(self) -> int:
         return len(self.time)
@@ -92,7 +107,7 @@ def build_rows(
 ) -> Rows:
     """Write the rows of some nights as one folder of `.npy` files and open it.
 
-    One night's columns are in memory at a time, besides a few integers per row.
+    One night's columns are in memory at a time, besides a few integers per row; of lists, a part of a night's.
 
     Args:
         data: the contract.
@@ -134,6 +149,7 @@ def build_rows(
             running.add(load_state(waiting.pop()[1]))
         at = place[bounds[number] : bounds[number + 1]]
         _write_night(data, statistics, night, path, vocabularies, running, tables, at)
+        _write_lists(data, path, vocabularies, tables, at)
         progress(int(bounds[number + 1]), len(place), "rows")
     ids = {name: tables["request_ids"][:, at] for at, name in enumerate(data.named("request", "categorical"))}
     ids[data.user] = tables["user"]
@@ -151,6 +167,8 @@ def build_rows(
         "statistics_names": statistics_names(data, statistics),
         "levels": [{"columns": level.columns, "radices": level.radices} for level in levels],
     }
+    if held := [name for name in _LISTS if name in tables]:
+        index["lists"] = held
     (folder / _INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
     return open_rows(folder)
 
@@ -166,7 +184,8 @@ def open_rows(folder: Path) -> Rows:
         raise ObjectCorrupt(
             f"{folder / _INDEX} has version {index.get('version')}, expected {_INDEX_VERSION}: build it again"
         )
-    tables = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _TABLES}
+    named = (*_TABLES, *(name for name in _LISTS if name in index.get("lists", ())))
+    tables = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in named}
     for name, table in tables.items():
         if len(table) != index["rows"]:
             raise ObjectCorrupt(f"{folder / name}.npy has {len(table)} rows, the index {index['rows']}: build it again")
@@ -233,6 +252,8 @@ def _allocate(data: DataConfig, statistics: StatisticsConfig, folder: Path, rows
         "night": (np.int32, ()),
         **dict.fromkeys(("time", "user", "item", "tie"), (np.int64, ())),
     }
+    for name, _, places in _list_tables(data):
+        widths[name] = (np.int32 if name.endswith("values") else np.float32, (places[-1].stop,))
     return {
         name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(rows, *shape))
         for name, (dtype, shape) in widths.items()
@@ -251,9 +272,11 @@ def _write_night(
 ) -> None:
     """Write one night's rows to their places `at` [n]."""
     with pq.ParquetFile(path) as file:
-        rows = file.read(columns=[c.name for c in data.columns if c.role not in ("time", "ignored")])
+        unread = {name for _, names, _ in _list_tables(data) for name in names}
+        wanted = [c.name for c in data.columns if c.role not in ("time", "ignored") and c.name not in unread]
+        rows = file.read(columns=wanted)
 
-    encoded = {name: vocabularies[name].encode(rows[name]) for name in data.vocabularies}
+    encoded = {name: vocabularies[name].encode(rows[name]) for name in data.vocabularies if name not in unread}
     for table, columns in (
         ("request_ids", data.named("request", "categorical")),
         ("candidate_ids", (data.item, *data.named("candidate", "categorical"))),
@@ -272,6 +295,40 @@ def _write_night(
     tables["weights"][at] = 1.0 if data.weight is None else _numbers(rows[data.weight], 1.0)
     tables["item"][at] = encoded[data.item]
     tables["night"][at] = night.toordinal()
+
+
+def _list_tables(data: DataConfig) -> Iterator[tuple[str, tuple[str, ...], list[slice]]]:
+    """Table, columns and their places, for every table of lists that the contract asks for."""
+    tables: tuple[tuple[Role, Kind, str], ...] = (
+        ("request", "multi", "request_values"),
+        ("candidate", "multi", "candidate_values"),
+        ("request", "dense", "request_vectors"),
+        ("candidate", "dense", "candidate_vectors"),
+    )
+    for role, kind, name in tables:
+        if columns := data.named(role, kind):
+            yield name, columns, list(spans(data.widths(role, kind)))
+
+
+def _write_lists(data: DataConfig, path: Path, vocabularies: Vocabularies, tables: Tables, at: I64) -> None:
+    """Write the lists of one night's rows to their places `at` [n], a part of the file at a time."""
+    asked = list(_list_tables(data))
+    if not asked:
+        return
+    width = sum(places[-1].stop for _, _, places in asked)
+    with pq.ParquetFile(path) as file:
+        start = 0
+        wanted = [name for _, names, _ in asked for name in names]
+        for batch in file.iter_batches(max(1, READ_AT_ONCE // width), columns=wanted):
+            here = at[start : start + batch.num_rows]
+            start += batch.num_rows
+            for table, names, places in asked:
+                for name, place in zip(names, places, strict=True):
+                    values, lengths = values_of(batch.column(batch.schema.get_field_index(name)))
+                    dense = table.endswith("vectors")
+                    flat = values.to_numpy() if dense else vocabularies[name].encode(values).astype(np.int32)
+                    filled = padded(flat, lengths, place.stop - place.start, np.nan if dense else NOTHING)
+                    tables[table][here, place] = filled
 
 
 def _numbers(values: pa.ChunkedArray, missing: float) -> F32:

@@ -6,7 +6,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Role = Literal["user", "item", "time", "label", "request", "candidate", "weight", "ignored"]
 DType = Literal["int64", "float64", "string", "bool", "timestamp"]
-Kind = Literal["categorical", "numeric"]
+Kind = Literal["categorical", "numeric", "multi", "dense"]
+LISTS: tuple[Kind, ...] = ("multi", "dense")
+"""Kinds whose columns hold a list per row."""
+MOST_VALUES = 16
+"""Values in a list of a `multi` column, where the config says nothing."""
 ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$")]
 
 
@@ -27,11 +31,22 @@ class ColumnConfig(Section):
     `weight`: a non-negative row weight. `ignored`: must be present, is never read."""
     dtype: DType
     """The Arrow type family that the files must have: int64 (any integer width), float64 (any float), string, bool,
-    timestamp (any unit; without zone it is UTC)."""
+    timestamp (any unit; without zone it is UTC). Of a `multi` or `dense` column, the family of the values in its
+    lists, which may be lists of any offset width or of a fixed size."""
     kind: Kind | None = None
-    """How an input is read: `categorical` (looked up in a vocabulary) or `numeric` (normalised). Inputs must say."""
+    """How an input is read. Inputs must say. `categorical`: looked up in a vocabulary. `numeric`: normalised. `multi`:
+    a list of categories (tags, genres), each looked up, their embeddings averaged; the order says nothing, and a value
+    that comes twice counts twice. `dense`: a vector of a fixed length (a text or image embedding), each of its numbers
+    normalised; kept as float32."""
     nullable: bool = False
-    """Whether a missing value is allowed. Inputs that may be missing get their own rule inside the release."""
+    """Whether a missing value is allowed. Inputs that may be missing get their own rule inside the release. A list of
+    `multi` may always be empty, and a missing one is read as an empty one; values inside a list are never missing."""
+    max_values: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, exclude_if=lambda most: most is None)
+    """Most values in a list of a `multi` column; 16 where nothing is said. A row with a longer list goes to quarantine
+    and a request with one is refused, so that a ranker is served what it was trained on; cut them upstream if you can
+    say which values matter. Every row and every candidate takes room for so many."""
+    length: Annotated[int, Field(ge=1, le=8192)] | None = Field(None, exclude_if=lambda length: length is None)
+    """How many numbers a vector of a `dense` column has; vectors of another length go to quarantine."""
     minimum: float | None = None
     """Smallest value allowed; smaller ones go to quarantine."""
     maximum: float | None = None
@@ -44,10 +59,13 @@ class ColumnConfig(Section):
         if self.role in ("request", "candidate"):
             if self.kind is None:
                 raise ValueError(
-                    f"column {self.name!r} has role {self.role!r} and must set kind: categorical or numeric"
+                    f"column {self.name!r} has role {self.role!r} and must set kind: categorical, numeric, multi or "
+                    f"dense"
                 )
-            if self.kind == "categorical" and self.dtype not in ("int64", "string"):
-                raise ValueError(f"column {self.name!r} is categorical and must be int64 or string, not {self.dtype}")
+            if self.kind in ("categorical", "multi") and self.dtype not in ("int64", "string"):
+                raise ValueError(f"column {self.name!r} is {self.kind} and must be int64 or string, not {self.dtype}")
+            if self.kind == "dense" and self.dtype != "float64":
+                raise ValueError(f"column {self.name!r} is dense and must be float64, not {self.dtype}")
             if self.kind == "numeric" and self.dtype not in ("int64", "float64", "bool"):
                 raise ValueError(
                     f"column {self.name!r} is numeric and must be int64, float64 or bool, not {self.dtype}"
@@ -65,6 +83,27 @@ class ColumnConfig(Section):
         if self.role == "weight" and self.dtype not in ("int64", "float64"):
             raise ValueError(f"column {self.name!r} is a weight and must be int64 or float64, not {self.dtype}")
         return self
+
+    @model_validator(mode="after")
+    def _lists_say_their_width(self) -> Self:
+        if self.kind == "dense" and self.length is None:
+            raise ValueError(f"column {self.name!r} is dense and must say the length of its vectors")
+        for field, value, kind in (("length", self.length, "dense"), ("max_values", self.max_values, "multi")):
+            if value is not None and self.kind != kind:
+                raise ValueError(f"column {self.name!r} is not {kind}: remove {field}, or set kind to {kind}")
+        limits = {"minimum": self.minimum, "maximum": self.maximum, "allowed": self.allowed}
+        if self.kind in LISTS and (said := [name for name, limit in limits.items() if limit is not None]):
+            raise ValueError(
+                f"column {self.name!r} holds lists, and {', '.join(said)} speaks of single values: remove it"
+            )
+        return self
+
+    @property
+    def width(self) -> int:
+        """Places that a row of this column takes in a table: of a list column as many as it has at most, else 1."""
+        if self.kind == "multi":
+            return self.max_values or MOST_VALUES
+        return self.length or 1
 
 
 class ObjectiveConfig(Section):
@@ -176,9 +215,13 @@ class DataConfig(Section):
 
     @property
     def vocabularies(self) -> tuple[str, ...]:
-        """Columns that have a vocabulary: user, item, then the categorical inputs, request before candidate."""
+        """Columns that have a vocabulary: user, item, the categorical inputs, request before candidate, the `multi`."""
         inputs = self.named("request", "categorical") + self.named("candidate", "categorical")
-        return (self.user, self.item, *inputs)
+        return (self.user, self.item, *inputs, *self.named("request", "multi"), *self.named("candidate", "multi"))
+
+    def widths(self, role: Role, kind: Kind) -> tuple[int, ...]:
+        """Places of each column with a role and kind, in the order of `named`: they lie side by side in one table."""
+        return tuple(self.column(name).width for name in self.named(role, kind))
 
 
 class SegmentsConfig(Section):

@@ -20,7 +20,7 @@ from jinja2.bccache import Bucket
 from tasks.data.canaries import Canary, canaries
 from tasks.data.contract import DataConfig
 from tasks.data.interactions import footers
-from tasks.data.quarantine import VIEW, night_view, reading, split
+from tasks.data.quarantine import VIEW, measured_view, night_view, reading, split
 from tasks.data.rules import rules
 from tasks.data.suite import Check, agree, failures, generated, plain
 from tasks.errors import ExpectationsFailed, InvalidConfig, NightMissing, ValidatorBroken
@@ -86,7 +86,7 @@ def validate(data: DataConfig, night: date, files: Sequence[Path], out: Path) ->
     ):
         with reading(files):
             parts = split(connection, data, checks, rows, clean_file, quarantine_file)
-        results = _evaluate(connection, suite)
+        results = _evaluate(connection, suite, measured_view(connection, data))
     expectations = [_told(check, result) for check, result in zip(suite, results, strict=True)]
     agree(f"night {night}", suite, expectations, parts.reasons)
     if found := failures(data, parts, expectations, quarantine_file):
@@ -170,8 +170,8 @@ def _project() -> Any:
     )
 
 
-def _evaluate(connection: duckdb.DuckDBPyConnection, suite: Sequence[Check]) -> list[Any]:
-    """Great Expectations' result for each check, in order.
+def _evaluate(connection: duckdb.DuckDBPyConnection, suite: Sequence[Check], view: str = VIEW) -> list[Any]:
+    """Great Expectations' result for each check of a view's rows, in order.
 
     Counting and sampling the rows of a rule costs twice as much as judging it, so only rules that fail are counted.
 
@@ -185,7 +185,7 @@ def _evaluate(connection: duckdb.DuckDBPyConnection, suite: Sequence[Check]) -> 
     gx = _gx()
     execution = gx.execution_engine(engine=engine(connection), create_temp_table=False)
     execution.dialect_module = dialect_module()
-    name = quoted_name(VIEW, True)
+    name = quoted_name(view, True)
     batch = gx.batch(data=gx.batch_data(execution, table_name=name, source_table_name=name, create_temp_table=False))
     validator = gx.validator(execution_engine=execution, batches=[batch], data_context=gx.context)
     brief, full = {"result_format": "BOOLEAN_ONLY"}, {"result_format": "BASIC", "partial_unexpected_count": 5}
@@ -264,7 +264,7 @@ def _judge(data: DataConfig, canary: Canary) -> None:
     with TemporaryDirectory(prefix="canary-") as folder, canary.table(data) as connection:
         files = (Path(folder) / "clean.parquet", Path(folder) / "quarantine.parquet")
         parts = split(connection, data, checks, len(canary.rows), *files)
-        results = _evaluate(connection, suite)
+        results = _evaluate(connection, suite, measured_view(connection, data))
     expectations = [_told(check, result) for check, result in zip(suite, results, strict=True)]
     failing = {told["about"] for told in expectations if not told["success"]}
     for by, found, wanted in (("rules", set(parts.reasons), canary.reasons), ("expectations", failing, canary.failing)):

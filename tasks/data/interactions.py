@@ -15,7 +15,8 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.data.contract import DataConfig, DType
+from tasks.data.contract import LISTS, ColumnConfig, DataConfig, DType
+from tasks.data.lists import is_list
 from tasks.errors import CorruptFile, NightChanged, NightMissing, ObjectMissing, SchemaBroken
 
 _CHUNK = 1 << 20
@@ -291,9 +292,19 @@ def _differences(data: DataConfig, schema: pa.Schema) -> list[str]:
     found += [f"column {name!r} is not in the contract" for name in names if name not in wanted]
     found += [f"column {name!r} stands {count} times" for name, count in names.items() if count > 1]
     for column in data.columns:
-        if names[column.name] == 1 and family(kind := schema.field(column.name).type) != column.dtype:
-            found.append(f"column {column.name!r} is {kind}, the contract says {column.dtype}")
+        if names[column.name] == 1 and (wanted_type := _misfit(column, kind := schema.field(column.name).type)):
+            found.append(f"column {column.name!r} is {kind}, the contract says {wanted_type}")
     return found
+
+
+def _misfit(column: ColumnConfig, kind: pa.DataType) -> str | None:
+    """What the contract says about a column, where an Arrow type does not fit it."""
+    if column.kind not in LISTS:
+        return None if family(kind) == column.dtype else column.dtype
+    fixed = column.kind == "dense" and pa.types.is_fixed_size_list(kind) and kind.list_size != column.length
+    if is_list(kind) and family(kind.value_type) == column.dtype and not fixed:
+        return None
+    return f"list of {column.length} {column.dtype}" if column.kind == "dense" else f"list of {column.dtype}"
 
 
 def _line(error: BaseException) -> str:

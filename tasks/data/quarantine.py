@@ -17,12 +17,14 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.data.contract import ColumnConfig, DataConfig
+from tasks.data.contract import LISTS, ColumnConfig, DataConfig
 from tasks.data.interactions import Footer
-from tasks.data.rules import SQL_TYPES, Rule, quoted
+from tasks.data.rules import Rule, measures, quoted, sql_type
 from tasks.errors import CorruptFile, InvalidConfig, ValidatorBroken
 
 VIEW = "interactions"
+MEASURED = "measured"
+"""The view beside it with counts of what is in the lists, which expectations cannot look into."""
 REASONS = "quarantine:reasons"
 """The quarantine file's column of reason codes; like our other helper columns, no contract can name one so."""
 _REASONS = f'"{REASONS}"'
@@ -37,6 +39,9 @@ _SETTINGS = {
     "disabled_optimizers": "statistics_propagation,filter_pushdown",
 }
 _ROW_GROUP = 1 << 18
+_ROW_GROUP_VALUES = 1 << 22
+"""Values of lists in a row group: vectors are long, and a group of them is in memory at a time."""
+_SHOWN = 8
 _ARROW = {
     "int64": pa.int64(),
     "float64": pa.float64(),
@@ -63,7 +68,13 @@ class Split:
 
 def clean_schema(data: DataConfig) -> pa.Schema:
     """Arrow schema of a night's clean rows: the contract's columns in its order, timestamps in microseconds of UTC."""
-    return pa.schema([(column.name, _ARROW[column.dtype]) for column in data.columns])
+    return pa.schema([(column.name, _arrow(column)) for column in data.columns])
+
+
+def _arrow(column: ColumnConfig) -> pa.DataType:
+    if column.kind in LISTS:
+        return pa.list_(pa.float32() if column.kind == "dense" else _ARROW[column.dtype])
+    return _ARROW[column.dtype]
 
 
 @contextmanager
@@ -137,19 +148,22 @@ def split(
     parameters = {name: value for rule in checks for name, value in rule.parameters.items()}
     columns = ", ".join(quoted(column) for column in data.columns)
     order = _order(data)
+    width = sum(column.width for column in data.columns if column.kind in LISTS)
+    group = min(_ROW_GROUP, _ROW_GROUP_VALUES // max(1, width))
     count = _write(
         connection,
         f"SELECT {columns} FROM {source} WHERE len({_REASONS}) = 0 ORDER BY {order}",
         parameters,
         clean_schema(data),
         clean,
+        group,
     )
     with_reasons = clean_schema(data).append(pa.field(REASONS, pa.list_(pa.string())))
     # the bad rows' keys need not be unique, so every column takes part in their order
     everything = (
         f"SELECT {columns}, {_REASONS} FROM {source} WHERE len({_REASONS}) > 0 ORDER BY {order}, {columns}, {_REASONS}"
     )
-    bad_rows = _write(connection, everything, parameters, with_reasons, bad) if count != rows else 0
+    bad_rows = _write(connection, everything, parameters, with_reasons, bad, group) if count != rows else 0
     if count + bad_rows != rows:
         raise ValidatorBroken(
             f"{count} clean and {bad_rows} bad rows are not the {rows} rows that the files' footers promise; "
@@ -172,7 +186,7 @@ def _cast(column: ColumnConfig) -> str:
         # in microseconds: Python has no other instants, and DuckDB calls its largest ones infinite
         instant = f"epoch_us({name})"
         return f"CASE WHEN {instant} {_YEARS_1_TO_9999} THEN make_timestamp({instant}) END AS {name}"
-    return f"CAST({name} AS {SQL_TYPES[column.dtype]}) AS {name}"
+    return f"CAST({name} AS {sql_type(column)}) AS {name}"
 
 
 def _order(data: DataConfig) -> str:
@@ -213,19 +227,33 @@ def _reasons(verdicts: list[str]) -> str:
     return f"list_filter([{', '.join(verdicts)}]::VARCHAR[], lambda reason: reason IS NOT NULL)"
 
 
+def measured_view(connection: duckdb.DuckDBPyConnection, data: DataConfig) -> str:
+    """The view that expectations read: with counts beside the lists, where the contract has lists."""
+    if not (counts := measures(data)):
+        return VIEW
+    named = ", ".join(f'{sql} AS "{name}"' for name, sql in counts.items())
+    connection.execute(f"CREATE OR REPLACE VIEW {MEASURED} AS SELECT *, {named} FROM {VIEW}")
+    return MEASURED
+
+
 def _write(
-    connection: duckdb.DuckDBPyConnection, sql: str, parameters: dict[str, Any], schema: pa.Schema, target: Path
+    connection: duckdb.DuckDBPyConnection,
+    sql: str,
+    parameters: dict[str, Any],
+    schema: pa.Schema,
+    target: Path,
+    group: int,
 ) -> int:
     """Streams a query into a Parquet file with row groups of a fixed size; returns its rows."""
-    reader = connection.execute(sql, parameters).to_arrow_reader(_ROW_GROUP)
+    reader = connection.execute(sql, parameters).to_arrow_reader(group)
     rows, held = 0, schema.empty_table()
     with pq.ParquetWriter(target, schema, compression="zstd", write_page_checksum=True) as writer:
         for batch in reader:
             rows += batch.num_rows
             held = pa.concat_tables([held, pa.Table.from_batches([batch]).cast(schema)])
-            while held.num_rows >= _ROW_GROUP:
-                writer.write_table(held.slice(0, _ROW_GROUP).combine_chunks())
-                held = held.slice(_ROW_GROUP)
+            while held.num_rows >= group:
+                writer.write_table(held.slice(0, group).combine_chunks())
+                held = held.slice(group)
         if held.num_rows or not rows:
             writer.write_table(held.combine_chunks())
     return rows
@@ -254,6 +282,9 @@ def _plain(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, list):
+        more = len(value) - _SHOWN
+        return [*map(_plain, value[:_SHOWN]), *([f"and {more} more"] if more > 0 else [])]
     return value[:200] if isinstance(value, str) else value
 
 

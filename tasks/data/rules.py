@@ -6,13 +6,16 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from tasks.data.contract import ColumnConfig, DataConfig
+from tasks.data.contract import LISTS, ColumnConfig, DataConfig
+from tasks.data.lists import LARGEST_FLOAT32
+from tasks.data.vocabulary import MISSING
 from tasks.errors import InvalidConfig
 
 SQL_TYPES = {"int64": "BIGINT", "float64": "DOUBLE", "string": "VARCHAR", "bool": "BOOLEAN", "timestamp": "TIMESTAMP"}
 """DuckDB's names of the contract's types."""
 LARGEST = 1.7976931348623157e308
 """The largest finite double."""
+_ONE = '"value:one"'
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,9 @@ def rules(data: DataConfig, night: date) -> tuple[Rule, ...]:
                     "expect_column_values_to_not_be_null",
                 )
             )
+        if column.kind in LISTS:
+            found += _list_rules(column)
+            continue
         if column.dtype == "float64":
             found.append(_finite(column))
         found += [*_range(column), *_allowed(column)]
@@ -92,6 +98,53 @@ def rules(data: DataConfig, night: date) -> tuple[Rule, ...]:
 def quoted(column: ColumnConfig) -> str:
     """The column's name as an SQL identifier."""
     return '"' + column.name.replace('"', '""') + '"'
+
+
+def sql_type(column: ColumnConfig) -> str:
+    """DuckDB's name of the type that a column is read as."""
+    return SQL_TYPES[column.dtype] + ("[]" if column.kind in LISTS else "")
+
+
+def measures(data: DataConfig) -> dict[str, str]:
+    """What expectations read of list columns, which they cannot look into: helper column to SQL, each a count per row.
+
+    `column:values` is how many values the list has, `column:bad` how many of them are none: in a `multi` list missing
+    or the marker of missing values, in a `dense` one missing or beyond the finite numbers of float32. No contract can
+    name a column so. Where the list is missing, so are the counts.
+    """
+    return {name: sql for column in data.columns if column.kind in LISTS for name, sql in _counts(column).items()}
+
+
+def _counts(column: ColumnConfig) -> dict[str, str]:
+    bad = f"list_filter({quoted(column)}, lambda {_ONE}: {_bad_value(column)})"
+    return {f"{column.name}:values": f"len({quoted(column)})", f"{column.name}:bad": f"len({bad})"}
+
+
+def _bad_value(column: ColumnConfig) -> str:
+    if column.kind == "dense":
+        return f"(isfinite({_ONE}) AND abs({_ONE}) <= {LARGEST_FLOAT32!r}) IS NOT TRUE"
+    marker = MISSING[column.dtype]
+    return f"{_ONE} IS NULL OR {_ONE} = " + (str(marker) if isinstance(marker, int) else f"'{marker}'")
+
+
+def _list_rules(column: ColumnConfig) -> list[Rule]:
+    """How long a list is, and what its values are."""
+    dense = column.kind == "dense"
+    counts = (
+        ("wrong_length" if dense else "too_many", "values", column.width if dense else None, column.width),
+        ("not_finite" if dense else "empty_value", "bad", None, 0),
+    )
+    found = []
+    for code, measure, low, high in counts:
+        helper = f"{column.name}:{measure}"
+        sql = _counts(column)[helper]
+        tests = [f"{sql} <= {high}", *([] if low is None else [f"{sql} >= {low}"])]
+        predicate = f"({quoted(column)} IS NULL OR ({' AND '.join(tests)}))"
+        kwargs = {"column": helper, "min_value": low, "max_value": high}
+        found.append(
+            Rule(f"{code}:{column.name}", column.name, predicate, {}, "expect_column_values_to_be_between", kwargs)
+        )
+    return found
 
 
 def _finite(column: ColumnConfig) -> Rule:

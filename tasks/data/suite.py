@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks.data.contract import DataConfig
 from tasks.data.quarantine import Split
-from tasks.data.rules import Rule
+from tasks.data.rules import Rule, measures
 from tasks.errors import ValidatorBroken
 
 _SOME = 1e-12  # a share that one row in a trillion reaches
@@ -37,7 +37,7 @@ def generated(data: DataConfig, checks: Sequence[Rule]) -> list[Check]:
         data: the contract.
         checks: its rules, from `rules`.
     """
-    names = [column.name for column in data.columns]
+    names = [*(column.name for column in data.columns), *measures(data)]
     bounds = {"min_value": data.min_rows, "max_value": data.max_rows}
     suite = [
         Check("expect_table_columns_to_match_set", {"column_set": names, "exact_match": True}, "columns", True),

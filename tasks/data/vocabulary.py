@@ -1,4 +1,4 @@
-"""Append-only vocabularies: raw key to small integer id, one per key or categorical column.
+"""Append-only vocabularies: raw key to small integer id, one per key, categorical or multi-valued column.
 
 Id 0 means unknown or missing; the key at position ``p`` has id ``p + 1``. Keys are appended in the order (night, key)
 and never move, so an id once given means the same key in every later release.
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.data.contract import DataConfig
+from tasks.data.lists import is_list, values_of
 from tasks.errors import ObjectCorrupt
 
 I64 = npt.NDArray[np.int64]
@@ -104,7 +105,8 @@ def extend(vocabularies: Vocabularies, nights: Iterable[Path]) -> dict[str, Voca
     for path in nights:
         with pq.ParquetFile(path) as file:
             for name, vocabulary in extended.items():
-                extended[name] = vocabulary.extend(file.read(columns=[name])[name])
+                values = file.read(columns=[name])[name]
+                extended[name] = vocabulary.extend(values_of(values)[0] if is_list(values.type) else values)
     return extended
 
 

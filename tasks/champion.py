@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from tasks.data import vocabulary
 from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, SegmentsConfig
+from tasks.data.lists import is_list, padded, values_of
 from tasks.data.vocabulary import Vocabularies
 from tasks.errors import FormatUnknown, NightrankError, ReleaseRefused
 from tasks.learning.base import shape_of
@@ -23,7 +24,7 @@ from tasks.learning.training import steady
 from tasks.meta_train import rows_of
 from tasks.parents import base_of, release_file
 from tasks.references import IngestRef, Place, PrepareRef, ValidateRef
-from tasks.release.manifest import Manifest
+from tasks.release.manifest import InputSpec, Manifest
 from tasks.release.pointer import read_manifest
 from tasks.serving.loaded import LoadedRelease, load
 from tasks.serving.requests import read_request
@@ -69,10 +70,8 @@ def champion_scores(
         return scores, f"release {release[:12]} is compared in the nightly exam only: {error}"
     except NightrankError as error:
         return {}, f"release {release[:12]} is not comparable: {error}"
-    if (
-        base.levels != learned_levels(segments, data.user)
-        or base.network.shape.names != shape_of(data, rows, vocabularies).names
-    ):
+    theirs, ours = base.network.shape, shape_of(data, rows, vocabularies)
+    if base.levels != learned_levels(segments, data.user) or (theirs.names, theirs.lists) != (ours.names, ours.lists):
         return (
             scores,
             f"release {release[:12]} has another ladder or other inputs: compared in the nightly exam only",
@@ -122,6 +121,12 @@ def _ask(champion: LoadedRelease, table: pa.Table) -> F32:
         if spec.name not in table.column_names:
             raise ReleaseRefused(f"it asks for the column {spec.name!r}, which the contract no longer has")
         values = table[spec.name]
+        if is_list(values.type) != (spec.values is not None):
+            raise ReleaseRefused(f"the column {spec.name!r} holds lists in one of contract and release only")
+        if spec.values is not None:
+            raw = _lists(spec, values)
+            request[spec.name] = raw if spec.per == "request" else raw[:, None]
+            continue
         if spec.dtype == "float32":
             raw = pc.fill_null(values.cast(pa.float64()), float("nan")).to_numpy().astype(np.float32)
         elif spec.dtype == "int64":
@@ -131,6 +136,19 @@ def _ask(champion: LoadedRelease, table: pa.Table) -> F32:
         request[spec.name] = raw if spec.per == "request" else raw[:, None]
     inputs, shape = read_request(champion.manifest.interface.inputs, request)
     return champion.run(inputs, shape)[:, 0]
+
+
+def _lists(spec: InputSpec, lists: pa.ChunkedArray) -> npt.NDArray[np.generic]:
+    """A column of lists [N, V], as a reader pads them."""
+    assert spec.values is not None
+    values, lengths = values_of(lists)
+    asked = lengths[lengths > 0] if spec.dtype == "float32" else lengths
+    if wrong := asked[asked != spec.values if spec.dtype == "float32" else asked > spec.values].tolist():
+        raise ReleaseRefused(f"it takes lists of {spec.values} values in {spec.name!r}, and tonight's have {wrong[0]}")
+    if spec.dtype == "float32":
+        return padded(values.cast(pa.float32()).to_numpy(), lengths, spec.values, np.nan)
+    flat = values.cast(pa.int64() if spec.dtype == "int64" else pa.string()).to_numpy(zero_copy_only=False)
+    return padded(flat, lengths, spec.values, spec.missing)
 
 
 def _dialect(data: DataConfig, ours: Vocabularies, theirs: Vocabularies) -> Dialect:
@@ -143,4 +161,8 @@ def _dialect(data: DataConfig, ours: Vocabularies, theirs: Vocabularies) -> Dial
     return Dialect(
         tuple(table(name) for name in data.named("request", "categorical")),
         tuple(table(name) for name in (data.item, *data.named("candidate", "categorical"))),
+        tuple(table(name) for name in data.named("request", "multi")),
+        tuple(table(name) for name in data.named("candidate", "multi")),
+        data.widths("request", "multi"),
+        data.widths("candidate", "multi"),
     )

@@ -13,6 +13,7 @@ from tasks.champion import champion_scores
 from tasks.clients.workspace import digest_of
 from tasks.data import vocabulary
 from tasks.data.contract import DataConfig, ObjectiveConfig, SegmentsConfig
+from tasks.data.lists import spans
 from tasks.data.segments import level_name
 from tasks.learning.bank import Bank
 from tasks.learning.baselines import Baselines, BaselinesConfig
@@ -46,7 +47,18 @@ from tasks.references import (
     ValidateRef,
     VerdictRef,
 )
-from tasks.release.alarms import Alarm, forgetting, harmful, inert, leaking, rates_by_category, vanished
+from tasks.release.alarms import (
+    LEAK_VECTOR_ROWS,
+    Alarm,
+    forgetting,
+    harmful,
+    inert,
+    leaking,
+    rates_by_category,
+    rates_by_values,
+    rates_by_vector,
+    vanished,
+)
 from tasks.release.evidence import both_exams, compare, segment_evidence
 from tasks.release.gate import GateConfig, decide_release
 from tasks.release.retention import against_parent
@@ -243,7 +255,22 @@ def _alarms(
             (data.named("candidate", "categorical"), np.asarray(rows.candidate_ids)[at, 1:]),  # 0 is the item
         ):
             inputs |= {name: rates_by_category(labels, ids[:, number]) for number, name in enumerate(names)}
+        for names, table, widths in (
+            (data.named("request", "multi"), rows.request_values, data.widths("request", "multi")),
+            (data.named("candidate", "multi"), rows.candidate_values, data.widths("candidate", "multi")),
+        ):
+            for name, span in zip(names, spans(widths), strict=True):
+                assert table is not None
+                inputs[name] = rates_by_values(labels, table[at, span])
         yield from leaking(labels, inputs)
+        few = np.sort(np.random.default_rng(0).permutation(len(at))[:LEAK_VECTOR_ROWS])
+        for names, table, widths in (
+            (data.named("request", "dense"), rows.request_vectors, data.widths("request", "dense")),
+            (data.named("candidate", "dense"), rows.candidate_vectors, data.widths("candidate", "dense")),
+        ):
+            for name, span in zip(names, spans(widths), strict=True):
+                assert table is not None
+                yield from leaking(labels[few], {name: rates_by_vector(labels[few], table[at[few], span])})
     if earlier:
         for number, level in enumerate(rows.levels):
             if level.columns == (data.user,):

@@ -92,7 +92,7 @@ def export(
         write_tables(tables, release)
         interface = Interface(
             night=ingested.night,
-            inputs=input_specs(data, examples(golden[0])),
+            inputs=input_specs(data, examples(data, golden[0])),
             output=wires(data, tables).scores,
             objectives=objectives(data),
             wires=wires(data, tables).between(),

@@ -187,7 +187,7 @@ def describe(data: DataConfig, tables: ServingTables, golden: tuple[Golden, ...]
     names = wires(data, tables)
     return Interface(
         night=night,
-        inputs=input_specs(data, examples(golden[0])),
+        inputs=input_specs(data, examples(data, golden[0])),
         output=names.scores,
         objectives=objectives(data),
         wires=names.between(),

@@ -7,6 +7,9 @@ or the other way round. The two markets are opposed in the same way about comedi
 
 Every item is liked by half of the world, so popularity says nothing; the best that anybody can say without the
 user's own rows is the average over both tastes (``blind_log_loss``); who knows his taste reaches ``bayes_log_loss``.
+
+With ``lists`` genre and length are no columns of their own: they are two of an item's tags, beside one that is new
+every night, and what else is known are vectors and codes that say nothing.
 """
 
 from dataclasses import dataclass, field
@@ -41,6 +44,13 @@ SCHEMA = pa.schema(
         ("price", pa.float64()),
     ]
 )
+LISTS = {
+    "tags": pa.list_(pa.string()),
+    "look": pa.list_(pa.float32(), 3),
+    "codes": pa.large_list(pa.int32()),
+    "mood": pa.list_(pa.float64()),
+}
+"""Columns that a world with lists has instead of genre and length."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,7 @@ def write_world(
     users: int = 40,
     objectives: int = 1,
     first_night: date = FIRST_NIGHT,
+    lists: bool = False,
 ) -> World:
     """Write the lake below ``folder`` / ``lake``, equal bytes for equal arguments.
 
@@ -81,6 +92,7 @@ def write_world(
         nights: how many, from ``first_night`` on.
         users: how many in all; a third of them is there from the first night, the others come evenly.
         objectives: 1 (`clicked`), or 2 (and the rating `stars`).
+        lists: tags, vectors and codes instead of genre and length.
     """
     random = np.random.default_rng(seed)
     names = np.array([f"user-{number:03d}" for number in range(users)])
@@ -121,10 +133,12 @@ def write_world(
             _append(table, ("user-000", 100, late, 1, 4.0, "north", 40, "comedy", "long", 5.0))
             bad[day] = 1
         rows[day] = len(table["user_id"])
+        if lists:
+            bad[day] += _as_lists(table, number)
         _write_night(folder / "lake" / f"night={day.isoformat()}", table)
 
     return World(
-        config=_config(folder, objectives),
+        config=_config(folder, objectives, lists),
         nights=days,
         rows=rows,
         bad=bad,
@@ -160,21 +174,51 @@ def _append(table: dict[str, list[Any]], row: tuple[Any, ...]) -> None:
         column.append(value)
 
 
+def _as_lists(table: dict[str, list[Any]], night: int) -> int:
+    """Genre and length as tags, in either order; what may be missing is for every fifth item. Returns the bad rows."""
+    items, users = table["item_id"], [int(name[-3:]) if name[-3:].isdigit() else 0 for name in table["user_id"]]
+    pairs = zip(table.pop("genre"), table.pop("length"), items, strict=True)
+    table["tags"] = [
+        [f"night-{night}", genre, length] if item % 2 else [length, genre] for genre, length, item in pairs
+    ]
+    table["look"] = [None if item % 5 == 0 else [item / 10, 1.0, -float(item % 3)] for item in items]
+    table["codes"] = [[None, [], [7], [user, 7, 9]][user % 4] for user in users]
+    table["mood"] = [None if user % 7 == 0 else [float(user), 0.5] for user in users]
+    table["tags"][0] = None  # one row whose genre nobody told
+    if night != 1:
+        return 0
+    table["tags"][1], table["look"][2], table["mood"][3] = list("abcde"), [float("nan")] * 3, [1.0]
+    return 3
+
+
 def _write_night(folder: Path, columns: dict[str, list[Any]]) -> None:
     """Two files a night, as a real writer leaves them."""
     folder.mkdir(parents=True)
-    table = pa.table(columns, schema=SCHEMA)
+    kinds = {name: SCHEMA.field(name).type if name in SCHEMA.names else LISTS[name] for name in columns}
+    table = pa.table(columns, schema=pa.schema(kinds))
     half = table.num_rows // 2
     pq.write_table(table.slice(0, half), folder / "part-0.parquet")
     pq.write_table(table.slice(half), folder / "part-1.parquet")
 
 
-def _config(folder: Path, objectives: int) -> dict[str, Any]:
+def _config(folder: Path, objectives: int, lists: bool) -> dict[str, Any]:
     labels = [
         {"name": "clicked", "column": "clicked", "kind": "binary"},
         {"name": "stars", "column": "stars", "kind": "rating", "weight": 0.5},
     ]
     described = {"role": "candidate", "dtype": "string", "kind": "categorical"}
+    multi, dense = {"kind": "multi", "nullable": True}, {"dtype": "float64", "kind": "dense", "nullable": True}
+    said = [
+        {**described, "name": "genre", "allowed": ["comedy", "drama"]},
+        {**described, "name": "length", "allowed": ["long", "short"]},
+    ]
+    if lists:
+        said = [
+            {"name": "tags", "role": "candidate", "dtype": "string", "max_values": 4, **multi},
+            {"name": "look", "role": "candidate", "length": 3, **dense},
+            {"name": "codes", "role": "request", "dtype": "int64", **multi},
+            {"name": "mood", "role": "request", "length": 2, **dense},
+        ]
     return {
         "version": 1,
         "pipeline": "tiny",
@@ -192,8 +236,7 @@ def _config(folder: Path, objectives: int) -> dict[str, Any]:
                 {"name": "stars", "role": "label", "dtype": "float64", "minimum": 1, "maximum": 5},
                 {"name": "market", "role": "request", "dtype": "string", "kind": "categorical"},
                 {"name": "age", "role": "request", "dtype": "int64", "kind": "numeric", "nullable": True, "minimum": 0},
-                {**described, "name": "genre", "allowed": ["comedy", "drama"]},
-                {**described, "name": "length", "allowed": ["long", "short"]},
+                *said,
                 {"name": "price", "role": "candidate", "dtype": "float64", "kind": "numeric", "minimum": 0},
             ],
             "objectives": labels[:objectives],

@@ -24,8 +24,8 @@ from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.learning.solvers import ObjectiveKind
 
 FORMAT = 4
-"""4: what an item's columns say of its factors, and adapters that bend the dense layers. Before it, 2 and 3 (cross
-layers) had neither."""
+"""4: what an item's columns say of its factors, list columns, and adapters that bend the dense layers. Before it, 2 and
+3 (cross layers) had none of them."""
 WEIGHTS, DESCRIPTION = "base.safetensors", "base.json"
 
 
@@ -92,7 +92,15 @@ def shape_of(data: DataConfig, rows: Rows, vocabularies: Vocabularies) -> Ranker
             *(*data.named("request", "categorical"), data.item, *data.named("candidate", "categorical")),
             *(*data.named("request", "numeric"), *data.named("candidate", "numeric"), *names),
             *(f"{objective.name}:{objective.column}" for objective in data.objectives),
+            *(*data.named("request", "multi"), *data.named("candidate", "multi")),
+            *(*data.named("request", "dense"), *data.named("candidate", "dense")),
         ),
+        request_value_vocabularies=tuple(vocabularies[name].rows for name in data.named("request", "multi")),
+        candidate_value_vocabularies=tuple(vocabularies[name].rows for name in data.named("candidate", "multi")),
+        request_values=data.widths("request", "multi"),
+        candidate_values=data.widths("candidate", "multi"),
+        request_vectors=data.widths("request", "dense"),
+        candidate_vectors=data.widths("candidate", "dense"),
     )
 
 
@@ -153,17 +161,20 @@ def load_base(files: Mapping[str, Path]) -> Base:
 def grow(base: Base, shape: RankerShape) -> Base | None:
     """The base with rows for new vocabulary keys, each a copy of the unknown row, so that no score changes.
 
+    The places of a `multi` column are no weights: they may change as well.
+
     Returns:
         None if the shapes differ in more than the number of rows, or a table would shrink: it cannot be a start.
     """
     old = base.network.shape
-    same = {"request_vocabularies": (), "candidate_vocabularies": ()}
+    tables = (
+        *("request_vocabularies", "candidate_vocabularies"),
+        *("request_value_vocabularies", "candidate_value_vocabularies"),
+    )
+    same = dict.fromkeys((*tables, "request_values", "candidate_values"), ())
     if old.model_copy(update=same) != shape.model_copy(update=same):
         return None
-    for was, now in (
-        (old.request_vocabularies, shape.request_vocabularies),
-        (old.candidate_vocabularies, shape.candidate_vocabularies),
-    ):
+    for was, now in ((getattr(old, name), getattr(shape, name)) for name in tables):
         if len(was) != len(now) or any(rows < known for known, rows in zip(was, now, strict=True)):
             return None
     network = Ranker(shape, base.network.config, base.network.bent)

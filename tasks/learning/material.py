@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tasks.data.columns import Rows
+from tasks.data.lists import spans
 from tasks.learning.networks import Ranker
 
 I64 = npt.NDArray[np.int64]
@@ -98,15 +99,37 @@ def visits_of(rows: Rows) -> Visits:
 
 @dataclass(frozen=True)
 class Dialect:
-    """What the ids of the rows' vocabularies are in another base's: one table [V + 1] per column, 0 where unknown."""
+    """What the ids of the rows' vocabularies are in another base's: one table [V + 1] per column, 0 where unknown.
+
+    Attributes:
+        request: of categorical request columns.
+        candidate: of the item and the categorical candidate columns.
+        request_values: of `multi` request columns.
+        candidate_values: of `multi` candidate columns.
+        request_places: places of each `multi` request column.
+        candidate_places: of each candidate column.
+    """
 
     request: tuple[I64, ...]
     candidate: tuple[I64, ...]
+    request_values: tuple[I64, ...] = ()
+    candidate_values: tuple[I64, ...] = ()
+    request_places: tuple[int, ...] = ()
+    candidate_places: tuple[int, ...] = ()
 
 
 def _translated(ids: Tensor, tables: tuple[I64, ...]) -> Tensor:
     columns = [torch.from_numpy(table).to(ids.device)[ids[..., at]] for at, table in enumerate(tables)]
     return torch.stack(columns, dim=-1) if columns else ids
+
+
+def _translated_values(ids: Tensor, tables: tuple[I64, ...], places: tuple[int, ...]) -> Tensor:
+    found = ids.clone()
+    for place, table in zip(spans(places), tables, strict=True):
+        own = ids[..., place]
+        known = torch.from_numpy(table).to(ids.device)[own.clamp_min(0)]
+        found[..., place] = torch.where(own < 0, own, known)
+    return found
 
 
 class Material:
@@ -124,8 +147,8 @@ class Material:
     def _tensor(self, table: npt.NDArray[np.generic], at: I64) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(table[at])).to(self.device)
 
-    def inputs(self, at: I64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What `Ranker.forward` takes, for positions [T]."""
+    def inputs(self, at: I64) -> tuple[Tensor, ...]:
+        """What `Ranker.forward` takes, for positions [T]: of lists nothing where the rows have none at all."""
         rows = self.rows
         tables = (
             *(rows.request_ids, rows.candidate_ids),
@@ -134,7 +157,18 @@ class Material:
         first, second, third, fourth, fifth = (self._tensor(table, at) for table in tables)
         if self.dialect is not None:
             first, second = _translated(first, self.dialect.request), _translated(second, self.dialect.candidate)
-        return first, second, third, fourth, fifth
+        lists = (rows.request_values, rows.candidate_values, rows.request_vectors, rows.candidate_vectors)
+        if all(table is None for table in lists):
+            return first, second, third, fourth, fifth
+        # Tensors for all of them: functions that are mapped over batches take no None.
+        given = [first.new_zeros(len(at), 0) if table is None else self._tensor(table, at) for table in lists]
+        values = [ids.long() for ids in given[:2]]
+        if (dialect := self.dialect) is not None:
+            values = [
+                _translated_values(values[0], dialect.request_values, dialect.request_places),
+                _translated_values(values[1], dialect.candidate_values, dialect.candidate_places),
+            ]
+        return first, second, third, fourth, fifth, *values, *given[2:]
 
     def labels(self, at: I64) -> Tensor:
         """Labels [T, K], NaN where missing."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tasks.data.contract import Section
 from tasks.learning.bending import Bent, Perceptron, mirror
 from tasks.learning.layers import Cross, Normaliser, WarmUp
+from tasks.learning.lists import ListInputs, pooled
 
 CROSS_LAYERS = 2
 """Of `dcn`, where the config says nothing."""
@@ -40,7 +41,8 @@ class RankerConfig(Section):
     """Whether an item's factors are held to what its columns say of them: a new item begins there, and its own rows
     take over as they come. Without it factors are held to 0, and a new item has none."""
     category_factors: Annotated[int, Field(ge=0, le=256)] = 4
-    """Adapter features that are free factors of a category, for each categorical candidate column, started likewise."""
+    """Adapter features that are free factors of a category, for each categorical candidate column, started likewise;
+    of a `multi` column the mean of its values' factors."""
     direct: bool = True
     """Whether the candidate's numbers, normalised, are adapter features as they stand: what a segment likes about a
     column is then learned from its own rows, whether or not the towers have found the column useful."""
@@ -93,6 +95,25 @@ class RankerShape(Section):
     names: tuple[str, ...] = ()
     """Columns, statistics and objectives in the order of the inputs: weights fit no others, whatever their number."""
 
+    request_value_vocabularies: tuple[int, ...] = Field((), exclude_if=lambda of_columns: not of_columns)
+    """Rows of each `multi` request column's embedding table, the unknown row 0 included. A dump leaves out what a
+    network has none of, as for the rest."""
+    candidate_value_vocabularies: tuple[int, ...] = Field((), exclude_if=lambda of_columns: not of_columns)
+    """Rows of each `multi` candidate column's embedding table."""
+    request_values: tuple[int, ...] = Field((), exclude_if=lambda of_columns: not of_columns)
+    """Places of each `multi` request column."""
+    candidate_values: tuple[int, ...] = Field((), exclude_if=lambda of_columns: not of_columns)
+    """Places of each `multi` candidate column."""
+    request_vectors: tuple[int, ...] = Field((), exclude_if=lambda of_columns: not of_columns)
+    """Length of each `dense` request column."""
+    candidate_vectors: tuple[int, ...] = Field((), exclude_if=lambda of_columns: not of_columns)
+    """Length of each `dense` candidate column."""
+
+    @property
+    def lists(self) -> tuple[tuple[int, ...], ...]:
+        """Places of every list column by side and kind: what rows must be laid out by."""
+        return self.request_values, self.candidate_values, self.request_vectors, self.candidate_vectors
+
     @property
     def statistics(self) -> int:
         """Length of the statistics vector."""
@@ -142,6 +163,10 @@ class Ranker(nn.Module):
         candidates = (
             len(shape.candidate_vocabularies) * width + 2 * shape.candidate_numbers + len(shape.candidate_statistics)
         )
+        self.request_lists = self._lists_of("request")
+        self.candidate_lists = self._lists_of("candidate")
+        requests += 0 if self.request_lists is None else self.request_lists.width
+        candidates += 0 if self.candidate_lists is None else self.candidate_lists.width
         self.request_tower = nn.Sequential(nn.Linear(requests, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
         self.candidate_tower = nn.Sequential(nn.Linear(candidates, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
         both = 2 * hidden + len(shape.joint_statistics)
@@ -161,6 +186,9 @@ class Ranker(nn.Module):
         self.factor_tables = nn.ModuleList(
             nn.Embedding(shape.candidate_vocabularies[at], sizes[at]) for at in self.factored
         )
+        if config.category_factors and bent is None:
+            of_values = (nn.Embedding(rows, config.category_factors) for rows in shape.candidate_value_vocabularies)
+            self.factor_tables.extend(of_values)
         for table in self.factor_tables:
             assert isinstance(table, nn.Embedding)
             nn.init.zeros_(table.weight)
@@ -189,6 +217,13 @@ class Ranker(nn.Module):
         if bent is not None and bent.kind == "lora":
             self.low_rank = nn.Parameter(torch.randn(bent.rank, self.joint_inputs) * self.joint_inputs**-0.5)
 
+    def _lists_of(self, side: Literal["request", "candidate"]) -> ListInputs | None:
+        """The list columns of one side, if there are any."""
+        vocabularies, values, vectors = (
+            getattr(self.shape, f"{side}_{what}") for what in ("value_vocabularies", "values", "vectors")
+        )
+        return ListInputs(vocabularies, values, vectors, self.config.embedding) if values or vectors else None
+
     @property
     def width(self) -> int:
         """Numbers of an adapter per objective: D, one for each feature; P where the dense layers are bent."""
@@ -209,7 +244,8 @@ class Ranker(nn.Module):
         sizes = {
             "constant": 1,
             "item factors": self.config.factors,
-            "category factors": self.config.category_factors * (len(self.shape.candidate_vocabularies) - 1),
+            "category factors": self.config.category_factors
+            * (len(self.shape.candidate_vocabularies) - 1 + len(self.shape.candidate_values)),
             "numbers": self.shape.candidate_numbers if self.config.direct else 0,
             "tower features": self.config.features,
         }
@@ -231,6 +267,9 @@ class Ranker(nn.Module):
     def _embed(self, tables: nn.ModuleList, rows: Tensor, ids: Tensor) -> list[Tensor]:
         return [table(self._known(ids[..., at], rows[at])) for at, table in enumerate(tables)]
 
+    def _listed(self, lists: ListInputs | None, values: Tensor | None, vectors: Tensor | None) -> list[Tensor]:
+        return [] if lists is None else [lists(values, vectors, self._known)]
+
     def normal_statistics(self, statistics: Tensor) -> Tensor:
         """Statistics ``[..., S]`` as the layers read them: normalised, and 0 where the config leaves them out."""
         normal: Tensor = self.statistics_normaliser(statistics)[..., : self.shape.statistics]
@@ -243,6 +282,10 @@ class Ranker(nn.Module):
         request_numbers: Tensor,
         candidate_numbers: Tensor,
         statistics: Tensor,
+        request_values: Tensor | None = None,
+        candidate_values: Tensor | None = None,
+        request_vectors: Tensor | None = None,
+        candidate_vectors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Score rows without an adapter.
 
@@ -252,6 +295,11 @@ class Ranker(nn.Module):
             request_numbers: raw numbers, float32 ``[..., Fr]``, NaN where missing.
             candidate_numbers: raw numbers, float32 ``[..., Fc]``.
             statistics: as-of statistics, float32 ``[..., S]``, in model units.
+            request_values: ids of the `multi` columns side by side, int64, -1 behind a list's end; read only where
+                the shape has such columns, as the rest.
+            candidate_values: of the candidate's.
+            request_vectors: the `dense` columns side by side, float32, NaN where a vector is missing.
+            candidate_vectors: of the candidate's.
 
         Returns:
             Logits ``[..., K]`` (for ratings: values) and adapter features ``[..., D]``; ``[..., X]``, the inputs of the
@@ -264,6 +312,7 @@ class Ranker(nn.Module):
                 *self._embed(self.request_tables, self.request_rows, request_ids),
                 self.request_normaliser(request_numbers),
                 _columns(normal, shape.request_statistics),
+                *self._listed(self.request_lists, request_values, request_vectors),
             ],
             dim=-1,
         )
@@ -273,6 +322,7 @@ class Ranker(nn.Module):
                 *self._embed(self.candidate_tables, self.candidate_rows, candidate_ids),
                 numbers,
                 _columns(normal, shape.candidate_statistics),
+                *self._listed(self.candidate_lists, candidate_values, candidate_vectors),
             ],
             dim=-1,
         )
@@ -288,13 +338,17 @@ class Ranker(nn.Module):
         if self.bent is not None:
             return logits, joint
         features = [torch.ones_like(logits[..., :1])]
-        for at, table in zip(self.factored, self.factor_tables, strict=True):
+        for at, table in zip(self.factored, self.factor_tables[: len(self.factored)], strict=True):
             factors = table(self._known(candidate_ids[..., at], self.candidate_rows[at]))
             if at == 0 and self.warm_up is not None:
                 # Without rows they are 0 to the bit: closed forms leave them so, and no gradient moves them.
                 learned = (factors != 0).any(dim=-1, keepdim=True)
                 factors = torch.where(learned, factors, self.warm_up(numbers, self._categories(candidate_ids)))
             features.append(factors)
+        if self.candidate_lists is not None and self.config.category_factors:
+            read = self.candidate_lists.read(candidate_values, self._known)
+            tables = self.factor_tables[len(self.factored) :]
+            features += [pooled(table, *one) for table, one in zip(tables, read, strict=True)]
         if self.config.direct and shape.candidate_numbers:
             features.append(numbers[..., : shape.candidate_numbers])
         if self.head is not None:

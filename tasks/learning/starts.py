@@ -11,17 +11,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tasks.data.columns import Rows
+from tasks.data.columns import F32, Rows
 from tasks.data.contract import DataConfig
 from tasks.errors import TrainingDiverged
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.closed_form import calibrate, factorise, fit_warm_up
+from tasks.learning.closed_form import calibrate, factorise, factorise_lists, fit_warm_up
 from tasks.learning.layers import SMALLEST_SCALE
+from tasks.learning.lists import VectorNormaliser
 from tasks.learning.material import I64, Material, Visits
 from tasks.learning.networks import Ranker
 
 PART = 65_536
 """About how many rows the network scores at a time."""
+VECTOR_NUMBERS = 1 << 23
+"""About how many numbers of vectors are read at a time."""
 
 
 SOLVED = ("wide.", "factor_tables.", "warm_up.")
@@ -66,6 +69,31 @@ def normalise(network: Ranker, data: DataConfig, rows: Rows, at: I64) -> None:
         mean = np.where(given, values, 0.0).sum(axis=0) / count
         scale = np.sqrt(np.where(given, (values - mean) ** 2, 0.0).sum(axis=0) / count)
         normaliser.fit(torch.from_numpy(mean), torch.from_numpy(scale))
+    for lists, vectors in (
+        (network.request_lists, rows.request_vectors),
+        (network.candidate_lists, rows.candidate_vectors),
+    ):
+        if lists is not None and vectors is not None:
+            for own, place in zip(lists.normalisers, lists.vector_places, strict=True):
+                assert isinstance(own, VectorNormaliser)
+                own.fit(*_spread(vectors, at, place))
+
+
+def _spread(vectors: F32, at: I64, place: slice) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each number of the vectors that are there, read part by part: [L], [L]."""
+    width = place.stop - place.start
+    count, total, square = 0, np.zeros(width), np.zeros(width)
+    parts = np.array_split(at, max(1, len(at) * width // VECTOR_NUMBERS))
+    for part in parts:
+        values = vectors[part, place].astype(np.float64)
+        values = values[~np.isnan(values).any(axis=1)]
+        count += len(values)
+        total += values.sum(axis=0)
+    mean = total / max(count, 1)
+    # A second pass: a large number that varies little would lose its variance to rounding in the first.
+    for part in parts:
+        square += np.nansum((vectors[part, place] - mean) ** 2, axis=0)
+    return torch.from_numpy(mean), torch.from_numpy(np.sqrt(square / max(count, 1)))
 
 
 def spread(network: Ranker, material: Material, at: I64) -> None:
@@ -127,7 +155,11 @@ def solve_start(
         scores = scores + wide(normal)
         users, user = np.unique(np.asarray(material.rows.user)[at], return_inverse=True)
         ids = np.asarray(material.rows.candidate_ids)[at]
-        for column, module in zip(network.factored, network.factor_tables, strict=True):
+        of_ids, of_values = (
+            network.factor_tables[: len(network.factored)],
+            network.factor_tables[len(network.factored) :],
+        )
+        for column, module in zip(network.factored, of_ids, strict=True):
             table = module.weight
             assert isinstance(table, Tensor)
             keys = torch.from_numpy(np.ascontiguousarray(ids[:, column])).to(table.device)
@@ -150,6 +182,27 @@ def solve_start(
             table.copy_(factors)
             if tell is not None:
                 tell(factors)
+        for column, module in enumerate(of_values):
+            assert network.candidate_lists is not None
+            table = module.weight
+            assert isinstance(table, Tensor)
+            row, value = _values_of(material, at, network.candidate_lists.value_places[column])
+            value = value.to(table.device)
+            factors = factorise_lists(
+                torch.from_numpy(user.astype(np.int64)).to(table.device),
+                row.to(table.device),
+                torch.where(value < len(table), value, torch.zeros_like(value)),
+                scores[:, 0],
+                labels[:, 0],
+                weights,
+                kinds[0],
+                len(users),
+                table if table.abs().sum() > 0 else torch.randn_like(table) * 0.1,
+                strength=adapter.precision,
+                bias_strength=adapter.precision,
+                sweeps=sweeps,
+            )
+            table.copy_(factors)
 
 
 def _teller(network: Ranker, material: Material, at: I64) -> Callable[[Tensor], Tensor] | None:
@@ -162,12 +215,26 @@ def _teller(network: Ranker, material: Material, at: I64) -> Callable[[Tensor], 
     order = np.lexsort((time, ids[:, 0]))
     last = order[np.r_[np.flatnonzero(np.diff(ids[order, 0])), len(order) - 1]]
     items = torch.from_numpy(ids[last, 0])
-    _, _, _, given, _ = material.inputs(at[last])
+    given = material.inputs(at[last])[3]
     numbers = given.new_zeros(tables[0], 2 * network.shape.candidate_numbers)
     numbers[items] = network.candidate_normaliser(given)
     categories = items.new_zeros(tables[0], len(tables) - 1)
     categories[items] = torch.from_numpy(ids[last, 1:])
     return partial(fit_warm_up, warm_up, numbers=numbers, categories=categories.to(numbers.device))
+
+
+def _values_of(material: Material, at: I64, place: slice) -> tuple[Tensor, Tensor]:
+    """Every value of a column's lists: which of the rows at positions it belongs to, and its id: [T], [T]."""
+    table = material.rows.candidate_values
+    assert table is not None
+    rows, values, before = [], [], 0
+    for part in np.array_split(at, max(1, len(at) // PART)):
+        ids = table[part, place]
+        row, where = np.nonzero(ids >= 0)
+        rows.append(row.astype(np.int64) + before)
+        values.append(ids[row, where].astype(np.int64))
+        before += len(part)
+    return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(values))
 
 
 def _scores(network: Ranker, material: Material, at: I64) -> tuple[Tensor, Tensor]:

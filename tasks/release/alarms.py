@@ -14,6 +14,7 @@ from tasks.learning.intervals import Interval
 from tasks.learning.metrics import auc
 
 FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.integer[Any]]
 
 INERT_BELOW = 1e-6
 """Adapted predictions that differ from zero steps by no more than this on every row have not adapted."""
@@ -21,6 +22,8 @@ LEAKS_ABOVE = 0.95
 """No honest single input separates tonight's labels this well (AUC)."""
 LEAK_CLASS_ROWS = 20
 """Rows of each class from which an AUC above `LEAKS_ABOVE` is no accident (about five standard deviations)."""
+LEAK_VECTOR_ROWS = 20_000
+"""Most rows of a night whose vectors are searched for a leak."""
 NAMED = 5
 """How many segments a message names."""
 
@@ -152,6 +155,65 @@ def rates_by_category(labels: FloatArray, categories: NDArray[np.integer[Any]]) 
     return rates
 
 
+def rates_by_values(labels: FloatArray, values: IntArray) -> FloatArray:
+    """What the values of a row's list say about its label, [N]: the sum of their rates' log-odds over the mean's.
+
+    Rates are taken as by `rates_by_category`. A sum, since one value that gives the outcome away must not drown among
+    ten that do not.
+
+    Args:
+        labels: [N] 0 or 1, NaN where missing.
+        values: [N, V] ids from 0, -1 behind a list's end.
+
+    >>> tags = np.where(np.arange(100)[:, None] < 50, [[1, 2, -1]], [[2, 1, 3]])
+    >>> told = rates_by_values(np.repeat([0.0, 1.0], 50), tags)
+    >>> bool(told[:50].max() < told[50:].min())
+    True
+    """
+    known, half = ~np.isnan(labels), np.random.default_rng(0).permutation(len(labels)) % 2
+    told = np.full(len(labels), np.nan)
+    given, ids = values >= 0, np.maximum(values, 0)
+    for mine in (0, 1):
+        fit, asked = known & (half != mine), half == mine
+        if fit.any():
+            row, place = np.nonzero(given & fit[:, None])
+            counts = np.bincount(ids[row, place], minlength=int(ids.max(initial=0)) + 1)
+            sums = np.bincount(ids[row, place], weights=labels[row], minlength=len(counts))
+            mean = labels[fit].mean()
+            if 0 < mean < 1:
+                rates = (sums + mean) / (counts + 1)
+                odds = np.log(rates) - np.log1p(-rates) - np.log(mean) + np.log1p(-mean)
+                told[asked] = np.where(given[asked], odds[ids[asked]], 0.0).sum(axis=1)
+    return told
+
+
+def rates_by_vector(labels: FloatArray, vectors: FloatArray) -> FloatArray:
+    """How far a row's vector points to where labels are high, [N]: a ridge of one row's weight, NaN without a vector.
+
+    Numbers are centred and scaled; each half of the rows is told by the other, as by `rates_by_category`.
+
+    Args:
+        labels: [N] 0 or 1, NaN where missing.
+        vectors: [N, L], NaN where missing.
+
+    >>> labels = np.repeat([0.0, 1.0], 50)
+    >>> told = rates_by_vector(labels, np.stack([np.arange(100) % 7, 3 - labels], axis=1))
+    >>> bool(told[:50].max() < told[50:].min())
+    True
+    """
+    told, half = np.full(len(labels), np.nan), np.random.default_rng(0).permutation(len(labels)) % 2
+    given = ~np.isnan(vectors).any(axis=1)
+    for mine in (0, 1):
+        fit, asked = given & ~np.isnan(labels) & (half != mine), given & (half == mine)
+        if fit.any() and asked.any():
+            inputs, mean = vectors[fit].astype(np.float64), vectors[fit].mean(axis=0, dtype=np.float64)
+            inputs = (inputs - mean) / (scale := np.maximum(inputs.std(axis=0), 1e-6))
+            slopes = inputs.T @ (labels[fit] - labels[fit].mean())
+            weights = np.linalg.solve(inputs.T @ inputs + np.eye(len(mean)), slopes)
+            told[asked] = (vectors[asked] - mean) / scale @ weights
+    return told
+
+
 def leaking(labels: FloatArray, inputs: Mapping[str, FloatArray]) -> Sequence[Alarm]:
     """Inputs that by themselves tell tonight's labels.
 
@@ -159,8 +221,8 @@ def leaking(labels: FloatArray, inputs: Mapping[str, FloatArray]) -> Sequence[Al
 
     Args:
         labels: [N] 0 or 1, NaN where missing.
-        inputs: by name, [N] a statistic, a numeric input or the `rates_by_category` of a categorical one, NaN where
-            missing.
+        inputs: by name, [N] a statistic, a numeric input or what `rates_by_category`, `rates_by_values` and
+            `rates_by_vector` make of the others, NaN where missing.
 
     >>> labels = np.repeat([0.0, 1.0], 50)
     >>> [alarm.message[:32] for alarm in leaking(labels, {"honest": np.tile([1.0, 2.0], 50), "copy": -labels})]

@@ -15,10 +15,11 @@ import pyarrow as pa
 import torch
 
 from tasks.data.contract import DataConfig
+from tasks.data.lists import padded, values_of
 from tasks.data.vocabulary import MISSING
 from tasks.errors import ParityBroken
 from tasks.learning.networks import Ranker
-from tasks.release.interface import InputSpec
+from tasks.release.interface import Example, InputSpec, Scalar
 from tasks.release.lookups import Request, encode, input_specs, wires
 from tasks.release.scorer import Scorer
 from tasks.release.strict_json import SCHEMA_VERSION, canonical
@@ -76,7 +77,7 @@ def draw_requests(data: DataConfig, rows: pa.Table, seed: int = 0) -> tuple[dict
 
     Returns:
         For each of `SHAPES` one request as drawn, and one in which about a third of the keys are unknown and about a
-        third of the other values are missing.
+        third of the other values are missing; so are lists and vectors, and of the lists' values some are unknown.
 
     Raises:
         ValueError: there are no rows.
@@ -93,12 +94,20 @@ def draw_requests(data: DataConfig, rows: pa.Table, seed: int = 0) -> tuple[dict
         for spec in specs:
             values = rows[spec.name].take(of_request if spec.per == "request" else of_candidate)
             shape = (requests,) if spec.per == "request" else (requests, candidates)
-            request[spec.name] = _raw(values, spec).reshape(shape)
+            raw = _raw(values, spec)
+            request[spec.name] = raw.reshape(*shape, *raw.shape[1:])
         drawn += [request, {spec.name: _difficult(request[spec.name], spec, data, random) for spec in specs}]
     return tuple(drawn)
 
 
 def _raw(values: pa.ChunkedArray, spec: InputSpec) -> npt.NDArray[np.generic]:
+    if spec.values is not None:
+        inside, lengths = values_of(values)
+        return padded(_single(inside, spec), lengths, spec.values, np.nan if spec.missing is None else spec.missing)
+    return _single(values, spec)
+
+
+def _single(values: pa.Array | pa.ChunkedArray, spec: InputSpec) -> npt.NDArray[np.generic]:
     if spec.dtype == "float32":
         return np.asarray(values.cast(pa.float64()).to_numpy(), np.float64).astype(np.float32)
     if spec.dtype == "int64":
@@ -109,12 +118,17 @@ def _raw(values: pa.ChunkedArray, spec: InputSpec) -> npt.NDArray[np.generic]:
 def _difficult(
     values: npt.NDArray[np.generic], spec: InputSpec, data: DataConfig, random: np.random.Generator
 ) -> npt.NDArray[np.generic]:
-    hit = random.random(values.shape) < 1 / 3
+    if spec.values is not None:
+        hit = np.broadcast_to(random.random((*values.shape[:-1], 1)) < 1 / 3, values.shape)
+    else:
+        hit = random.random(values.shape) < 1 / 3
     if spec.dtype == "float32":
         return np.where(hit, np.float32(np.nan), values)
     is_key = spec.name in (data.user, data.item)
     unknown = hit if is_key else random.random(values.shape) < 1 / 6
     never, missing = np.array(NEVER_SEEN[spec.dtype], values.dtype), np.array(MISSING[spec.dtype], values.dtype)
+    if spec.values is not None:
+        return np.where(hit | (values == missing), missing, np.where(unknown, never, values))
     return np.where(unknown, never, np.where(hit, missing, values))
 
 
@@ -212,10 +226,21 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def examples(golden: Golden) -> Mapping[str, str | int | float | None]:
-    """The first value of every column of a golden request, for the manifest."""
-    found: dict[str, str | int | float | None] = {}
-    for name, values in golden.inputs.items():
-        value = values.ravel()[0].item() if isinstance(values.ravel()[0], np.generic) else values.ravel()[0]
-        found[name] = None if value != value else value
+def examples(data: DataConfig, golden: Golden) -> Mapping[str, Example]:
+    """The first value of every column of a golden request, for the manifest; of a list column its first list."""
+    found: dict[str, Example] = {}
+    for spec in input_specs(data):
+        values = golden.inputs[spec.name]
+        if spec.values is None:
+            found[spec.name] = _plain(values.ravel()[0])
+            continue
+        listed = [_plain(one) for one in values.reshape(-1, spec.values)[0]]
+        given = [one for one in listed if one != spec.missing]
+        found[spec.name] = tuple(given) if given or spec.missing is not None else None
     return found
+
+
+def _plain(value: object) -> Scalar:
+    """A value as JSON can say it."""
+    plain: Scalar = value.item() if isinstance(value, np.generic) else value  # type: ignore[assignment]
+    return None if plain != plain else plain

@@ -8,6 +8,9 @@ from typing import Literal
 from tasks.release.strict_json import Reader, canonical
 
 Json = Mapping[str, object]
+Scalar = str | int | float | None
+Example = Scalar | tuple[Scalar, ...]
+"""A value of an input, or a list's values."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,11 @@ class InputSpec:
         per: whether there is one value per request, or one per candidate.
         dtype: element type of the tensor.
         meaning: for people.
-        missing: what stands for a missing value; None means NaN.
+        missing: what stands for a missing value; None means NaN. A list of categories is filled up with it behind its
+            end, and a missing one is an empty one; a missing vector is NaN throughout.
         example: a value as it may stand in a request.
+        values: of a list column the length of the tensor's last axis: a list of categories (`int64`, `string`) has at
+            most so many values, a vector (`float32`) just so many. None where there is one value.
     """
 
     name: str
@@ -28,12 +34,19 @@ class InputSpec:
     dtype: Literal["int64", "string", "float32"]
     meaning: str
     missing: str | int | None
-    example: str | int | float | None = None
+    example: Example = None
+    values: int | None = None
 
     @property
-    def shape(self) -> tuple[str, ...]:
-        """Symbolic shape of the tensor."""
-        return ("requests",) if self.per == "request" else ("requests", "candidates")
+    def shape(self) -> tuple[str | int, ...]:
+        """Shape of the tensor, symbolic but for the places of a list."""
+        axes: tuple[str | int, ...] = ("requests",) if self.per == "request" else ("requests", "candidates")
+        return axes if self.values is None else (*axes, self.values)
+
+    def as_json(self) -> Json:
+        """The input as an interface tells it: `values` of list columns only."""
+        told = {**asdict(self), "shape": list(self.shape)}
+        return {name: value for name, value in told.items() if name != "values" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class Interface:
 
     def as_json(self) -> Json:
         """The content of `interface.json`, which the manifest repeats."""
-        inputs = [{**asdict(spec), "shape": list(spec.shape)} for spec in self.inputs]
+        inputs = [spec.as_json() for spec in self.inputs]
         levels = [{"columns": list(level.columns), "segments": level.segments} for level in self.levels]
         return {
             "night": self.night.isoformat(),
@@ -125,7 +138,8 @@ def read_interface(read: Reader, value: object) -> Interface:
 
 
 def _input(read: Reader, value: object) -> InputSpec:
-    names = ("name", "per", "dtype", "meaning", "missing", "example", "shape")
+    names = ["name", "per", "dtype", "meaning", "missing", "example", "shape"]
+    names += ["values"] if isinstance(value, Mapping) and "values" in value else []
     values = read.fields(value, "input", names, versioned=False)
     name = read.name(values["name"])
     per: Literal["request", "candidate"] = "request" if values["per"] == "request" else "candidate"
@@ -139,7 +153,14 @@ def _input(read: Reader, value: object) -> InputSpec:
     missing, example = values["missing"], values["example"]
     dtype = dtypes[values["dtype"]]
     expected = {"int64": int, "string": str, "float32": type(None)}[dtype]
-    if type(missing) is not expected or not isinstance(example, str | int | float | None):
+    width = read.count(values["values"], "values") if "values" in values else None
+    listed = tuple(example) if width is not None and isinstance(example, list) else (example,)
+    if (
+        type(missing) is not expected
+        or width == 0
+        or not all(isinstance(one, str | int | float | None) for one in listed)
+    ):
         read.refuse(f"input {name!r} of dtype {dtype} marks missing values by {missing!r}")
     assert isinstance(missing, str | int | None)
-    return InputSpec(name, per, dtype, read.text(values["meaning"], "meaning"), missing, example)
+    shown: Example = listed if isinstance(example, list) else listed[0]
+    return InputSpec(name, per, dtype, read.text(values["meaning"], "meaning"), missing, shown, width)

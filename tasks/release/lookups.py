@@ -3,11 +3,13 @@
 Everything that needs strings or keys happens here and stays on the CPU. Names inside the graph hold a slash, which no
 column name can, so that a lake may call its columns anything.
 
-Shapes: R requests, M candidates per request, Cr/Cc categorical request/candidate columns, Fr/Fc numeric ones.
+Shapes: R requests, M candidates per request, Cr/Cc categorical request/candidate columns, Fr/Fc numeric ones, V places
+of a list.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +17,17 @@ import onnx
 import pyarrow as pa
 from onnx import TensorProto, helper, numpy_helper
 
-from tasks.data.contract import DataConfig
+from tasks.data.contract import LISTS, DataConfig
+from tasks.data.lists import NOTHING
 from tasks.data.segments import mixed_radix
 from tasks.data.vocabulary import MISSING
-from tasks.release.interface import InputSpec, Objective
+from tasks.release.interface import Example, InputSpec, Objective
 from tasks.release.tables import ServingTables
 
 I64 = npt.NDArray[np.int64]
 Request = Mapping[str, npt.NDArray[np.generic]]
-"""Column name to raw values: int64, float32 or strings (object); [R] per request, [R, M] per candidate."""
+"""Column name to raw values: int64, float32 or strings (object); [R] per request, [R, M] per candidate; of list columns
+[R, V] and [R, M, V]."""
 
 OPSETS = {"": 20, "ai.onnx.ml": 4}
 IR_VERSION = 10
@@ -45,6 +49,10 @@ class Wires:
     candidate_numbers: str | None
     cohort_item_row: str | None
     scores: str
+    request_values: str | None = None
+    candidate_values: str | None = None
+    request_vectors: str | None = None
+    candidate_vectors: str | None = None
 
     def between(self) -> dict[str, str]:
         """Role to name of every tensor that `lookup.onnx` gives and `score.onnx` takes."""
@@ -70,12 +78,22 @@ def wires(data: DataConfig, tables: ServingTables) -> Wires:
         candidate_numbers=free("candidate_numbers") if data.named("candidate", "numeric") else None,
         cohort_item_row=free("cohort_item_row") if tables.statistics.cohort_columns else None,
         scores=free("scores"),
+        **{role: free(role) for role, _ in _beside(data)},
     )
 
 
-def input_specs(
-    data: DataConfig, examples: Mapping[str, str | int | float | None] | None = None
-) -> tuple[InputSpec, ...]:
+def _beside(data: DataConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Role and columns of every tensor that holds lists side by side."""
+    sides: tuple[tuple[Literal["request", "candidate"], Literal["multi", "dense"], str], ...] = (
+        *(("request", "multi", "request_values"), ("candidate", "multi", "candidate_values")),
+        *(("request", "dense", "request_vectors"), ("candidate", "dense", "candidate_vectors")),
+    )
+    for side, kind, role in sides:
+        if names := data.named(side, kind):
+            yield role, names
+
+
+def input_specs(data: DataConfig, examples: Mapping[str, Example] | None = None) -> tuple[InputSpec, ...]:
     """What a ranking request must hold: user, request columns, item, candidate columns.
 
     Args:
@@ -86,11 +104,18 @@ def input_specs(
     specs = []
     for name in (data.user, *data.named("request"), data.item, *data.named("candidate")):
         column = data.column(name)
-        dtype = "float32" if column.kind == "numeric" else column.dtype
+        dtype = "float32" if column.kind in ("numeric", "dense") else column.dtype
         if column.role in ("user", "item"):
             meaning = f"{column.role} key; an unknown one is served by what is known besides"
         elif column.kind == "categorical":
             meaning = f"{column.role} category; an unknown one counts as missing"
+        elif column.kind == "multi":
+            meaning = (
+                f"list of up to {column.width} categories of the {column.role}, in any order, filled up behind its end "
+                f"with what stands for a missing value; one may be unknown; a missing list is an empty one"
+            )
+        elif column.kind == "dense":
+            meaning = f"vector of {column.width} numbers of the {column.role}; a missing one is NaN throughout"
         else:
             meaning = f"{column.role} number, as it stands in the lake"
         specs.append(
@@ -101,6 +126,7 @@ def input_specs(
                 meaning=meaning,
                 missing=None if dtype == "float32" else MISSING[dtype],
                 example=examples.get(name),
+                values=column.width if column.kind in LISTS else None,
             )
         )
     return tuple(specs)
@@ -124,6 +150,9 @@ def encode(data: DataConfig, tables: ServingTables, request: Request) -> dict[st
     for role in ("request", "candidate"):
         if names := data.named("request" if role == "request" else "candidate", "numeric"):
             encoded[f"{role}_numbers"] = np.stack([request[name] for name in names], axis=-1).astype(np.float32)
+    for role, names in _beside(data):
+        parts = [_listed(tables, name, ids.get(name), request[name]) for name in names]
+        encoded[role] = np.concatenate(parts, axis=-1)
     slot = np.zeros_like(user)
     for level in reversed(tables.levels):
         key = mixed_radix([ids[name] for name in level.columns], level.radices, "segments")
@@ -144,6 +173,16 @@ def _ids(tables: ServingTables, name: str, values: npt.NDArray[np.generic]) -> I
     return keys.encode(pa.array(values.ravel(), keys.keys.type)).reshape(values.shape)
 
 
+def _listed(
+    tables: ServingTables, name: str, ids: I64 | None, values: npt.NDArray[np.generic]
+) -> npt.NDArray[np.generic]:
+    """What the network reads of a list column: ids with nothing behind a list's end, or the vector."""
+    if ids is None:
+        return values.astype(np.float32)
+    dtype = "string" if pa.types.is_string(tables.vocabularies[name].keys.type) else "int64"
+    return np.where(values == MISSING[dtype], NOTHING, ids)
+
+
 def _find(keys: I64, values: I64, wanted: I64, default: int) -> I64:
     if len(keys) == 0:
         return np.full_like(wanted, default)
@@ -162,7 +201,9 @@ def lookup_graph(data: DataConfig, tables: ServingTables, names: Wires) -> onnx.
     """
     graph = _Graph()
     specs = input_specs(data)
-    ids = {name: graph.encoder(name, f"lookup/ids/{name}", *_entries(tables, name), 0) for name in data.vocabularies}
+    ids = {
+        name: graph.encoder(name, f"lookup/ids/{name}", *_entries(data, tables, name), 0) for name in data.vocabularies
+    }
     user, item = ids[data.user], ids[data.item]
     graph.node("Identity", [user], names.user_row)
     graph.stack([item, *(ids[n] for n in data.named("candidate", "categorical"))], names.candidate_ids)
@@ -172,6 +213,8 @@ def lookup_graph(data: DataConfig, tables: ServingTables, names: Wires) -> onnx.
         graph.stack(data.named("request", "numeric"), names.request_numbers)
     if names.candidate_numbers:
         graph.stack(data.named("candidate", "numeric"), names.candidate_numbers)
+    for role, columns in _beside(data):
+        graph.node("Concat", [ids.get(name, name) for name in columns], names.between()[role], axis=-1)
     slot = graph.node("Mul", [user, graph.number(0)], "lookup/base")
     for position, level in reversed(list(enumerate(tables.levels))):
         key = graph.mixed_radix([ids[name] for name in level.columns], level.radices, f"lookup/level{position}")
@@ -201,6 +244,10 @@ def lookup_graph(data: DataConfig, tables: ServingTables, names: Wires) -> onnx.
         "candidate_numbers": (TensorProto.FLOAT, ["requests", "candidates", len(data.named("candidate", "numeric"))]),
         "cohort_item_row": (TensorProto.INT64, ["requests", "candidates"]),
     }
+    for role, columns in _beside(data):
+        axes: list[str | int] = ["requests"] if role.startswith("request") else ["requests", "candidates"]
+        kind = TensorProto.INT64 if role.endswith("values") else TensorProto.FLOAT
+        shapes[role] = kind, [*axes, sum(data.column(name).width for name in columns)]
     inputs = [helper.make_tensor_value_info(spec.name, _TYPES[spec.dtype], list(spec.shape)) for spec in specs]
     outputs = [helper.make_tensor_value_info(name, *shapes[role]) for role, name in names.between().items()]
     return as_model(helper.make_graph(graph.nodes, "lookup", inputs, outputs, list(graph.constants.values())))
@@ -212,9 +259,12 @@ def as_model(graph: onnx.GraphProto) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="nightrank")
 
 
-def _entries(tables: ServingTables, name: str) -> tuple[Sequence[int] | Sequence[str], I64]:
-    vocabulary = tables.vocabularies[name]
-    return vocabulary.keys.to_pylist(), np.arange(1, vocabulary.rows)
+def _entries(data: DataConfig, tables: ServingTables, name: str) -> tuple[Sequence[int] | Sequence[str], I64]:
+    vocabulary, column = tables.vocabularies[name], data.column(name)
+    keys, ids = vocabulary.keys.to_pylist(), np.arange(1, vocabulary.rows)
+    if column.kind == "multi":  # what fills a list up is no unknown value
+        return [*keys, MISSING[column.dtype]], np.append(ids, NOTHING)
+    return keys, ids
 
 
 class _Graph:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from tasks.data.statistics import StatisticsTables
-from tasks.learning import bending, layers, networks
+from tasks.learning import bending, layers, lists, networks
 from tasks.learning.bending import Bent
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.release.lookups import IR_VERSION, OPSETS, Wires, as_model
@@ -32,8 +32,13 @@ from tasks.release.lookups import IR_VERSION, OPSETS, Wires, as_model
 F32 = npt.NDArray[np.float32]
 PREFIX = "score/"
 """All names in the graph are the release's own or begin with this; then comes a parameter's name in the scorer."""
+VOCABULARIES = (
+    *("request_vocabularies", "candidate_vocabularies"),
+    *("request_value_vocabularies", "candidate_value_vocabularies"),
+)
+"""Fields of a shape that say how many rows tables have, which no graph says."""
 # Read with the modules: what lies on the disk later may be newer than what runs.
-_FILES = (bending.__file__, layers.__file__, networks.__file__, __file__)
+_FILES = (bending.__file__, layers.__file__, lists.__file__, networks.__file__, __file__)
 _CODE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in _FILES)).hexdigest()
 
 
@@ -72,6 +77,10 @@ class Scorer(nn.Module):
         request_numbers: Tensor | None = None,
         candidate_numbers: Tensor | None = None,
         cohort_item_row: Tensor | None = None,
+        request_values: Tensor | None = None,
+        candidate_values: Tensor | None = None,
+        request_vectors: Tensor | None = None,
+        candidate_vectors: Tensor | None = None,
     ) -> Tensor:
         """Score candidates.
 
@@ -84,6 +93,10 @@ class Scorer(nn.Module):
             request_numbers: raw numbers [R, Fr], NaN where missing.
             candidate_numbers: raw numbers [R, M, Fc].
             cohort_item_row: row of the cohort x item statistics [R, M]; 0 is a pair that was never seen.
+            request_values: ids of `multi` request columns side by side [R, V], -1 behind a list's end.
+            candidate_values: of candidate columns [R, M, V].
+            request_vectors: `dense` request columns side by side [R, L], NaN where a vector is missing.
+            candidate_vectors: of candidate columns [R, M, L].
 
         Returns:
             Probabilities (binary) or values (rating), float32 [R, M, K].
@@ -106,6 +119,10 @@ class Scorer(nn.Module):
             none if request_numbers is None else spread(request_numbers),
             none if candidate_numbers is None else candidate_numbers,
             torch.cat(statistics, dim=-1),
+            None if request_values is None else spread(request_values),
+            candidate_values,
+            None if request_vectors is None else spread(request_vectors),
+            candidate_vectors,
         )
         adapter = embedding(slot, self.bank).reshape(requests, self.objectives, self.features)
         values = logits + self.network.change(features, adapter)
@@ -116,7 +133,7 @@ class Scorer(nn.Module):
 
 def traced_from(shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None = None) -> dict[str, object]:
     """What ``trace`` depends on, as JSON: layers, inputs, format, our code and the exporter's versions."""
-    layers = shape.model_dump(mode="json", exclude={"request_vocabularies", "candidate_vocabularies", "names"})
+    layers = shape.model_dump(mode="json", exclude={*VOCABULARIES, "names"})
     return {
         "layers": layers,
         "tables": [len(shape.request_vocabularies), len(shape.candidate_vocabularies)],
@@ -178,7 +195,7 @@ def numbers_of(scorer: Scorer) -> dict[str, Tensor]:
 
 def _blank(shape: RankerShape, config: RankerConfig, bent: Bent | None) -> Scorer:
     """A scorer with the right layers, and tables of one row."""
-    rows = {name: (1,) * len(getattr(shape, name)) for name in ("request_vocabularies", "candidate_vocabularies")}
+    rows = {name: (1,) * len(getattr(shape, name)) for name in VOCABULARIES}
     network = Ranker(shape.model_copy(update=rows), config, bent)
     objectives = len(shape.kinds)
     table = np.zeros((1, objectives + 1), np.float32)
@@ -207,11 +224,15 @@ def _example(scorer: Scorer, names: Wires) -> tuple[dict[str, Tensor], dict[str,
         "request_numbers": ((requests, shape.request_numbers), numbers),
         "candidate_numbers": ((requests, candidates, shape.candidate_numbers), numbers),
         "cohort_item_row": ((requests, candidates), ids),
+        "request_values": ((requests, sum(shape.request_values)), ids),
+        "candidate_values": ((requests, candidates, sum(shape.candidate_values)), ids),
+        "request_vectors": ((requests, sum(shape.request_vectors)), numbers),
+        "candidate_vectors": ((requests, candidates, sum(shape.candidate_vectors)), numbers),
     }
     roles = names.between()
     example = {role: torch.zeros(*size, dtype=dtype) for role, (size, dtype) in sizes.items() if role in roles}
     axes = {0: torch.export.Dim("requests"), 1: torch.export.Dim("candidates")}
-    per_candidate = {"candidate_ids", "candidate_numbers", "cohort_item_row"}
+    per_candidate = {"candidate_ids", "candidate_numbers", "cohort_item_row", "candidate_values", "candidate_vectors"}
     return example, {role: axes if role in per_candidate else {0: axes[0]} for role in example}
 
 

@@ -189,7 +189,8 @@ def _golden(manifest: Manifest, data: bytes) -> list[tuple[Arrays, tuple[int, in
 def _shaped(spec: InputSpec, one: dict[str, dict[str, list[object]]], requests: int, candidates: int) -> object:
     values = one["inputs"][spec.name]
     flat = np.array(values, np.float32 if spec.dtype == "float32" else object)
-    shaped = flat.reshape((requests,) if spec.per == "request" else (requests, candidates))
+    axes = (requests,) if spec.per == "request" else (requests, candidates)
+    shaped = flat.reshape(axes if spec.values is None else (*axes, spec.values))
     return shaped.astype(np.int64) if spec.dtype == "int64" else shaped
 
 

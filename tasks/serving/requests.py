@@ -1,6 +1,7 @@
 """Ranking requests: what a caller may pass, turned into exactly the tensors that a release takes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,9 @@ def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> t
     """Check a request and give its columns their types.
 
     Integers may be of any width, numbers may be integers, floats or booleans; digit strings are not integers. None
-    becomes the column's missing marker (NaN for numbers).
+    becomes the column's missing marker (NaN for numbers). Of list columns a value is a list: of categories as many as
+    there are, none of them missing, or the whole vector; None is an empty list or a missing vector. An array of list
+    columns may be padded by the missing marker already.
 
     Args:
         specs: the inputs of the release.
@@ -31,6 +34,9 @@ def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> t
     >>> specs = (InputSpec("user", "request", "string", "", ""), InputSpec("item", "candidate", "int64", "", -1))
     >>> read_request(specs, {"user": ["ann"], "item": [[3, None]]})
     ({'user': array(['ann'], dtype=object), 'item': array([[ 3, -1]])}, (1, 2))
+    >>> specs += (InputSpec("tags", "candidate", "string", "", "", values=2),)
+    >>> read_request(specs, {"user": ["ann"], "item": [[3, 4]], "tags": [[["red", "blue"], []]]})[0]["tags"].tolist()
+    [[['red', 'blue'], ['', '']]]
     """
     names = {spec.name for spec in specs}
     if lacking := [spec.name for spec in specs if spec.name not in request]:
@@ -42,6 +48,7 @@ def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> t
     requests, candidates = arrays[first["candidate"]].shape
     for spec in specs:
         expected = (requests,) if spec.per == "request" else (requests, candidates)
+        expected += () if spec.values is None else (spec.values,)
         if (found := arrays[spec.name].shape) != expected:
             raise RequestRejected(
                 f"column {spec.name!r} has shape {list(found)}, expected {list(expected)}, because "
@@ -51,6 +58,88 @@ def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> t
 
 
 def _column(spec: InputSpec, values: object) -> npt.NDArray[np.generic]:
+    if spec.values is None:
+        return _single(spec, values)
+    if isinstance(values, np.ndarray) and values.ndim == len(spec.shape):
+        return _vectors(spec, _padded(spec, _single(spec, values)))
+    axes = len(spec.shape) - 1
+    cells = _cells(spec, values, axes)
+    if cells.ndim != axes:
+        raise RequestRejected(
+            f"column {spec.name!r} has {cells.ndim} axes of lists (shape {list(cells.shape)}), expected {axes}: "
+            f"[{', '.join(map(str, spec.shape[:-1]))}], each a list"
+        )
+    return _vectors(spec, _from_lists(spec, cells))
+
+
+def _cells(spec: InputSpec, values: object, axes: int) -> npt.NDArray[np.object_]:
+    """An array of lists; the first axes of nested lists are its own, whatever the lists have in common."""
+    if isinstance(values, np.ndarray):
+        return values.astype(object)
+    if not isinstance(values, list | tuple):
+        return np.array(values, dtype=object)
+    rows = [values] if axes == 1 else list(values)
+    if any(not isinstance(row, list | tuple) for row in rows):
+        raise RequestRejected(f"column {spec.name!r} must hold a list per request, with a list per candidate")
+    if len({len(row) for row in rows}) > 1:
+        raise RequestRejected(f"column {spec.name!r} is a ragged list; give each request as many candidates")
+    flat = [cell for row in rows for cell in row]
+    cells = np.empty(len(flat), object)
+    cells[:] = flat
+    return cells if axes == 1 else cells.reshape(len(rows), len(rows[0]) if rows else 0)
+
+
+def _from_lists(spec: InputSpec, cells: npt.NDArray[np.object_]) -> npt.NDArray[np.generic]:
+    """Lists of values as one array whose last axis has the places of the column."""
+    assert spec.values is not None
+    given = [cell is not None for cell in cells.ravel().tolist()]
+    lists = [() if cell is None else cell for cell in cells.ravel().tolist()]
+    for odd in (cell for cell in lists if not isinstance(cell, list | tuple | np.ndarray)):
+        raise RequestRejected(f"column {spec.name!r} holds {odd!r:.80} of type {type(odd).__name__}, expected a list")
+    lengths = np.array([len(cell) for cell in lists], np.int64)
+    values = np.array([value for cell in lists for value in cell], object)
+    missing = [value is None or (spec.missing is not None and value == spec.missing) for value in values.tolist()]
+    if any(missing):
+        raise RequestRejected(f"column {spec.name!r} holds a missing value inside a list; leave it out of the list")
+    _fits(spec, lengths[given])
+    typed = _single(replace(spec, per="request", values=None), values)
+    table = np.full((len(lists), spec.values), np.nan if spec.missing is None else spec.missing, typed.dtype)
+    table[np.arange(spec.values) < lengths[:, None]] = typed
+    return table.reshape(*cells.shape, spec.values)
+
+
+def _fits(spec: InputSpec, lengths: npt.NDArray[np.int64]) -> None:
+    """Refuse lists of lengths that the column does not have."""
+    assert spec.values is not None
+    vector = spec.dtype == "float32"
+    wrong = lengths[lengths != spec.values] if vector else lengths[lengths > spec.values]
+    if len(wrong):
+        allowed = f"{spec.values}" if vector else f"at most {spec.values}"
+        raise RequestRejected(f"column {spec.name!r} holds a list of {wrong[0]} values, expected {allowed}")
+
+
+def _padded(spec: InputSpec, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """An array of lists of equal length, filled up to the places of the column."""
+    assert spec.values is not None
+    _fits(spec, np.array(array.shape[-1:], np.int64))
+    fill = np.nan if spec.missing is None else spec.missing
+    more = np.full((*array.shape[:-1], spec.values - array.shape[-1]), fill, array.dtype)
+    return np.concatenate([array, more], axis=-1)
+
+
+def _vectors(spec: InputSpec, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """Refuse vectors with numbers that are none, unless all of them are missing."""
+    if spec.dtype == "float32":
+        finite = np.isfinite(array)
+        if not (finite.all(axis=-1) | np.isnan(array).all(axis=-1)).all():
+            raise RequestRejected(
+                f"column {spec.name!r} holds a vector with a number that is missing or not finite as float32; give the "
+                f"whole vector, or None"
+            )
+    return array
+
+
+def _single(spec: InputSpec, values: object) -> npt.NDArray[np.generic]:
     if isinstance(values, np.ndarray):
         array = values
     else:
@@ -63,7 +152,7 @@ def _column(spec: InputSpec, values: object) -> npt.NDArray[np.generic]:
     if array.ndim != len(spec.shape):
         raise RequestRejected(
             f"column {spec.name!r} has {array.ndim} axes (shape {list(array.shape)}), expected {len(spec.shape)}: "
-            f"[{', '.join(spec.shape)}]; rows of unequal length count as ragged"
+            f"[{', '.join(map(str, spec.shape))}]; rows of unequal length count as ragged"
         )
     if array.dtype == object:
         array = _typed(spec, array)

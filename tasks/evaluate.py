@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from tasks.champion import champion_scores
 from tasks.clients.workspace import digest_of
 from tasks.data import vocabulary
+from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, ObjectiveConfig, SegmentsConfig
 from tasks.data.lists import spans
 from tasks.data.segments import level_name
@@ -32,7 +33,7 @@ from tasks.learning.exams import (
 )
 from tasks.learning.intervals import Interval
 from tasks.learning.ladder import Ladder
-from tasks.learning.material import Material
+from tasks.learning.material import I64, Material
 from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
 from tasks.references import (
@@ -50,6 +51,7 @@ from tasks.references import (
 from tasks.release.alarms import (
     LEAK_VECTOR_ROWS,
     Alarm,
+    FloatArray,
     forgetting,
     harmful,
     inert,
@@ -243,34 +245,10 @@ def _alarms(
     rows = rows_of(place, record_of(place, prepared))
     at = np.flatnonzero(np.asarray(rows.night) == ingested.night.toordinal())
     if lead.kind == "binary":
-        inputs = {name: np.asarray(rows.statistics)[at, number] for number, name in enumerate(rows.statistics_names)}
-        for names, numbers in (
-            (data.named("request", "numeric"), rows.request_numbers),
-            (data.named("candidate", "numeric"), rows.candidate_numbers),
-        ):
-            inputs |= {name: np.asarray(numbers)[at, number] for number, name in enumerate(names)}
         labels = np.asarray(rows.labels)[at, data.objectives.index(lead)]
-        for names, ids in (
-            (data.named("request", "categorical"), np.asarray(rows.request_ids)[at]),
-            (data.named("candidate", "categorical"), np.asarray(rows.candidate_ids)[at, 1:]),  # 0 is the item
-        ):
-            inputs |= {name: rates_by_category(labels, ids[:, number]) for number, name in enumerate(names)}
-        for names, table, widths in (
-            (data.named("request", "multi"), rows.request_values, data.widths("request", "multi")),
-            (data.named("candidate", "multi"), rows.candidate_values, data.widths("candidate", "multi")),
-        ):
-            for name, span in zip(names, spans(widths), strict=True):
-                assert table is not None
-                inputs[name] = rates_by_values(labels, table[at, span])
-        yield from leaking(labels, inputs)
+        yield from leaking(labels, _told(data, rows, at, labels))
         few = np.sort(np.random.default_rng(0).permutation(len(at))[:LEAK_VECTOR_ROWS])
-        for names, table, widths in (
-            (data.named("request", "dense"), rows.request_vectors, data.widths("request", "dense")),
-            (data.named("candidate", "dense"), rows.candidate_vectors, data.widths("candidate", "dense")),
-        ):
-            for name, span in zip(names, spans(widths), strict=True):
-                assert table is not None
-                yield from leaking(labels[few], {name: rates_by_vector(labels[few], table[at[few], span])})
+        yield from leaking(labels[few], _told_by_vectors(data, rows, at[few], labels[few]))
     if earlier:
         for number, level in enumerate(rows.levels):
             if level.columns == (data.user,):
@@ -287,6 +265,45 @@ def _alarms(
             )
             if alarm is not None:
                 yield alarm
+
+
+def _told(data: DataConfig, rows: Rows, at: I64, labels: FloatArray) -> dict[str, FloatArray]:
+    """What statistics, numbers, categories and lists say by themselves about the rows at positions, by name."""
+    told: dict[str, FloatArray] = {
+        name: np.asarray(rows.statistics)[at, number] for number, name in enumerate(rows.statistics_names)
+    }
+    for names, numbers in (
+        (data.named("request", "numeric"), rows.request_numbers),
+        (data.named("candidate", "numeric"), rows.candidate_numbers),
+    ):
+        told |= {name: np.asarray(numbers)[at, number] for number, name in enumerate(names)}
+    for names, ids in (
+        (data.named("request", "categorical"), np.asarray(rows.request_ids)[at]),
+        (data.named("candidate", "categorical"), np.asarray(rows.candidate_ids)[at, 1:]),  # 0 is the item
+    ):
+        told |= {name: rates_by_category(labels, ids[:, number]) for number, name in enumerate(names)}
+    for names, values, widths in (
+        (data.named("request", "multi"), rows.request_values, data.widths("request", "multi")),
+        (data.named("candidate", "multi"), rows.candidate_values, data.widths("candidate", "multi")),
+    ):
+        if values is not None:
+            places = zip(names, spans(widths), strict=True)
+            told |= {name: rates_by_values(labels, values[at, span]) for name, span in places}
+    return told
+
+
+def _told_by_vectors(data: DataConfig, rows: Rows, at: I64, labels: FloatArray) -> dict[str, FloatArray]:
+    """What vectors say, likewise."""
+    told: dict[str, FloatArray] = {}
+    for names, vectors, widths in (
+        (data.named("request", "dense"), rows.request_vectors, data.widths("request", "dense")),
+        (data.named("candidate", "dense"), rows.candidate_vectors, data.widths("candidate", "dense")),
+    ):
+        if vectors is not None:
+            told |= {
+                n: rates_by_vector(labels, vectors[at, span]) for n, span in zip(names, spans(widths), strict=True)
+            }
+    return told
 
 
 def _place(entry: tuple[str, dict[str, Any]]) -> tuple[bool, float]:

@@ -97,11 +97,15 @@ def _from_lists(spec: InputSpec, cells: npt.NDArray[np.object_]) -> npt.NDArray[
     for odd in (cell for cell in lists if not isinstance(cell, list | tuple | np.ndarray)):
         raise RequestRejected(f"column {spec.name!r} holds {odd!r:.80} of type {type(odd).__name__}, expected a list")
     lengths = np.array([len(cell) for cell in lists], np.int64)
-    values = np.array([value for cell in lists for value in cell], object)
-    missing = [value is None or (spec.missing is not None and value == spec.missing) for value in values.tolist()]
-    if any(missing):
-        raise RequestRejected(f"column {spec.name!r} holds a missing value inside a list; leave it out of the list")
     _fits(spec, lengths[given])
+    flat = [value for cell in lists for value in cell]
+    if any(isinstance(value, list | tuple | np.ndarray) for value in flat):
+        raise RequestRejected(f"column {spec.name!r} holds a list inside a list, expected {spec.dtype}")
+    if any(value is None or (spec.missing is not None and value == spec.missing) for value in flat):
+        remedy = "give the whole vector, or None" if spec.dtype == "float32" else "leave it out of the list"
+        raise RequestRejected(f"column {spec.name!r} holds a missing value inside a list; {remedy}")
+    values = np.empty(len(flat), object)
+    values[:] = flat
     typed = _single(replace(spec, per="request", values=None), values)
     table = np.full((len(lists), spec.values), np.nan if spec.missing is None else spec.missing, typed.dtype)
     table[np.arange(spec.values) < lengths[:, None]] = typed

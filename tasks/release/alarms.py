@@ -158,7 +158,7 @@ def rates_by_category(labels: FloatArray, categories: NDArray[np.integer[Any]]) 
 def rates_by_values(labels: FloatArray, values: IntArray) -> FloatArray:
     """What the values of a row's list say about its label, [N]: the sum of their rates' log-odds over the mean's.
 
-    Rates are taken as by `rates_by_category`. A sum, since one value that gives the outcome away must not drown among
+    Rates are taken as by `rates_by_category`; having no values is a value too. A sum, since one value that gives the outcome away must not drown among
     ten that do not.
 
     Args:
@@ -172,6 +172,8 @@ def rates_by_values(labels: FloatArray, values: IntArray) -> FloatArray:
     """
     known, half = ~np.isnan(labels), np.random.default_rng(0).permutation(len(labels)) % 2
     told = np.full(len(labels), np.nan)
+    nothing = np.where((values >= 0).any(axis=1), -1, values.max(initial=-1) + 1)
+    values = np.concatenate([values, nothing[:, None]], axis=1)
     given, ids = values >= 0, np.maximum(values, 0)
     for mine in (0, 1):
         fit, asked = known & (half != mine), half == mine

@@ -216,6 +216,9 @@ def other_contract() -> DataConfig:
         ColumnConfig(name="select", role="request", kind="numeric", dtype="bool", nullable=True),
         ColumnConfig(name="share", role="request", kind="numeric", dtype="float64", minimum=0.25, maximum=0.25),
         ColumnConfig(name="dollars", role="weight", dtype="int64", minimum=5),
+        ColumnConfig(name="one", role="candidate", kind="multi", dtype="string", max_values=2, nullable=True),
+        ColumnConfig(name="codes", role="request", kind="multi", dtype="int64"),
+        ColumnConfig(name="vector", role="candidate", kind="dense", dtype="float64", length=2, nullable=True),
     )
     objectives = (
         ObjectiveConfig(name="bought", column="bought"),

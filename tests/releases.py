@@ -59,6 +59,19 @@ COLUMNS = {
         _column("at", "time", "timestamp"),
         _column("liked", "label", "int64"),
     ],
+    # Lists of strings and integers and vectors, on both sides; one is called like a tensor of ours.
+    "lists": [
+        _column("user", "user", "string"),
+        _column("item", "item", "int64"),
+        _column("at", "time", "timestamp"),
+        _column("liked", "label", "int64"),
+        _column("codes", "request", "int64", "multi") | {"max_values": 2},
+        _column("mood", "request", "float64", "dense") | {"length": 2},
+        _column("request_values", "request", "string", "multi") | {"max_values": 3},
+        _column("tags", "candidate", "string", "multi") | {"max_values": 3},
+        _column("look", "candidate", "float64", "dense") | {"length": 2},
+        _column("voice", "candidate", "float64", "dense") | {"length": 1},
+    ],
     # Columns that are called like tensors of ours, one rating, and cross layers.
     "clashing": [
         _column("slot", "user", "int64"),

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from tasks.learning.intervals import Interval, paired_interval
-from tasks.release.alarms import forgetting, harmful, inert, leaking, rates_by_category, vanished
+from tasks.release.alarms import (
+    forgetting,
+    harmful,
+    inert,
+    leaking,
+    rates_by_category,
+    rates_by_values,
+    rates_by_vector,
+    vanished,
+)
 
 
 def test_adaptation_that_changes_nothing_is_inert():
@@ -147,3 +156,46 @@ def test_rows_without_a_label_are_left_out():
 def test_too_few_rows_of_a_class_prove_nothing(positives):
     labels = (np.arange(400) < positives).astype(np.float32)
     assert leaking(labels, {"copy": labels}) == ()
+
+
+def lists(labels, leak):
+    """Up to four values a row of forty that say nothing, and one more where a leak is to be."""
+    values = np.random.default_rng(2).integers(-1, 40, (len(labels), 5))
+    values[:, 4] = np.where((labels > 0) & leak, 40, -1)
+    return values
+
+
+def test_one_value_that_gives_the_outcome_away_leaks_among_others_that_do_not():
+    labels, _ = world()
+    (alarm,) = leaking(
+        labels, {name: rates_by_values(labels, lists(labels, name == "leak")) for name in ("ok", "leak")}
+    )
+    assert "'leak'" in alarm.message
+
+
+def test_having_no_values_may_be_the_leak():
+    labels, _ = world()
+    values = np.where(labels[:, None] > 0, -1, np.random.default_rng(2).integers(0, 40, (len(labels), 3)))
+    assert leaking(labels, {"tags": rates_by_values(labels, values)})
+
+
+def test_lists_of_one_value_rank_rows_as_their_categories_do():
+    labels, _ = world()
+    ids = np.random.default_rng(3).integers(0, 9, len(labels))
+    told, rates = rates_by_values(labels, ids[:, None]), rates_by_category(labels, ids)
+    for mine in (rates_by_category(np.arange(400) == 1, np.zeros(400, int)) > 0,):
+        for half in (mine, ~mine):
+            assert np.array_equal(np.argsort(told[half], kind="stable"), np.argsort(rates[half], kind="stable"))
+
+
+def test_a_vector_that_points_to_the_outcome_leaks_and_one_that_does_not_is_quiet():
+    labels, _ = world()
+    vectors = np.random.default_rng(4).normal(size=(400, 30)).astype(np.float32)
+    leaking_ones = vectors.copy()
+    leaking_ones[:, :10] += 2 * labels[:, None]  # no number of it leaks by itself
+    assert leaking(labels, {str(at): leaking_ones[:, at] for at in range(30)}) == ()
+    told = {"honest": rates_by_vector(labels, vectors), "leak": rates_by_vector(labels, leaking_ones)}
+    (alarm,) = leaking(labels, told)
+    assert "'leak'" in alarm.message
+    holed = np.where(labels[:, None] > 0, np.nan, vectors)
+    assert leaking(labels, {"missing": rates_by_vector(labels, holed)})

@@ -138,3 +138,56 @@ def test_tables_read_back_as_they_were_written(made: Made):
         assert (ours.columns, ours.radices) == (theirs.columns, theirs.radices)
         np.testing.assert_array_equal(ours.keys, theirs.keys)
         np.testing.assert_array_equal(ours.slots, theirs.slots)
+
+
+LISTS = {
+    "user": np.array(["ann", "eve"], object),
+    "codes": np.array([[7, 5], [-(2**63), -(2**63)]]),
+    "mood": np.array([[0.5, 1.0], [np.nan, np.nan]], np.float32),
+    "request_values": np.array([["x", "", ""], ["z", "y", "x"]], object),
+    "item": np.array([[10, 10], [10, 11]]),
+    "tags": np.array([[["a", "b", ""], ["", "", ""]], [["new", "b", "b"], ["a", "", "b"]]], object),
+    "look": np.arange(8, dtype=np.float32).reshape(2, 2, 2),
+    "voice": np.full((2, 2, 1), 9, np.float32),
+}
+
+
+def listed(**keys: list[object]) -> ServingTables:
+    known = {"user": ["ann"], "item": [10], "codes": [5, 7], "request_values": ["y", "x"], "tags": ["b", "a"]} | keys
+    types = {"item": pa.int64(), "codes": pa.int64()}
+    vocabularies = {name: Vocabulary(name, pa.array(one, types.get(name, pa.string()))) for name, one in known.items()}
+    statistics = StatisticsTables(
+        *((), np.zeros(1, np.float32), np.zeros((2, 2), np.float32), np.zeros((2, 2), np.float32)),
+        *((), (), np.zeros(0, np.int64), np.zeros((0, 2), np.float32)),
+    )
+    return ServingTables(vocabularies, statistics, (LevelTable(("user",), (2,), np.array([1]), np.array([1])),))
+
+
+def test_every_value_of_a_list_has_its_id_and_what_fills_it_up_has_none():
+    data, tables = contract("lists"), listed()
+    names = wires(data, tables)
+    assert (names.request_values, names.candidate_values) == ("request_values_", "candidate_values")
+    found = run(lookup_graph(data, tables, names).SerializeToString(), LISTS)
+    assert found["request_values_"].tolist() == [[2, 1, 2, -1, -1], [-1, -1, 0, 1, 2]]
+    assert found["candidate_values"].tolist() == [[[2, 1, -1], [-1, -1, -1]], [[0, 1, 1], [2, -1, 1]]]
+    np.testing.assert_array_equal(found["request_vectors"], LISTS["mood"])
+    expected = [[[0, 1, 9], [2, 3, 9]], [[4, 5, 9], [6, 7, 9]]]
+    assert found["candidate_vectors"].tolist() == expected
+    for role, values in encode(data, tables, LISTS).items():
+        np.testing.assert_array_equal(found[names.between()[role]], values, err_msg=role)
+
+
+def test_without_a_known_value_all_are_unknown_and_an_empty_list_is_still_empty():
+    data, tables = contract("lists"), listed(tags=[])
+    found = run(lookup_graph(data, tables, wires(data, tables)).SerializeToString(), LISTS)
+    assert found["candidate_values"].tolist() == [[[0, 0, -1], [-1, -1, -1]], [[0, 0, 0], [0, -1, 0]]]
+    np.testing.assert_array_equal(found["candidate_values"], encode(data, tables, LISTS)["candidate_values"])
+
+
+def test_lists_state_their_places():
+    specs = {spec.name: spec for spec in input_specs(contract("lists"), {"tags": ("a", "b")})}
+    assert specs["tags"].shape == ("requests", "candidates", 3)
+    assert (specs["tags"].dtype, specs["tags"].missing, specs["tags"].values) == ("string", "", 3)
+    assert (specs["mood"].dtype, specs["mood"].missing, specs["mood"].shape) == ("float32", None, ("requests", 2))
+    assert specs["tags"].as_json()["example"] == ("a", "b")
+    assert "values" not in specs["user"].as_json()

@@ -101,10 +101,11 @@ def _nightly(
     finally:
         shutil.rmtree(folder)
     names = [objective.name for objective in manifest.interface.objectives]
-    table = pq.read_table(clean)
-    answers = [_ask(champion, table.slice(start, BATCH)) for start in range(0, table.num_rows, BATCH)]
+    with pq.ParquetFile(clean) as file:  # vectors of a whole night may not fit into memory
+        answers = [_ask(champion, pa.Table.from_batches([batch])) for batch in file.iter_batches(BATCH)]
+        users = file.read(columns=[data.user])[data.user]
     # Clean rows are in order of time; the exam's are by user, then time.
-    user = vocabularies[data.user].encode(table[data.user])
+    user = vocabularies[data.user].encode(users)
     order = np.argsort(user, kind="stable")
     said: F32 = np.concatenate(answers)[order]
     return {

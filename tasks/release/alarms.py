@@ -158,8 +158,8 @@ def rates_by_category(labels: FloatArray, categories: NDArray[np.integer[Any]]) 
 def rates_by_values(labels: FloatArray, values: IntArray) -> FloatArray:
     """What the values of a row's list say about its label, [N]: the sum of their rates' log-odds over the mean's.
 
-    Rates are taken as by `rates_by_category`; having no values is a value too. A sum, since one value that gives the outcome away must not drown among
-    ten that do not.
+    Rates are taken as by `rates_by_category`; having no values is a value too. A sum, since one value that gives the
+    outcome away must not drown among ten that do not.
 
     Args:
         labels: [N] 0 or 1, NaN where missing.

@@ -17,9 +17,11 @@ from tasks.learning.adapters import AdapterConfig, Precisions
 from tasks.learning.base import CROSS_FORMAT, FORMAT, LISTS_FORMAT, Base, grow, load_base, save_base, shape_of
 from tasks.learning.closed_form import factorise, factorise_lists
 from tasks.learning.descent import optimiser_of
+from tasks.learning.ladder import Ladder
 from tasks.learning.lists import VectorNormaliser, pooled
-from tasks.learning.material import Dialect, Material
+from tasks.learning.material import Dialect, Material, visits_of
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.outer import reptile
 from tasks.learning.training import meta_train
 from tasks.learning.training_config import TrainingConfig
 from tests.learning import small_rows
@@ -130,6 +132,28 @@ def test_values_are_dropped_one_by_one_in_training():
     nearest = (found[:, None] - cases).abs()
     assert nearest.min(dim=1).values.max() < 1e-6
     assert torch.bincount(nearest.argmin(dim=1), minlength=4).min() > 60
+
+
+def test_every_visit_of_reptile_reads_its_own_lists():
+    """Visits are mapped over at once; the gradient of one alone is the same as beside another."""
+    rows = tagged(nights=2, users=6, each=4)
+    torch.manual_seed(0)
+    network = Ranker(shape(rows), SMALL).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    adapter = AdapterConfig(kind="gradient", steps=2)
+    precisions = torch.ones(2, 1, adapter.width(network.width))
+    ladder, visits = Ladder(rows, ladder_of(), "shopper"), visits_of(rows).of_nights(FIRST, FIRST)
+
+    def moved(chosen):
+        few = visits.take(np.array(chosen))
+        return reptile(ladder, few, network, Material(rows), precisions, adapter, torch.ones(1), 0.5)[1]
+
+    both, *apart = (moved(chosen) for chosen in ([0, 1], [0], [1]))
+    for name in ("candidate_lists.value_tables.0.weight", "candidate_tower.0.weight", "factor_tables.2.weight"):
+        assert both[name].abs().sum() > 0
+        torch.testing.assert_close(both[name], (apart[0][name] + apart[1][name]) / 2, rtol=1e-4, atol=1e-6)
 
 
 def test_new_values_take_up_rows_and_more_places_are_no_other_base(tmp_path):

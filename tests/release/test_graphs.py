@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from tasks.errors import ParityBroken
+from tasks.learning.networks import RankerConfig, RankerShape
 from tasks.release import scorer
 from tasks.release.golden import reference_scores
 from tasks.release.graphs import export
-from tasks.release.lookups import encode, input_specs, wires
+from tasks.release.lookups import Wires, encode, input_specs, wires
 from tasks.release.scorer import traced_from
 from tests.releases import Made, make_graph, make_parts, make_release
 
@@ -160,6 +161,22 @@ def test_a_graph_is_traced_again_only_where_its_layers_or_inputs_are_others(full
         traced_from(shape, config, replace(names, cohort_item_row=None)),
     ):
         assert other != known
+
+
+def test_a_graph_is_asked_for_by_places_and_lengths_and_not_by_how_many_values_are_known():
+    shape = RankerShape(
+        request_vocabularies=(), candidate_vocabularies=(2,), request_numbers=0, candidate_numbers=0,
+        request_statistics=(), candidate_statistics=(0,), joint_statistics=(), offsets=(0,), kinds=("binary",),
+        request_value_vocabularies=(3,), request_values=(2,), candidate_value_vocabularies=(4, 5),
+        candidate_values=(3, 2), candidate_vectors=(2, 1),
+    )  # fmt: skip
+    config = RankerConfig()
+    names = Wires("candidate_ids", "slot", "user_row", None, None, None, None, "scores", candidate_values="values")
+    known = traced_from(shape, config, names)
+    more = {"request_value_vocabularies": (9,), "candidate_value_vocabularies": (9, 9)}
+    assert traced_from(shape.model_copy(update=more), config, names) == known
+    for other in ({"candidate_values": (2, 3)}, {"candidate_vectors": (1, 2)}, {"request_values": (1,)}):
+        assert traced_from(shape.model_copy(update=other), config, names) != known
 
 
 @pytest.mark.parametrize("what", ["shape", "dtype", "nan", "slots", "empty"])

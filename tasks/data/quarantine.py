@@ -5,7 +5,7 @@ own. The files are read through a DuckDB view and streamed back into Parquet: no
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -41,6 +41,8 @@ _SETTINGS = {
 _ROW_GROUP = 1 << 18
 _ROW_GROUP_VALUES = 1 << 22
 """Values of lists in a row group: vectors are long, and a group of them is in memory at a time."""
+_SLICE = 1 << 25
+"""Numbers of lists that are sorted at a time."""
 _SHOWN = 8
 _ARROW = {
     "int64": pa.int64(),
@@ -150,20 +152,20 @@ def split(
     order = _order(data)
     width = sum(column.width for column in data.columns if column.kind in LISTS)
     group = min(_ROW_GROUP, _ROW_GROUP_VALUES // max(1, width))
+    slices = _slices(connection, data, rows * width)
+    good = f"SELECT {columns} FROM {source} WHERE len({_REASONS}) = 0"
     count = _write(
-        connection,
-        f"SELECT {columns} FROM {source} WHERE len({_REASONS}) = 0 ORDER BY {order}",
-        parameters,
+        (connection.execute(f"{good} {part} ORDER BY {order}", parameters | bounds) for part, bounds in slices),
         clean_schema(data),
         clean,
         group,
     )
     with_reasons = clean_schema(data).append(pa.field(REASONS, pa.list_(pa.string())))
     # the bad rows' keys need not be unique, so every column takes part in their order
-    everything = (
-        f"SELECT {columns}, {_REASONS} FROM {source} WHERE len({_REASONS}) > 0 ORDER BY {order}, {columns}, {_REASONS}"
-    )
-    bad_rows = _write(connection, everything, parameters, with_reasons, bad, group) if count != rows else 0
+    order = f"{order}, {columns}, {_REASONS}"
+    wrong = f"SELECT {columns}, {_REASONS} FROM {source} WHERE len({_REASONS}) > 0"
+    asked = (connection.execute(f"{wrong} {part} ORDER BY {order}", parameters | bounds) for part, bounds in slices)
+    bad_rows = _write(asked, with_reasons, bad, group) if count != rows else 0
     if count + bad_rows != rows:
         raise ValidatorBroken(
             f"{count} clean and {bad_rows} bad rows are not the {rows} rows that the files' footers promise; "
@@ -207,9 +209,16 @@ def _judged(connection: duckdb.DuckDBPyConnection, data: DataConfig, checks: Seq
     read = ", ".join(quoted(column) for column in data.columns if column.role != "ignored")
     columns = ", ".join(quoted(column) for column in data.columns)
     verdicts = [f"CASE WHEN {rule.predicate} IS NOT TRUE THEN '{rule.code}' END" for rule in checks]
+    rows = VIEW
+    if any(column.kind in LISTS for column in data.columns):  # telling rows apart holds them: then only those of copies
+        connection.execute(
+            f"CREATE OR REPLACE TABLE twice AS SELECT {keys} FROM {VIEW} WHERE {complete} GROUP BY {keys} "
+            "HAVING count(*) > 1"
+        )
+        rows = f"{VIEW} JOIN twice USING ({keys})"
     connection.execute(
         f'CREATE OR REPLACE TABLE copies AS SELECT {keys}, count(DISTINCT row({read})) > 1 AS "#conflicting" '
-        f"FROM {VIEW} WHERE {complete} GROUP BY {keys} HAVING count(*) > 1"
+        f"FROM {rows} WHERE {complete} GROUP BY {keys} HAVING count(*) > 1"
     )
     copies = connection.execute("SELECT count(*) FROM copies").fetchone()
     if copies == (0,):
@@ -236,19 +245,33 @@ def measured_view(connection: duckdb.DuckDBPyConnection, data: DataConfig) -> st
     return MEASURED
 
 
-def _write(
-    connection: duckdb.DuckDBPyConnection,
-    sql: str,
-    parameters: dict[str, Any],
-    schema: pa.Schema,
-    target: Path,
-    group: int,
-) -> int:
-    """Streams a query into a Parquet file with row groups of a fixed size; returns its rows."""
-    reader = connection.execute(sql, parameters).to_arrow_reader(group)
+def _slices(connection: duckdb.DuckDBPyConnection, data: DataConfig, numbers: int) -> list[tuple[str, dict[str, Any]]]:
+    """SQL and parameters of conditions that cut the rows into spans of time with lists of about `_SLICE` numbers each.
+
+    DuckDB's sort holds lists in memory; one span of time is sorted after the other, and those without a time last.
+    """
+    count = -(-numbers // _SLICE)
+    if count <= 1:
+        return [("", {})]
+    when = quoted(data.column(data.time))
+    shares = [number / count for number in range(1, count)]
+    found = connection.execute(f"SELECT quantile_disc({when}, $shares) FROM {VIEW}", {"shares": shares}).fetchone()
+    bounds = sorted(set((found or ([],))[0] or []))
+    slices: list[tuple[str, dict[str, Any]]] = []
+    for low, high in zip([None, *bounds], [*bounds, None], strict=True):
+        parts = [f"AND {when} IS NOT NULL"]
+        parts += [f"AND {when} >= $slice_low"] if low is not None else []
+        parts += [f"AND {when} < $slice_high"] if high is not None else []
+        named = {"slice_low": low, "slice_high": high}
+        slices.append((" ".join(parts), {name: bound for name, bound in named.items() if bound is not None}))
+    return [*slices, (f"AND {when} IS NULL", {})]
+
+
+def _write(queries: Iterable[duckdb.DuckDBPyConnection], schema: pa.Schema, target: Path, group: int) -> int:
+    """Streams what queries find into a Parquet file with row groups of a fixed size; returns its rows."""
     rows, held = 0, schema.empty_table()
     with pq.ParquetWriter(target, schema, compression="zstd", write_page_checksum=True) as writer:
-        for batch in reader:
+        for batch in (batch for query in queries for batch in query.to_arrow_reader(group)):
             rows += batch.num_rows
             held = pa.concat_tables([held, pa.Table.from_batches([batch]).cast(schema)])
             while held.num_rows >= group:

@@ -96,6 +96,21 @@ def test_each_bad_list_goes_to_quarantine_with_its_reasons_and_all_others_are_cl
     assert shown["row"]["codes"] == [*range(8), "and 9 more"]
 
 
+def test_spans_of_time_leave_no_trace_in_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without a time, copies, good and bad ones, sorted at once and in spans of a few rows."""
+    rows = [row(number % 17, user=number % 5) | GOOD | {"codes": [1] * (number % 20)} for number in range(60)]
+    rows += [row(3) | GOOD | {"at": None, "user": user} for user in (2, 1)]
+    found = []
+    for name, most in (("whole", quarantine._SLICE), ("spans", 200)):
+        monkeypatch.setattr(quarantine, "_SLICE", most)
+        folder = tmp_path / name
+        parts = divide(folder, write(folder / "0.parquet", rows))
+        assert parts.clean + parts.bad == len(rows)
+        assert {"too_many:codes", "null:at"} <= parts.reasons.keys()
+        found.append((parts, *((folder / file).read_bytes() for file in ("clean.parquet", "bad.parquet"))))
+    assert found[0] == found[1]
+
+
 def test_a_number_that_no_float32_can_hold_is_not_finite(tmp_path: Path) -> None:
     rows = [row(0) | GOOD, row(1) | GOOD | {"look": [1e39, 0.0, 0.0]}]
     assert divide(tmp_path, write(tmp_path / "0.parquet", rows, look=pa.list_(pa.float64()))).reasons == {
@@ -126,6 +141,32 @@ def test_lists_of_every_make_read_as_one_and_a_row_group_holds_fewer_of_them(
     clean = pq.ParquetFile(tmp_path / "clean.parquet")
     assert [clean.metadata.row_group(at).num_rows for at in range(clean.num_row_groups)] == [2, 1]
     assert [{name: one[name] for name in GOOD} for one in clean.read().to_pylist()] == [GOOD] * 3
+
+
+def test_a_night_of_vectors_that_is_larger_than_the_memory_is_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12,000 vectors of 512 numbers are 49 MB as doubles; some come twice, and one copy differs."""
+    monkeypatch.setitem(quarantine._SETTINGS, "memory_limit", "40MB")
+    monkeypatch.setitem(quarantine._SETTINGS, "threads", "1")
+    monkeypatch.setattr(quarantine, "_SLICE", 1 << 21)
+    count, length = 12_000, 512
+    plain = nights.contract()
+    look = ColumnConfig.model_validate(LOOK | {"length": length})
+    data = DataConfig.model_validate(plain.model_dump() | {"columns": (*plain.columns, look)})
+    table = nights.table([row(number % count) for number in range(count + 50)])
+    vectors = np.random.default_rng(0).normal(size=(count + 50, length)).astype(np.float32)
+    vectors[count:] = vectors[:50]
+    vectors[-1, -1] += 1
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), length)
+    path = tmp_path / "0.parquet"
+    pq.write_table(table.append_column("look", lists), path, compression="none", row_group_size=1000)
+    with night_view(data, [path], footers(data, [path]), tmp_path) as connection:
+        parts = split(connection, data, rules(data, NIGHT), count + 50, tmp_path / "clean", tmp_path / "bad")
+    assert parts.reasons == {"duplicate": 49, "conflicting_duplicate": 2}
+    assert parts.clean == count - 1
+    clean = pq.read_table(tmp_path / "clean", columns=["at"])["at"].to_numpy()
+    assert (np.diff(clean) >= np.timedelta64(0)).all()
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ _SETTINGS = {
 _ROW_GROUP = 1 << 18
 _ROW_GROUP_VALUES = 1 << 22
 """Values of lists in a row group: vectors are long, and a group of them is in memory at a time."""
-_SLICE = 1 << 25
+_SLICE = 1 << 24
 """Numbers of lists that are sorted at a time."""
 _SHOWN = 8
 _ARROW = {

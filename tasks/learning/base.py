@@ -23,9 +23,10 @@ from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.learning.solvers import ObjectiveKind
 
-FORMAT = 4
-"""4: what an item's columns say of its factors, list columns, and adapters that bend the dense layers. Before it, 2 and
-3 (cross layers) had none of them."""
+FORMATS = {"plain": 2, "cross layers": 3, "later parts": 4}
+"""What a base has, to the number of its format: an older version of nightrank must not take what it does not know for
+a damaged base. 2: tables of factors for every categorical candidate column, and numbers of candidates as adapter
+features. 3: cross layers. 4: list columns, what columns say of an item's factors, or adapters that bend the layers."""
 WEIGHTS, DESCRIPTION = "base.safetensors", "base.json"
 
 
@@ -114,7 +115,7 @@ def save_base(base: Base, folder: Path) -> dict[str, Path]:
     tensors |= {f"precisions.{name}": value for name, value in base.precisions.state_dict().items()}
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / WEIGHTS)
     description = {
-        "format": FORMAT,
+        "format": FORMATS[_newest_part(base.network)],
         "shape": base.network.shape.model_dump(mode="json"),
         "ranker": base.network.config.model_dump(mode="json"),
         "adapter": base.adapter.model_dump(mode="json"),
@@ -123,6 +124,13 @@ def save_base(base: Base, folder: Path) -> dict[str, Path]:
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, sort_keys=True, indent=1) + "\n")
     return {WEIGHTS: folder / WEIGHTS, DESCRIPTION: folder / DESCRIPTION}
+
+
+def _newest_part(network: Ranker) -> str:
+    later = (network.bent, network.warm_up, network.request_lists, network.candidate_lists)
+    if any(part is not None for part in later):
+        return "later parts"
+    return "plain" if network.cross is None else "cross layers"
 
 
 def load_base(files: Mapping[str, Path]) -> Base:
@@ -137,9 +145,10 @@ def load_base(files: Mapping[str, Path]) -> Base:
     """
     try:
         description = json.loads(files[DESCRIPTION].read_text())
-        if description["format"] != FORMAT:
+        if description["format"] not in FORMATS.values():
             raise FormatUnknown(
-                f"{files[DESCRIPTION]} has format {description['format']}, and this version of nightrank reads {FORMAT}"
+                f"{files[DESCRIPTION]} has format {description['format']}, and this version of nightrank reads "
+                f"{', '.join(map(str, FORMATS.values()))}"
             )
         shape, config = RankerShape(**description["shape"]), RankerConfig(**description["ranker"])
         adapter = AdapterConfig(**description["adapter"])

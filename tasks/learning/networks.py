@@ -37,9 +37,10 @@ class RankerConfig(Section):
     """Width of the hidden layers and of the towers' outputs."""
     factors: Annotated[int, Field(ge=0, le=256)] = 4
     """Adapter features that are free factors of the item, started in closed form from the history."""
-    warm_up: bool = True
-    """Whether an item's factors are held to what its columns say of them: a new item begins there, and its own rows
-    take over as they come. Without it factors are held to 0, and a new item has none."""
+    warm_up: Annotated[bool, Field(exclude_if=lambda warm: not warm)] = False
+    """Whether an item's factors are held to what its numbers and categories say of them: a new item begins there, and
+    its own rows take over as they come. Without it factors are held to 0, and a new item has none. For catalogues whose
+    items are mostly new; a dump leaves the default out."""
     category_factors: Annotated[int, Field(ge=0, le=256)] = 4
     """Adapter features that are free factors of a category, for each categorical candidate column, started likewise;
     of a `multi` column the mean of its values' factors."""

@@ -67,6 +67,22 @@ def test_equal_bases_are_equal_bytes_and_others_are_not(rows, tmp_path):
     assert first[0] != other[0]
 
 
+@pytest.mark.parametrize(
+    ("adapter", "ranker", "number"),
+    [
+        ({"kind": "ridge"}, {}, 2),
+        ({"kind": "gradient"}, {"kind": "dcn"}, 3),
+        ({"kind": "ridge"}, {"warm_up": True}, 4),
+        *((bent, {}, 4) for bent in BENT),
+        (BENT[0], {"kind": "dcn"}, 4),
+    ],
+)
+def test_an_older_version_reads_no_base_whose_parts_it_does_not_know(rows, tmp_path, adapter, ranker, number):
+    """By the number of the format, which a version that knows fewer of them refuses."""
+    base = base_of(rows, adapter=AdapterConfig(**adapter), ranker=SMALL.model_copy(update=ranker))
+    assert json.loads(save_base(base, tmp_path)[DESCRIPTION].read_text())["format"] == number
+
+
 def broken(files, how):
     """Damage the files of a base."""
     weights, description = files[WEIGHTS], files[DESCRIPTION]

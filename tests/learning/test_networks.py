@@ -11,7 +11,7 @@ SHAPE = RankerShape(
     request_vocabularies=(4, 3), candidate_vocabularies=(6, 5), request_numbers=2, candidate_numbers=1,
     request_statistics=(2, 3), candidate_statistics=(0, 1), joint_statistics=(4,), offsets=(0,), kinds=("binary",),
 )  # fmt: skip
-SMALL = RankerConfig(embedding=3, hidden=4, factors=2, category_factors=1, features=3)
+SMALL = RankerConfig(embedding=3, hidden=4, factors=2, category_factors=1, features=3, warm_up=True)
 CROSSED = SMALL.model_copy(update={"kind": "dcn"})
 
 
@@ -190,7 +190,7 @@ def test_the_parts_are_what_comes_out_feature_by_feature(factors, category, dire
 
 def test_without_categories_and_numbers_there_are_no_parts_of_them():
     bare = SHAPE.model_copy(update={"candidate_vocabularies": (6,), "candidate_numbers": 0})
-    network = Ranker(bare, RankerConfig()).eval()
+    network = Ranker(bare, RankerConfig(warm_up=True)).eval()
     assert list(network.parts) == ["constant", "item factors"]
     assert network.warm_up is None
     request, candidate, first, _, statistics = inputs(3)

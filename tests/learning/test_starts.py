@@ -17,7 +17,7 @@ from tasks.learning.networks import Ranker, RankerConfig
 from tasks.learning.solvers import solve
 from tests.learning.small_rows import contract, one_aim, opposed, shape, table
 
-SMALL = RankerConfig(embedding=4, hidden=8, factors=2, category_factors=2, features=3)
+SMALL = RankerConfig(embedding=4, hidden=8, factors=2, category_factors=2, features=3, warm_up=True)
 
 
 @pytest.fixture(scope="module")

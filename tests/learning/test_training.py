@@ -209,7 +209,7 @@ def test_a_pull_keeps_a_warm_start_near_its_parent_and_a_cold_one_as_it_is(
 def test_training_leaves_the_factors_of_items_without_rows_at_nothing(history, monkeypatch):
     """To the bit, as that is how the network tells them; what their columns say is trained beside."""
     monkeypatch.setattr(initialisation.Initialisation, "refreshed", lambda self, network, *rest: network)
-    network = train(history, more=3, ranker=SMALL.model_copy(update={"id_dropout": 0.3})).base
+    network = train(history, more=3, ranker=SMALL.model_copy(update={"id_dropout": 0.3, "warm_up": True})).base
     factors = network.factor_tables[0].weight
     assert not factors[0].any()
     assert not factors[-3:].any()

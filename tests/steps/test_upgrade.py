@@ -14,13 +14,14 @@ def test_a_parent_of_another_format_gives_no_start_and_is_compared_in_the_nightl
     damageable: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     champion = damageable.pointer.release
-    monkeypatch.setattr(base, "FORMAT", base.FORMAT + 1)
+    was = base.FORMATS["plain"]
+    monkeypatch.setitem(base.FORMATS, "plain", 99)
     made = plain_night(damageable.config, damageable.next_night)
     run = json.loads(damageable.store.get(f"tiny/releases/{made.published.release}/run.json").data)
     assert run["parent"] == run["champion"] == champion
     told = run["report"]["provenance"]
     assert told["training"].startswith(f"release {champion[:12]} gives no start (")
-    assert f"has format {base.FORMAT - 1}, and this version of nightrank reads {base.FORMAT}" in told["training"]
+    assert f"has format {was}, and this version of nightrank reads 99, " in told["training"]
     assert told["training"].count("started in closed form") == 1
     assert "is compared in the nightly exam only" in told["champion"]
     exams = record_of(damageable.config.place(), made.verdict).notes["exams"][0]

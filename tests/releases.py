@@ -191,7 +191,8 @@ def make_parts(
     with torch.no_grad():  # untrained layers that begin at zero would hide what they multiply
         for parameter in network.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
-        network.factor_tables[0].weight[::3] = 0.0  # items without rows
+        for table in network.factor_tables[:1]:
+            table.weight[::3] = 0.0  # items without rows
     bank = random.normal(size=(slots, len(kinds), network.width)).astype(np.float32)
     bank[0] = 0.0
     return data, network, bank, ServingTables(vocabularies, statistics, tuple(levels)), rows

@@ -20,7 +20,7 @@ from tasks.data.contract import DataConfig
 from tasks.data.segments import I64
 from tasks.data.statistics import serving_tables
 from tasks.data.vocabulary import Vocabularies
-from tasks.learning import training
+from tasks.learning import initialisation
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Visits, Windows
 from tasks.meta_train import rows_of
@@ -140,7 +140,7 @@ class TestTheNight:
     def test_a_normaliser_that_has_seen_the_night_is_caught(
         self, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        fit = training.normalise
+        fit = initialisation.normalise
 
         def leak(config: RetrainConfig) -> None:
             def leaky(network: Any, data: Any, rows: Any, at: I64) -> None:
@@ -149,7 +149,7 @@ class TestTheNight:
                 every = rows_of(place, layout)
                 fit(network, data, every, np.arange(len(every)))
 
-            monkeypatch.setattr(training, "normalise", leaky)
+            monkeypatch.setattr(initialisation, "normalise", leaky)
 
         found = []
         for change in (unchanged, tenfold):

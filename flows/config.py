@@ -86,6 +86,14 @@ class RetrainConfig(Section):
             )
         if (fault := misfit(self.training.outer, self.adapter)) is not None:
             yield fault
+        told = (*data.named("candidate", "numeric"), *data.named("candidate", "categorical"))
+        weighs = self.adapter.kind in ("ridge", "gradient") and self.adapter.bent is None
+        if self.ranker.warm_up and not (self.ranker.factors and weighs and told):
+            yield (
+                "ranker.warm_up: it tells an adapter the factors of items without rows, and needs adapter.kind 'ridge' "
+                "or 'gradient' on the head, ranker.factors above 0, and a numeric or categorical candidate column "
+                "(lists and vectors do not tell them); remove it, or change what is missing"
+            )
         try:
             ZoneInfo(data.time_zone)
         except (ZoneInfoNotFoundError, ValueError):

@@ -101,7 +101,8 @@ class AdapterConfig(Section):
     @property
     def in_closed_form(self) -> "AdapterConfig":
         """The closed form that weighs the same features: itself, or the ridge in place of gradient steps."""
-        return self.model_copy(update={"kind": "ridge", "steps": 2}) if self.kind == "gradient" else self
+        linear = self.kind == "gradient" and self.bent is None
+        return self.model_copy(update={"kind": "ridge", "steps": 2}) if linear else self
 
 
 class Precisions(nn.Module):

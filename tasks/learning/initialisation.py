@@ -32,8 +32,8 @@ FITTED = frozenset({"item factors", "category factors"})
 leaves their precisions alone; the stop nights scale them where a chain of nights starts."""
 DRIFTING = frozenset({"constant"})
 """Parts whose weights change from night to night more than the evidence of all nights together knows."""
-REMEMBERED = 500_000
-"""Most rows of a history whose scores are kept in memory while the precisions are looked for."""
+REMEMBERED = 32_000_000
+"""Most numbers that the adapters read of a history, kept in memory with its scores while precisions are looked for."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Initialisation:
         adaptation = Adaptation.of(network, setting.adapter)
         with torch.no_grad():
             scorer = setting.material.scorer(network)
-            if len(setting.rows) <= REMEMBERED:
+            if len(setting.rows) * (network.width if network.bent is None else network.joint_inputs) <= REMEMBERED:
                 scorer = remembered(scorer, len(setting.rows))
             found = precisions()
             if network.bent is None:

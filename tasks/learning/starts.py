@@ -110,7 +110,9 @@ def spread(network: Ranker, material: Material, at: I64) -> None:
     with torch.no_grad():
         _, inputs = network(*material.inputs(at[-PART:]))
         before = inputs @ layers.first.mT + layers.shift
-        scale = before.std(dim=0, correction=0).clamp_min(SMALLEST_SCALE)
+        scale = before.std(dim=0, correction=0)
+        # A unit that does not vary has no scale of its own, and is left alone but for its mean.
+        scale = torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
         layers.shift.sub_(before.mean(dim=0)).div_(scale)
         layers.first.div_(scale[:, None])
         if layers.down is not None:

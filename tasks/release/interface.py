@@ -155,12 +155,12 @@ def _input(read: Reader, value: object) -> InputSpec:
     expected = {"int64": int, "string": str, "float32": type(None)}[dtype]
     width = read.count(values["values"], "values") if "values" in values else None
     listed = tuple(example) if width is not None and isinstance(example, list) else (example,)
-    if (
-        type(missing) is not expected
-        or width == 0
-        or not all(isinstance(one, str | int | float | None) for one in listed)
-    ):
+    if type(missing) is not expected:
         read.refuse(f"input {name!r} of dtype {dtype} marks missing values by {missing!r}")
+    if width == 0:
+        read.refuse(f"input {name!r} has lists of 0 values")
+    if not all(isinstance(one, str | int | float | None) for one in listed):
+        read.refuse(f"input {name!r} has {example!r} as an example, which is no value")
     assert isinstance(missing, str | int | None)
     shown: Example = listed if isinstance(example, list) else listed[0]
     return InputSpec(name, per, dtype, read.text(values["meaning"], "meaning"), missing, shown, width)

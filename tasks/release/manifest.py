@@ -16,7 +16,7 @@ from pathlib import Path
 from tasks.errors import ReleaseRefused
 from tasks.release.interface import InputSpec as InputSpec  # serving imports from here alone
 from tasks.release.interface import Interface, Json, read_interface
-from tasks.release.strict_json import SCHEMA_VERSION, Reader, canonical
+from tasks.release.strict_json import LISTS_VERSION, SCHEMA_VERSION, Reader, canonical
 
 CONTENT = frozenset(
     {
@@ -73,10 +73,16 @@ class Manifest:
         """Bytes of all content files."""
         return sum(file.bytes for file in self.files)
 
+    @property
+    def schema_version(self) -> int:
+        """The oldest version whose readers know all that the interface says."""
+        lists = any(spec.values is not None for spec in self.interface.inputs)
+        return LISTS_VERSION if lists else SCHEMA_VERSION
+
     def serialise(self) -> bytes:
         """The bytes of `manifest.json`."""
         written = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": self.schema_version,
             "pipeline": self.pipeline,
             "release": self.release,
             "files": [asdict(file) for file in self.files],
@@ -103,7 +109,7 @@ class Manifest:
         read = Reader(f"manifest of release {release[:12]}")
         found = read.document(data, LARGEST_MANIFEST)
         names = ("pipeline", "release", "files", "interface", "parity", "metrics", "provenance")
-        values = read.fields(found, "manifest", names)
+        values = read.fields(found, "manifest", names, versions=(SCHEMA_VERSION, LISTS_VERSION))
         if values["pipeline"] != pipeline:
             read.refuse(f"it belongs to pipeline {values['pipeline']!r}, not {pipeline!r}")
         if values["release"] != release:
@@ -118,7 +124,12 @@ class Manifest:
         if (digest := content_digest(files)) != release:
             read.refuse(f"its files add up to release {digest}")
         extras = {name: read.mapping(values[name], name) for name in ("parity", "metrics", "provenance")}
-        return cls(pipeline, release, files, read_interface(read, values["interface"]), **extras)
+        manifest = cls(pipeline, release, files, read_interface(read, values["interface"]), **extras)
+        if values["schema_version"] != manifest.schema_version:
+            read.refuse(
+                f"its schema version is {values['schema_version']}, its inputs are of {manifest.schema_version}"
+            )
+        return manifest
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from tasks.errors import ReleaseRefused
 
 SCHEMA_VERSION = 1
 """Of manifest, pointer and golden requests."""
+LISTS_VERSION = 2
+"""Of a manifest whose release reads list columns; every other one keeps the number that older readers know."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -60,11 +62,19 @@ class Reader:
             self.refuse(f"{what} is no list")
         return value
 
-    def fields(self, value: object, what: str, names: Sequence[str], versioned: bool = True) -> dict[str, object]:
-        """The value, if it is an object with exactly these fields (and a known schema version)."""
+    def fields(
+        self,
+        value: object,
+        what: str,
+        names: Sequence[str],
+        versioned: bool = True,
+        versions: Sequence[int] = (SCHEMA_VERSION,),
+    ) -> dict[str, object]:
+        """The value, if it is an object with exactly these fields (and one of the schema versions)."""
         found = self.mapping(value, what)
-        if versioned and (version := found.get("schema_version")) != SCHEMA_VERSION:
-            self.refuse(f"its schema version is {version!r}, this reader knows {SCHEMA_VERSION}: update the reader")
+        if versioned and (version := found.get("schema_version")) not in versions:
+            known = " and ".join(map(str, versions))
+            self.refuse(f"its schema version is {version!r}, this reader knows {known}: update the reader")
         expected = {*names, "schema_version"} if versioned else set(names)
         if odd := sorted(expected ^ set(found)):
             self.refuse(f"{what} has missing or unknown fields: {', '.join(odd)}")

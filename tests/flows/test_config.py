@@ -39,6 +39,24 @@ def test_a_config_survives_the_way_through_prefect(tree: dict[str, Any]) -> None
     assert RetrainConfig.model_validate(json.loads(config.model_dump_json())) == config
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"adapter": {"kind": "film"}}, {"adapter": {"kind": "bias"}}, {"ranker": {"factors": 0}}, {"data": None}],
+    ids=["bent", "bias", "no factors", "nothing tells"],
+)
+def test_factors_by_columns_are_refused_where_they_would_do_nothing(
+    tmp_path: Path, tree: dict[str, Any], change: dict[str, Any]
+) -> None:
+    tree["ranker"] = {**tree.get("ranker", {}), "warm_up": True}
+    assert RetrainConfig.model_validate(tree).ranker.warm_up
+    for section, told in change.items():
+        if told is None:
+            tree[section]["columns"] = [one for one in tree[section]["columns"] if one["role"] != "candidate"]
+        else:
+            tree[section] = {**tree.get(section, {}), **told}
+    assert "ranker.warm_up: it tells an adapter the factors of items without rows" in refusal(tmp_path, tree)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "infra").glob("movielens*.yaml")), ids=lambda path: path.name)
 def test_our_own_configs_fit(path: Path) -> None:
     assert load_config(path).pipeline

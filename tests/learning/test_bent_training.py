@@ -9,6 +9,7 @@ import torch
 from tasks.learning import initialisation
 from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions
 from tasks.learning.episodes import row_loss
+from tasks.learning.initialisation import Initialisation
 from tasks.learning.ladder import Ladder, climb
 from tasks.learning.losses import Losses
 from tasks.learning.material import Material, visits_of
@@ -17,6 +18,7 @@ from tasks.learning.outer import PATH_RATE, check_outer, reptile, thaw
 from tasks.learning.starts import normalise, spread
 from tests.learning.small_rows import before, contract, ladder_of, one_aim, opposed, shape, with_labels
 from tests.learning.test_bending import BENDING, DENSE, FILM, LORA
+from tests.learning.test_ensemble import setting_of
 from tests.learning.test_outer import KINDS, LOOPS, STILL, loop
 from tests.learning.test_training import SHORT, stop_losses, train
 
@@ -61,6 +63,24 @@ def test_bent_units_start_alike_in_scale_and_say_nothing_together(history, confi
         shares = np.linalg.svd((inputs - inputs.mean(dim=0)).numpy(), compute_uv=False) ** 2
         told = np.linalg.lstsq(read.detach().numpy() - read.detach().numpy().mean(axis=0), inputs - inputs.mean(dim=0))
         assert told[1].sum() == pytest.approx(shares[2:].sum(), rel=0.01)  # no two directions say more
+
+
+def test_units_that_do_not_vary_keep_their_weights(history):
+    """Rows that are all alike: dividing by next to nothing would leave weights that the next night's rows blow up."""
+    network = Ranker(shape(history), RankerConfig(embedding=4, hidden=8), FILM.bent)
+    was = network.joint[0].weight.detach().clone()
+    normalise(network, contract(), history, np.arange(1))
+    spread(network, Material(history), np.zeros(5, np.int64))
+    torch.testing.assert_close(network.joint[0].weight.detach(), was)
+
+
+def test_precisions_start_as_configured_times_what_they_share(history):
+    for config in (FILM, LORA, DENSE):
+        network = Ranker(shape(history), STILL, config.bent)
+        setting = setting_of(history, SHORT, config, STILL)
+        fresh = Initialisation(setting, Losses(setting)).fresh()[1]().detach()
+        expected = torch.tensor([config.precision, config.coarse_precision])[:, None, None] * network.fan_in
+        torch.testing.assert_close(fresh, expected)
 
 
 def test_a_linear_start_is_left_alone(history):

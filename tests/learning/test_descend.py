@@ -141,6 +141,8 @@ def test_the_config_says_which_way_is_taken():
     assert GRADIENT.width(6) == 6
     assert GRADIENT.in_closed_form.kind == "ridge"
     assert AdapterConfig(kind="bias").in_closed_form.kind == "bias"
+    dense = AdapterConfig(kind="gradient", bends="dense")
+    assert dense.in_closed_form == dense
     with pytest.raises(InvalidConfig, match=r"adapter\.kind is 'gradient'"):
         check_width(GRADIENT, 1)
 

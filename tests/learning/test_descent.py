@@ -43,7 +43,9 @@ def test_an_error_inside_does_not_leave_torch_changed():
 
 
 def test_factors_and_precisions_are_not_decayed_and_every_parameter_is_optimised_once():
-    network = Ranker(shape(opposed(nights=1, users=6)), RankerConfig(embedding=4, hidden=8, factors=2, features=3))
+    network = Ranker(
+        shape(opposed(nights=1, users=6)), RankerConfig(embedding=4, hidden=8, factors=2, features=3, warm_up=True)
+    )
     precisions = Precisions(2, 1, network.width, AdapterConfig())
     groups = optimiser_of(network, precisions, 0.1, 0.2, 0.3).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}

@@ -1,9 +1,10 @@
 """A night whose items have tags and vectors, and whose requests have codes and vectors: from the lake to the ranker."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 
 from flows.config import RetrainConfig, load_config
 from flows.nightly import NightResult
+from tasks import evaluate
 from tasks.champion import _ask
 from tasks.errors import InvalidConfig, ReleaseRefused
 from tasks.learning.base import load_base
+from tasks.release import alarms
 from tasks.release.golden import reference_scores
 from tasks.release.manifest import CONTENT
 from tasks.release.tables import read_tables
@@ -122,6 +125,34 @@ def test_tastes_for_tags_are_adapted_to(night: Night) -> None:
     losses = {(row.exam, row.method): row.log_loss for row in night.result.verdict.scores}
     for exam in ("nightly", "first contact, 5 rows"):
         assert losses[exam, "adapted"] < losses[exam, "zero steps"] - 0.03
+
+
+@pytest.mark.parametrize("name", [None, "tags", "look"])
+def test_a_list_that_tells_the_label_is_named(night: Night, monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    """Planted where the judge reads: a tag, or a number of a vector, that says how the row came out."""
+    place, data = night.config.place(), night.config.data
+    steps = {step.step: step for step in night.result.steps}
+    rows = evaluate.rows_of(place, record_of(place, steps["prepare"]))
+    liked = np.asarray(rows.labels)[:, 0]
+    assert rows.candidate_values is not None
+    assert rows.candidate_vectors is not None
+    tags, looks = np.array(rows.candidate_values), np.array(rows.candidate_vectors)
+    if name == "tags":
+        tags[:, 0], tags[:, 1:] = 1 + liked, -1
+    if name == "look":
+        looks[:] = 5 * liked[:, None]
+    planted = replace(rows, candidate_values=tags, candidate_vectors=looks)
+    monkeypatch.setattr(evaluate, "rows_of", lambda *_: planted)
+    monkeypatch.setattr(alarms, "LEAK_CLASS_ROWS", 20)  # the night is small
+    table = evaluate.exam_table(place, steps["evaluate"].key)
+    lead = data.objectives[0]
+    asked: Any = (place, data, night.config.gate, lead, table, [], steps["prepare"])
+    told = [
+        alarm.message
+        for alarm in evaluate._alarms(*asked, SimpleNamespace(night=night.world.nights[4]))
+        if alarm.name == "leaking"
+    ]
+    assert [str(name) in message for message in told] == ([] if name is None else [True])
 
 
 def test_a_replayed_champion_reads_the_lists_of_the_lake(night: Night, tmp_path: Path) -> None:

@@ -31,17 +31,17 @@ from tasks.learning.exams import CANDIDATE, SUPPORTS, Night, contact, joined, si
 from tasks.learning.intervals import Interval
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
-from tasks.learning.networks import RankerConfig
+from tasks.learning.networks import RankerConfig, RankerShape
 from tasks.learning.space import Parameter, Sections, Settings, Value
 from tasks.learning.study import Search, Told, Tried
-from tasks.learning.training_config import TrainingConfig
+from tasks.learning.training_config import BESIDE, TrainingConfig
 from tasks.meta_train import rows_of
 from tasks.references import HistoryRef, Place
 from tasks.release.evidence import compare, losses
 from tasks.release.gate import GateConfig
 from tasks.steps import device_of, looked_at, open_workspace, record_of, verb
 
-VERSION = 1
+VERSION = 2
 """Part of a study's name: bumped where a loss would come out otherwise."""
 OWN = "own settings"
 """The method that is the config's own settings."""
@@ -149,7 +149,10 @@ def search_settings(
         "objectives": [objective.model_dump(mode="json") for objective in data.objectives],
         "lead": bench.lead.name,
         "segments": segments.model_dump(mode="json"),
-        "sections": {name: whole.model_dump(mode="json") for name, whole in vars(own).items()},
+        "sections": {
+            name: whole.model_dump(mode="json", exclude=set(BESIDE) if name == "training" else None)
+            for name, whole in vars(own).items()
+        },
         "space": {name: one.model_dump(mode="json") for name, one in space.items()},
         "plan": plan.model_dump(mode="json", include={"seed", "block", "cuts"}),
         "device": bench.device,
@@ -190,6 +193,36 @@ def search_settings(
     )
 
 
+def shape_before(data: DataConfig, rows: Rows, words: Vocabularies, first: int) -> RankerShape:
+    """Sizes of a ranker as they were before a night: ids are appended, so the keys until then come first.
+
+    With a row for every later key too, initial weights would depend on nights behind the cut, and a new key would be
+    read with a row that nobody trained, in place of the unknown one.
+
+    Args:
+        data: the contract.
+        rows: of the whole window.
+        words: of the whole window.
+        first: ordinal of the first night that is not known yet.
+    """
+    before = (np.asarray(rows.night) < first)[:, None]
+
+    def sizes(ids: npt.NDArray[np.integer] | None, widths: tuple[int, ...]) -> tuple[int, ...]:
+        if ids is None or not widths:
+            return ()
+        largest = np.max(ids, axis=0, where=before, initial=0)
+        return tuple(1 + int(part.max(initial=0)) for part in np.split(largest, np.cumsum(widths)[:-1]))
+
+    whole = shape_of(data, rows, words)
+    tables = {
+        "request_vocabularies": sizes(rows.request_ids, (1,) * len(whole.request_vocabularies)),
+        "candidate_vocabularies": sizes(rows.candidate_ids, (1,) * len(whole.candidate_vocabularies)),
+        "request_value_vocabularies": sizes(rows.request_values, whole.request_values),
+        "candidate_value_vocabularies": sizes(rows.candidate_values, whole.candidate_values),
+    }
+    return whole.model_copy(update=tables)
+
+
 def _loss(tried: Tried) -> float:
     return math.inf if tried.loss is None else tried.loss
 
@@ -221,7 +254,8 @@ class _Bench:
         found: list[float] = []
         for number, block in enumerate(blocks):
             found.append(self._mean_loss(self._examined(sections, block, CANDIDATE)))
-            told(number, sum(found) / len(found))
+            if number + 1 < len(blocks):  # behind the last one there is nothing to save
+                told(number, sum(found) / len(found))
         return sum(found) / len(found)
 
     def compared(self, best: Sections, own: Sections, block: npt.NDArray[np.integer]) -> tuple[LastBlock, ...]:
@@ -251,7 +285,7 @@ class _Bench:
         first, last = int(block[0]), int(block[-1])
         trained = learning.meta_train(
             *(self.data, self.segments, sections.ranker, sections.adapter, sections.training),
-            *(self.rows, shape_of(self.data, self.rows, self.words), date.fromordinal(first)),
+            *(self.rows, shape_before(self.data, self.rows, self.words, first), date.fromordinal(first)),
             device=self.device,
         )
         asked = Night(

@@ -50,12 +50,14 @@ class Catalogue:
         items: vocabulary ids [C].
         ids: vocabulary ids of the item and of its categorical candidate columns, int64 [C, 1+Cc].
         numbers: numeric candidate columns, float32 [C, Fc].
+        newest: positions of the rows that say so, for what they have of list columns [C].
         known: items with a row before the night, from which the candidates were taken.
     """
 
     items: I64
     ids: I64
     numbers: F32
+    newest: I64
     known: int
 
     def __len__(self) -> int:
@@ -85,7 +87,8 @@ def catalogue(rows: Rows, night: int, seed: int, counted: int = COUNTED, others:
     last = np.flatnonzero(time == newest[item])
     last = last[np.lexsort((np.asarray(rows.tie)[earlier[last]], item[last]))]  # of equal times the greatest tie
     at = earlier[last[np.searchsorted(item[last], chosen, side="right") - 1]]
-    return Catalogue(chosen, np.asarray(rows.candidate_ids[at]), np.asarray(rows.candidate_numbers[at]), len(known))
+    ids, numbers = np.asarray(rows.candidate_ids[at]), np.asarray(rows.candidate_numbers[at])
+    return Catalogue(chosen, ids, numbers, at, len(known))
 
 
 def sampled(visits: Visits, night: int, seed: int, most: int = USERS) -> Visits:
@@ -158,7 +161,16 @@ def _inputs(
     cohort = [requests[:, names.index(name)] for name in statistics.cohort_columns]
     asked = statistics.features(np.asarray(rows.user)[at], candidates.items[every], cohort)
     tables = (requests, candidates.ids[every], rows.request_numbers[at], candidates.numbers[every], asked)
-    return (torch.from_numpy(np.ascontiguousarray(table)) for table in tables)
+    yield from (torch.from_numpy(np.ascontiguousarray(table)) for table in tables)
+    lists = (rows.request_values, rows.candidate_values, rows.request_vectors, rows.candidate_vectors)
+    if all(table is None for table in lists):
+        return
+    shown = candidates.newest[every]
+    for table, places, dtype in zip(
+        lists, (at, shown, at, shown), (np.int64, np.int64, np.float32, np.float32), strict=True
+    ):
+        given = np.zeros((len(at), 0), dtype) if table is None else np.asarray(table[places], dtype)
+        yield torch.from_numpy(np.ascontiguousarray(given))
 
 
 def _best(scores: Tensor, length: int) -> I64:

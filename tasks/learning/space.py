@@ -23,6 +23,7 @@ FIXED = {
     "training.seed": "a seed that was chosen by its luck says nothing about other nights",
     "training.threads": "it changes no quality",
     "training.checkpoint_seconds": "it changes no quality",
+    "training.tensorboard": "it changes no quality",
 }
 """Settings that are not searched, and why."""
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tasks.data.contract import DataConfig
+from tasks.data.segments import level_name
 from tasks.learning.intervals import F64, Interval, paired_intervals, sum_by_user
 from tasks.release.evidence import own_minus_parent
 from tasks.release.lift import TOO_FEW
@@ -168,7 +169,7 @@ def costs(
     for objective in data.objectives:
         difference = np.concatenate([own_minus_parent(table, objective) for table in tables])
         for at, columns in enumerate(levels):
-            name = " x ".join(columns)
+            name = level_name(columns)
             mine = [night[at] for night in spent]
             rows = np.flatnonzero((number == at) & ~np.isnan(difference))
             told = _bounds(key[rows], difference[rows], seed)

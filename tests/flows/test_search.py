@@ -4,8 +4,12 @@ import shutil
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -14,9 +18,10 @@ from flows.config import RetrainConfig, as_yaml, load_config
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import InvalidConfig, NotEnoughHistory
 from tasks.learning import training
-from tasks.search import SearchRef
+from tasks.search import SearchRef, shape_before
 from tests.finished import Finished
 from tests.steps.plain import plain_verbs
+from tests.world import write_world
 
 SPACE = {
     "ranker.category_factors": {"type": "choice", "choices": [0, 4]},
@@ -114,6 +119,65 @@ def test_nothing_of_the_night_or_later_is_read(world: Finished, found: tuple[Sea
     shutil.rmtree(Path(other.config.store) / "tiny" / "work" / "history")
     there = searched(other.world.config, other.next_night, tmp_path / "there")
     assert there.model_copy(update={"storage": found[0].storage}) == found[0]
+
+
+def test_a_key_that_is_new_in_the_last_block_changes_no_loss_of_the_blocks_before(
+    world: Finished, found: tuple[SearchRef, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = world.copy(tmp_path / "other")
+    nights = other.world.nights
+    path = next(one for one in other.files_of(nights[5]) if pq.read_table(one, partitioning=None).num_rows)
+    table = pq.read_table(path, partitioning=None)
+    items = [999, *table["item_id"].to_pylist()[1:]]
+    at = table.column_names.index("item_id")
+    pq.write_table(table.set_column(at, "item_id", pa.array(items, table.schema.field(at).type)), path)
+    shutil.rmtree(Path(other.config.store) / "tiny" / "work")
+    cuts: dict[date, int] = {}
+    train = training.meta_train
+
+    def counted(*given: Any, **named: Any) -> Any:
+        cuts[given[7]] = given[6].candidate_vocabularies[0]
+        return train(*given, **named)
+
+    monkeypatch.setattr(training, "meta_train", counted)
+    there = searched(other.world.config, other.next_night, tmp_path / "there")
+    assert (there.own, there.best, there.settings) == (found[0].own, found[0].best, found[0].settings)
+    # A table has a row for each item until the cut, and the unknown one.
+    for cut, rows in cuts.items():
+        seen = [
+            pq.read_table(one, partitioning=None) for night in nights if night < cut for one in other.files_of(night)
+        ]
+        assert rows == 1 + len({item for one in seen for item in one["item_id"].to_pylist()})
+    assert sorted(cuts) == [nights[2], nights[4]]
+
+
+def test_tables_are_sized_by_the_keys_before_the_cut(tmp_path: Path) -> None:
+    data = RetrainConfig.model_validate(write_world(tmp_path, nights=2, users=4, lists=True).config).data
+    counts = {side: len(data.named(side, "categorical")) for side in ("request", "candidate")}
+    places = {side: sum(data.widths(side, "multi")) for side in ("request", "candidate")}
+    assert places["candidate"]
+    night = np.array([7, 8, 9])
+    # Rows of nights 7, 8 and 9 have ids 1, 2 and 9 everywhere; lists end behind their first value.
+    ids = {side: np.full((3, width), -1) for side, width in places.items()}
+    for name, table in ids.items():
+        for width, start in zip(data.widths(name, "multi"), np.cumsum((0, *data.widths(name, "multi"))), strict=False):
+            assert width
+            table[:, start] = (1, 2, 9)
+    rows = SimpleNamespace(
+        night=night,
+        statistics_names=(),
+        request_ids=np.repeat([[1], [2], [9]], counts["request"], axis=1),
+        candidate_ids=np.repeat([[1], [2], [9]], 1 + counts["candidate"], axis=1),
+        request_values=ids["request"] if places["request"] else None,
+        candidate_values=ids["candidate"],
+    )
+    words = {name: SimpleNamespace(rows=10) for name in data.vocabularies}
+    for first, size in ((7, 1), (8, 2), (9, 3), (10, 10)):
+        shape = shape_before(data, rows, words, first)
+        tables = (shape.request_vocabularies, shape.candidate_vocabularies)
+        values = (shape.request_value_vocabularies, shape.candidate_value_vocabularies)
+        assert {found for part in (*tables, *values) for found in part} == {size}
+        assert tuple(map(len, values)) == (len(shape.request_values), len(shape.candidate_values))
 
 
 def test_it_goes_on_where_it_was_and_trains_nothing_twice(

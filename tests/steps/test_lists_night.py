@@ -26,7 +26,7 @@ from tasks.serving.loaded import load
 from tasks.serving.ranker import Ranker
 from tasks.steps import open_workspace, record_of
 from tasks.validate import clean_file
-from tests.steps.plain import plain_night
+from tests.steps.plain import plain_night, plain_replay
 from tests.world import World, write_world
 
 
@@ -153,6 +153,17 @@ def test_a_list_that_tells_the_label_is_named(night: Night, monkeypatch: pytest.
         if alarm.name == "leaking"
     ]
     assert [str(name) in message for message in told] == ([] if name is None else [True])
+
+
+def test_a_replay_ranks_items_by_their_lists_as_well(night: Night, tmp_path: Path) -> None:
+    """The exam is the night's own; what users would be shown is new, and the same lists for all would say nothing."""
+    day = night.world.nights[4]
+    replayed = plain_replay(night.config, day, day, out=str(tmp_path))
+    assert [one.exam is not None for one in replayed.nights] == [True]
+    shown = pq.read_table(tmp_path / "replay-variety.parquet").to_pylist()
+    methods = {row["method"]: row for row in shown}
+    assert {"adapted", "zero steps", "popularity"} <= methods.keys()
+    assert methods["adapted"]["personalisation"] > methods["popularity"]["personalisation"] == 0
 
 
 def test_a_replayed_champion_reads_the_lists_of_the_lake(night: Night, tmp_path: Path) -> None:

@@ -263,6 +263,9 @@ def show_search(console: Console, found: "SearchRef") -> None:
         soft_wrap=True,
     )
     first, last = found.last
+    if found.complete == 0:
+        console.print("no trial was finished: nothing is known of other settings")
+        return
     if found.own_is_best:
         console.print("the config's own settings did best: there is nothing to change")
         return
@@ -274,7 +277,13 @@ def show_search(console: Console, found: "SearchRef") -> None:
         name = f"first contact, {line.support} rows" if line.support else "earlier nights"
         table.add_row(name, f"{line.rows:,}", f"{line.own:.4f}", f"{line.best:.4f}", gap)
     console.print(table)
-    console.print("to be merged into the config:")
+    bounds = [(one.low, one.high) for one in found.lines if one.low is not None and one.high is not None]
+    if any(low > 0 for low, _ in bounds):
+        console.print("worse on nights that nothing was chosen by: keep the config's own settings, not these:")
+    elif any(high < 0 for _, high in bounds):
+        console.print("proven better on nights that nothing was chosen by; to be merged into the config:")
+    else:
+        console.print("not proven on nights that nothing was chosen by; to be merged if there is another reason:")
     console.print(as_yaml({one.name: one.best for one in found.settings}), markup=False, soft_wrap=True, end="")
 
 

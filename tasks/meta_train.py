@@ -60,7 +60,7 @@ def meta_train(
         vocabularies = vocabulary.load(data, open_workspace(place).file(history, "vocabulary.parquet"))
         parent, why = _parent(place, ingested.parent)
         shape = shape_of(data, rows, vocabularies)
-        with scalars_of(training, place, ingested.night) as scalars:
+        with scalars_of(training, place, ingested.night, ingested.replayed) as scalars:
             trained = learning.meta_train(
                 *(data, segments, ranker, adapter, training, rows, shape, ingested.night),
                 parent=parent,

@@ -51,7 +51,7 @@ def check_retention(
     if ingested.parent is not None and not why:
         window = night - timedelta(days=data.window_nights)
         through = trained_through(place, ingested.parent)
-        chosen = golden_nights(gate.golden, window, prepared.nights, through, _before(place))
+        chosen = golden_nights(gate.golden.within(data.window_nights), window, prepared.nights, through, _before(place))
     as_found = {one: thawed(frozen_before(place, data, one).content).digest for one in chosen.nights}
     pinned = {one: _pinned(place, one, digest, night) for one, digest in as_found.items()}
     changed = {one: _changed(place, one, *pinned[one]) for one, digest in as_found.items() if digest != pinned[one][0]}

@@ -1,8 +1,8 @@
 """Event files of a night for TensorBoard (the optional extra `tensorboard`): one run for each pipeline and night.
 
-The numbers of a training lie in ``<directory>/<pipeline>/<night>``, those of an ensemble's members in folders below it,
-and the exams' in ``verdict`` below it. Nothing reads them but people: they are no part of a step's record, and a night
-whose training is reused writes none.
+The numbers of a training lie in ``<directory>/<pipeline>/<night>``, of a replay's in ``<pipeline>/replay/<night>``,
+those of an ensemble's members in folders below it, and the exams' in ``verdict`` below it. Nothing reads them but
+people: they are no part of a step's record, and a night whose training is reused writes none.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ def check(training: TrainingConfig) -> None:
 
 
 @contextmanager
-def scalars_of(training: TrainingConfig, place: Place, night: date) -> Iterator[Scalars]:
+def scalars_of(training: TrainingConfig, place: Place, night: date, replayed: bool = False) -> Iterator[Scalars]:
     """Where the numbers of a night's training go; the files are closed behind the block.
 
     Raises:
@@ -42,7 +42,7 @@ def scalars_of(training: TrainingConfig, place: Place, night: date) -> Iterator[
         yield NoScalars()
         return
     check(training)
-    files = EventFiles(_run(training.tensorboard, place, night))
+    files = EventFiles(_run(training.tensorboard, place, night, replayed))
     try:
         yield files
     finally:
@@ -69,8 +69,10 @@ def write_verdict(training: TrainingConfig, place: Place, night: date, verdict: 
         files.close()
 
 
-def _run(directory: str, place: Place, night: date) -> Path:
-    return Path(directory) / place.pipeline / night.isoformat()
+def _run(directory: str, place: Place, night: date, replayed: bool = False) -> Path:
+    # A replay begins its epochs anew, and would void the curves of the night that was published.
+    pipeline = Path(directory) / place.pipeline
+    return (pipeline / "replay" if replayed else pipeline) / night.isoformat()
 
 
 class EventFiles:

@@ -24,10 +24,11 @@ class GoldenConfig(Section):
 
     nights: tuple[date, ...] | None = None
     """The golden nights by name; an empty list compares none. None takes the first clean night of each block of `every`
-    calendar days that lies wholly within the window, and keeps to it, so that the same nights are compared for as long
+    calendar days that begins within the window, and keeps to it, so that the same nights are compared for as long
     as they are in it. Only nights that the parent's training has read count: nobody forgets what he never knew."""
     every: Annotated[int, Field(ge=1, le=3660)] = 28
-    """Calendar days of a block, where no nights are named."""
+    """Calendar days of a block, where no nights are named; at most half of `data.window_nights` is used, so that a
+    short window has golden nights too."""
     rows: Annotated[int, Field(ge=1)] = 1000
     """Rows of a golden night that are compared: users are drawn, with all of their night, until they have so many."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -35,6 +36,14 @@ class GoldenConfig(Section):
     margin: Annotated[float, Field(ge=0)] = 0.005
     """The alarm `forgetting` sounds where the lower 95 % bound of the loss beyond the parent's, per row, is above
     this."""
+
+    def within(self, window_nights: int) -> "GoldenConfig":
+        """The same with blocks of which a window has at least one from its beginning.
+
+        >>> [GoldenConfig().within(nights).every for nights in (120, 21, 1)]
+        [28, 10, 1]
+        """
+        return self.model_copy(update={"every": min(self.every, max(1, window_nights // 2))})
 
 
 class GateConfig(Section):

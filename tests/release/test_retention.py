@@ -140,3 +140,14 @@ def test_a_config_without_golden_settings_is_dumped_as_it_was():
     """Digests of configs and keys of steps are made of dumps."""
     assert "golden" not in GateConfig().model_dump(mode="json")
     assert GateConfig(golden=GoldenConfig(every=7)).model_dump(mode="json")["golden"]["every"] == 7
+
+
+@pytest.mark.parametrize("window_nights", [2, 7, 14, 21, 28, 55, 120])
+def test_every_night_of_a_daily_lake_has_a_golden_one_in_its_window(window_nights: int) -> None:
+    config, first = GoldenConfig().within(window_nights), date(2026, 1, 1)
+    for day in range(300):
+        window = first + timedelta(days=day)
+        clean = [window + timedelta(days=at) for at in range(window_nights)]
+        chosen = golden_nights(config, window, clean, clean[-1])
+        assert chosen.nights
+        assert set(chosen.nights) <= set(clean)

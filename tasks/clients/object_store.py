@@ -5,7 +5,7 @@ object that is compared and swapped (`swap`), and plain reads. Every failure lea
 `tasks.errors`; no foreign exception crosses this seam.
 """
 
-import unicodedata
+import re
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -18,6 +18,9 @@ from tasks.errors import ConditionsIgnored, Conflict, InvalidConfig, StoreError
 
 MAX_KEY_BYTES = 900
 MAX_PART_BYTES = 255
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")
+"""Control characters (Unicode's category Cc), and the backslash: some servers read it as a slash, and two keys would be
+one object."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,7 @@ def checked_key(key: str) -> str:
         raise StoreError(f"key {key!r} is not valid Unicode ({error.reason}); use plain names") from error
     if len(encoded) > MAX_KEY_BYTES:
         raise StoreError(f"key {key[:60]!r}... has {len(encoded)} bytes, limit {MAX_KEY_BYTES}; use a shorter one")
-    # Some servers read a backslash as a slash: two keys would be one object.
-    if "\\" in key or any(unicodedata.category(character) == "Cc" for character in key):
+    if _UNFIT.search(key):
         raise StoreError(f"key {key!r} has a backslash or a control character; use plain names")
     for part in key.split("/"):
         if part == "":

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,19 @@ def test_an_accepted_key_stays_inside_any_root(key: str) -> None:
     except StoreError:
         return
     assert os.path.normpath(f"/root/{key}") == f"/root/{key}"
+
+
+def test_of_single_characters_control_characters_and_the_backslash_alone_are_refused() -> None:
+    def refused(character: str) -> bool:
+        try:
+            checked_key(f"a{character}b")
+        except StoreError:
+            return True
+        return False
+
+    characters = [chr(code) for code in range(0x3000)]
+    control = {character for character in characters if unicodedata.category(character) == "Cc"}
+    assert {character for character in characters if refused(character)} == control | {"\\"}
 
 
 def test_of_several_processes_one_wins_each_round(store: ObjectStore) -> None:

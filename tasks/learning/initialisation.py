@@ -22,6 +22,7 @@ from tasks.learning.material import I64, Visits, remembered
 from tasks.learning.networks import Ranker
 from tasks.learning.outer import thaw
 from tasks.learning.priors import MOST_USERS, estimate, scaled
+from tasks.learning.rehearsal import REMEMBERED
 from tasks.learning.setting import Setting
 from tasks.learning.starts import newest, normalise, solve_start, spread
 
@@ -32,8 +33,6 @@ FITTED = frozenset({"item factors", "category factors"})
 leaves their precisions alone; the stop nights scale them where a chain of nights starts."""
 DRIFTING = frozenset({"constant"})
 """Parts whose weights change from night to night more than the evidence of all nights together knows."""
-REMEMBERED = 32_000_000
-"""Most numbers that the adapters read of a history, kept in memory with its scores while precisions are looked for."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class Initialisation:
             few = stop
             if len(stop) > MOST_USERS:
                 few = stop.take(np.sort(random.choice(len(stop), MOST_USERS, replace=False)))
-            found, scales = scaled(found, parts, lambda tried: self.losses.mean_stop(scorer, tried, adaptation, few))
+            found, scales = scaled(found, parts, self.losses.rehearsed(scorer, found, adaptation, few))
             precisions.logarithm.copy_(found.log())
         changed = ", ".join(f"{name} by {scale:g}" for name, scale in scales.items() if scale != 1)
         how = "precisions by evidence" if network.bent is None else "precisions as configured"

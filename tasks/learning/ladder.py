@@ -6,7 +6,7 @@ parent. Solutions are cumulative: a segment's weights are its parent's and what 
 Shapes: E segments of a level, V visits, K objectives, D adapter features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -232,6 +232,74 @@ class Support:
     weights: Tensor
 
 
+@dataclass(frozen=True)
+class Read:
+    """Support rows of a few batches of a stage's segments: what they are under any weights.
+
+    Attributes:
+        batches: numbers of the segments in their stage, batch by batch.
+        segment: number of each row's segment in the stage [T].
+        cell: number of each row's segment among those of the batches, and its own in the segment: [T], [T].
+        ends: where the rows of each of the segments end.
+        longest: rows of the longest segment of each batch.
+        logits: before adaptation ``[T, K]``.
+        features: ``[T, D]``.
+        labels: ``[T, K]``, NaN where missing.
+        weights: row weights ``[T]``.
+    """
+
+    batches: list[I64]
+    segment: I64
+    cell: tuple[I64, I64]
+    ends: I64
+    longest: list[int]
+    logits: Tensor
+    features: Tensor
+    labels: Tensor
+    weights: Tensor
+
+    def padded(self, inherited: Tensor, adaptation: Adaptation) -> Iterator[Support]:
+        """The batches, with the scores under the weights ``[E, K, D]`` that the stage's segments start from."""
+        offsets = adaptation.scores(self.logits, self.features, inherited, self.segment)
+        parts = (adaptation.used(self.features, inherited), offsets, self.labels, self.weights)
+        first = 0
+        for batch, longest in zip(self.batches, self.longest, strict=True):
+            here = slice(int(self.ends[first - 1]) if first else 0, int(self.ends[first + len(batch) - 1]))
+            number, slot = (part[here] for part in self.cell)
+            where = tuple(torch.from_numpy(part).to(offsets.device) for part in (number - first, slot))
+            shape = (len(batch), longest)
+            yield Support(
+                batch, *(part.new_zeros(*shape, *part.shape[1:]).index_put(where, part[here]) for part in parts)
+            )
+            first += len(batch)
+
+
+def read(stage: Stage, scorer: Scorer, material: Material, size: tuple[int, int]) -> Iterator[Read]:
+    """The support of a stage's segments, a few batches at a time; segments without any are left out.
+
+    Args:
+        stage: the segments.
+        scorer: logits and features of positions, before adaptation.
+        material: labels and weights of positions.
+        size: what a segment and a row of it count, from `Adaptation.size`.
+    """
+    lengths = stage.windows.lengths
+    supported = np.flatnonzero(lengths > 0)
+    # Segments of like size share a batch, so that little of it is padding.
+    supported = supported[np.argsort(lengths[supported], kind="stable")]
+    for together in reads(batches(supported, lengths[supported], *size), lengths):
+        chosen = np.concatenate(together)
+        windows = stage.windows.take(chosen)
+        at, window = windows.flat()
+        rows = at if stage.support is None else stage.support[at]
+        logits, features = scorer(rows)
+        yield Read(
+            *(together, chosen[window], (window, at - windows.start[window]), np.cumsum(windows.lengths)),
+            *([int(lengths[batch[-1]]) for batch in together], logits, features),
+            *(material.labels(rows), material.weights(rows)),
+        )
+
+
 def supports(
     stage: Stage, inherited: Tensor, scorer: Scorer, material: Material, adaptation: Adaptation
 ) -> Iterator[Support]:
@@ -244,28 +312,8 @@ def supports(
         material: labels and weights of positions.
         adaptation: what the weights mean.
     """
-    lengths = stage.windows.lengths
-    supported = np.flatnonzero(lengths > 0)
-    # Segments of like size share a batch, so that little of it is padding.
-    supported = supported[np.argsort(lengths[supported], kind="stable")]
-    for together in reads(batches(supported, lengths[supported], *adaptation.size(inherited)), lengths):
-        chosen = np.concatenate(together)
-        windows = stage.windows.take(chosen)
-        at, window = windows.flat()
-        rows = at if stage.support is None else stage.support[at]
-        logits, features = scorer(rows)
-        offsets = adaptation.scores(logits, features, inherited, chosen[window])
-        parts = (adaptation.used(features, inherited), offsets, material.labels(rows), material.weights(rows))
-        slot, ends = at - windows.start[window], np.cumsum(windows.lengths)
-        first = 0
-        for batch in together:
-            here = slice(int(ends[first - 1]) if first else 0, int(ends[first + len(batch) - 1]))
-            where = tuple(torch.from_numpy(part[here]).to(features.device) for part in (window - first, slot))
-            shape = (len(batch), int(lengths[batch[-1]]))
-            yield Support(
-                batch, *(part.new_zeros(*shape, *part.shape[1:]).index_put(where, part[here]) for part in parts)
-            )
-            first += len(batch)
+    for part in read(stage, scorer, material, adaptation.size(inherited)):
+        yield from part.padded(inherited, adaptation)
 
 
 def inherit(stage: Stage, above: Sequence[Tensor], precisions: Tensor) -> Tensor:
@@ -285,15 +333,27 @@ def _solve_stage(
     precision: Tensor,
     adaptation: Adaptation,
 ) -> Tensor:
+    if inherited.numel() == 0:
+        return torch.zeros_like(inherited)
+    return own_weights(supports(stage, inherited, scorer, material, adaptation), inherited, precision, adaptation)
+
+
+def own_weights(given: Iterable[Support], inherited: Tensor, precision: Tensor, adaptation: Adaptation) -> Tensor:
+    """What segments add to the weights ``[E, K, D]`` that they inherit, from their support: 0 without any.
+
+    Args:
+        given: the support, under the inherited weights.
+        inherited: ``[E, K, D]``.
+        precision: ``[K, D]``.
+        adaptation: how to solve.
+    """
     own = torch.zeros_like(inherited)
-    if own.numel() == 0:
-        return own
     segments: list[I64] = []
     solutions: list[Tensor] = []
-    for given in supports(stage, inherited, scorer, material, adaptation):
-        segments.append(given.segments)
-        origin = inherited[torch.from_numpy(given.segments).to(own.device)]
-        rows = (given.features, given.offsets, given.labels, given.weights)
+    for part in given:
+        segments.append(part.segments)
+        origin = inherited[torch.from_numpy(part.segments).to(own.device)]
+        rows = (part.features, part.offsets, part.labels, part.weights)
         solutions.append(adaptation.solve(*rows, precision, origin))
     if not segments:
         return own

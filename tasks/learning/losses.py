@@ -1,6 +1,6 @@
 """The losses of a training: of an episode, which is minimised, and of the stop nights, which says when to end."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from tasks.learning.ensemble import combined, soft_labels
 from tasks.learning.episodes import QUERY_ROWS, Scores, row_loss, score_visits
 from tasks.learning.material import I64, Scorer, Visits
 from tasks.learning.networks import Ranker
+from tasks.learning.rehearsal import Rehearsal
 from tasks.learning.setting import Setting
 
 STOP_SUPPORT = (0, 5, 20)
@@ -97,6 +98,29 @@ class Losses:
         """The same for any scorer, any precisions ``[L, K, D]`` and any way to adapt."""
         return self._mean_stop(lambda *asked: self._adapted(scorer, precisions, adaptation, *asked), stop)
 
+    def rehearsed(
+        self, scorer: Scorer, like: Tensor, adaptation: Adaptation, stop: Visits
+    ) -> Callable[[Tensor], float]:
+        """`mean_stop` of one scorer as a function of precisions alone, quick to ask many times.
+
+        Args:
+            scorer: the base.
+            like: precisions as they will be given ``[L, K, D]``.
+            adaptation: how to solve.
+            stop: the visits.
+        """
+        setting, material = self.setting, self.setting.material
+        contests = [
+            (Rehearsal(setting.ladder, visits, after, scorer, material, like, adaptation), at, material.labels(at))
+            for visits, after, at in _contests(stop)
+        ]
+
+        def loss(precisions: Tensor) -> float:
+            said = (self.of_rows(one.scores(precisions).adapted, labels, at) for one, at, labels in contests)
+            return _mean(map(float, said))
+
+        return loss
+
     def of_teachers(self, stop: Visits) -> float:
         """The same for the teachers' mean predictions."""
         scorers = [
@@ -117,12 +141,21 @@ class Losses:
         return score_visits(setting.ladder, visits, after, scorer, setting.material, precisions, adaptation).adapted
 
     def _mean_stop(self, score: Callable[[Visits, I64], Tensor], stop: Visits) -> float:
-        losses: list[float] = []
-        for support in STOP_SUPPORT:
-            longer = stop.take(np.flatnonzero(stop.rows.lengths > support))
-            if len(longer) == 0:
-                continue
+        return _mean(
+            float(self.of_rows(score(longer, after), self.setting.material.labels(at), at))
+            for longer, after, at in _contests(stop)
+        )
+
+
+def _contests(stop: Visits) -> Iterator[tuple[Visits, I64, I64]]:
+    """For each support of the exams the visits that are longer, how many of their rows are support, and the others."""
+    for support in STOP_SUPPORT:
+        longer = stop.take(np.flatnonzero(stop.rows.lengths > support))
+        if len(longer):
             after = np.full(len(longer), support)
-            at = longer.split(after)[1].flat()[0]
-            losses.append(float(self.of_rows(score(longer, after), self.setting.material.labels(at), at)))
-        return sum(losses) / len(losses)
+            yield longer, after, longer.split(after)[1].flat()[0]
+
+
+def _mean(losses: Iterable[float]) -> float:
+    found = list(losses)
+    return sum(found) / len(found)

@@ -42,6 +42,21 @@ def counts_by_age(night: npt.NDArray[np.signedinteger[Any]], half_life: float | 
     return np.maximum(counts, LEAST_COUNT)
 
 
+def counts_by_group(group: npt.NDArray[np.signedinteger[Any]], evenness: float) -> npt.NDArray[np.float64]:
+    """What visits count where large groups of them are to have less than their share.
+
+    Args:
+        group: each visit's [N].
+        evenness: 0 leaves the groups their shares, 1 gives all of them the same.
+
+    >>> counts_by_group(np.array([1, 1, 1, 1, 2]), 0.5).tolist()
+    [0.5, 0.5, 0.5, 0.5, 1.0]
+    """
+    _, member, count = np.unique(group, return_inverse=True, return_counts=True)
+    shares: npt.NDArray[np.float64] = (count.astype(np.float64) ** -evenness)[member]
+    return shares
+
+
 def draw(
     visits: Visits, count: int, random: np.random.Generator, chances: npt.NDArray[np.float64] | None = None
 ) -> tuple[Visits, I64]:

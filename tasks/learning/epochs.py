@@ -17,7 +17,7 @@ from tasks.learning.adapters import Precisions
 from tasks.learning.averaging import blend, share_kept
 from tasks.learning.checkpoint import Checkpoint, Point, TrainingState, Weights
 from tasks.learning.descent import pull_back
-from tasks.learning.episodes import counts_by_age, draw
+from tasks.learning.episodes import draw
 from tasks.learning.initialisation import FITTED, Initialisation, Plan
 from tasks.learning.losses import Losses
 from tasks.learning.material import Visits
@@ -100,7 +100,7 @@ class Descent:
             state = self.initialisation.begun(plan, random)
         self._tell_start(state, fresh)
         (network, precisions), average = state.weights, state.average
-        chances = counts_by_age(plan.fit.night, config.half_life_nights)
+        chances = self.setting.chances(plan.fit)
         saved, saved_epoch = time.monotonic(), -1 if fresh else state.epoch
         while state.epoch < config.epochs and state.epoch - max(state.kept, 0) < config.patience:
             losses: list[float] = []

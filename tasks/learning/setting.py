@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, SegmentsConfig
 from tasks.learning.adapters import AdapterConfig
+from tasks.learning.episodes import counts_by_age, counts_by_group
 from tasks.learning.ladder import Ladder, learned_levels
 from tasks.learning.material import Material, Visits, visits_of
 from tasks.learning.networks import RankerConfig, RankerShape
@@ -66,3 +69,13 @@ class Setting:
     def objectives(self) -> Tensor:
         """Weight of each objective ``[K]``."""
         return torch.tensor([objective.weight for objective in self.data.objectives], device=self.device)
+
+    def chances(self, visits: Visits) -> npt.NDArray[np.float64] | None:
+        """How likely each visit is an episode, relative to the others [V]; None where all are alike."""
+        training = self.training
+        counts = counts_by_age(visits.night, training.half_life_nights)
+        if training.even is None:
+            return counts
+        column = self.data.named("request", "categorical").index(training.even)
+        shares = counts_by_group(np.asarray(self.rows.request_ids[visits.rows.start, column]), training.evenness)
+        return shares if counts is None else shares * counts

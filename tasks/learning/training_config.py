@@ -5,11 +5,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.data.contract import Section
+from tasks.data.contract import ColumnName, Section
 from tasks.learning.outer import Freeze, OuterLoop
 
 CHECKPOINT_SECONDS = 60.0
 SWA_AFTER, DISTILL = 1, 0.5
+EVENNESS = 0.5
 BESIDE = frozenset({"checkpoint_seconds", "tensorboard"})
 """Fields that say what is told and kept of a training beside its base: no step's key depends on them."""
 
@@ -86,6 +87,13 @@ class TrainingConfig(Section):
     """Share of the way back to the parent's weights that follows every gradient step: theta <- theta - pull (theta -
     parent), for all of the network that closed forms do not solve. For long chains of small nights, where each night's
     noise would add up; nothing where a chain begins."""
+    even: ColumnName | None = Field(None, exclude_if=lambda name: name is None)
+    """A categorical request column, such as `data.lake_column` or the market, by whose values episodes are drawn more
+    evenly than visits come: without it a small lake beside a large one is hardly ever practised on. The stop nights
+    count as they come."""
+    evenness: Annotated[float, Field(gt=0, le=1, exclude_if=lambda power: power == EVENNESS)] = EVENNESS
+    """How evenly: of a value with n visits each is drawn with a chance in proportion to n to the power of minus this. 1
+    draws from every value alike (Conneau and Lample, 2019, whose exponent is one minus this)."""
     checkpoint_seconds: Annotated[float, Field(ge=0, exclude_if=lambda seconds: seconds == CHECKPOINT_SECONDS)] = (
         CHECKPOINT_SECONDS
     )
@@ -134,5 +142,7 @@ class TrainingConfig(Section):
                 f"distill = {self.distill} belongs to training.members above 1, and there is 1; remove it, or raise "
                 "training.members"
             )
+        if self.even is None and self.evenness != EVENNESS:
+            yield f"evenness = {self.evenness} belongs to training.even, and it names no column; remove it, or name one"
         if self.tensorboard is not None and "://" in self.tensorboard:
             yield f"tensorboard = {self.tensorboard!r} is no local directory; name one"

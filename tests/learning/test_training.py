@@ -184,6 +184,34 @@ def test_episodes_and_both_solves_are_of_nights_that_count_by_their_age(history,
     assert solved == [pytest.approx(fit), pytest.approx(whole)]
 
 
+@pytest.mark.parametrize(("evenness", "half_life"), [(1.0, None), (0.5, 2.0)])
+def test_episodes_are_drawn_more_evenly_by_a_column(history, monkeypatch, evenness, half_life):
+    """Every visit's chance is n to the power of minus the evenness, times what its night counts."""
+    drawn = []
+
+    def draws(visits, count, random, chances=None):
+        drawn.append((visits, chances))
+        return draw(visits, count, random, chances)
+
+    monkeypatch.setattr(epochs, "draw", draws)
+    few = replace(history, request_ids=np.where(np.asarray(history.user)[:, None] % 9 == 0, 2, 1).repeat(2, axis=1))
+    changes = {"even": "region", "evenness": evenness, "half_life_nights": half_life, "epochs": 1}
+    train(few, config=SHORT.model_copy(update=changes))
+    for visits, chances in drawn:
+        region = few.request_ids[visits.rows.start, 1]
+        count = {value: int((region == value).sum()) for value in (1, 2)}
+        assert count[1] > 4 * count[2] > 0
+        age = visits.night.max() - visits.night
+        expected = [
+            count[value] ** -evenness * (1.0 if half_life is None else 0.5 ** (years / half_life))
+            for value, years in zip(region, age, strict=True)
+        ]
+        np.testing.assert_allclose(chances, expected, rtol=1e-12)
+    if evenness == 1 and half_life is None:
+        shares = [sum(chance for chance, one in zip(chances, region, strict=True) if one == value) for value in (1, 2)]
+        assert shares == pytest.approx([1.0, 1.0])
+
+
 def test_a_pull_keeps_a_warm_start_near_its_parent_and_a_cold_one_as_it_is(
     world, history, trained, tmp_path, monkeypatch
 ):

@@ -11,10 +11,10 @@ from prefect import flow
 
 from flows.config import RetrainConfig
 from flows.nightly import NightResult, nightly_retrain, resolve
-from tasks.clients.object_store import open_store
 from tasks.data.contract import Section
 from tasks.data.interactions import nights
 from tasks.errors import DataRejected, InvalidConfig, NotEnoughHistory
+from tasks.ingest import lake
 from tasks.releases import releases
 
 log = logging.getLogger("nightrank.backfill")
@@ -76,7 +76,7 @@ def plan(config: RetrainConfig, start: date, end: date, promote: bool) -> tuple[
     """
     if start > end:
         raise InvalidConfig(f"backfill from {start} to {end}: start lies after end; allowed: start on or before end")
-    present = set(nights(config.data, open_store(config.data.source)))
+    present = set(nights(config.data, lake(config.data)))
     done = [row for row in releases(config.place()) if row.config == config.digest()]
     finished = {row.night: row for row in done}
     champion = max((row.night for row in done if row.champion), default=date.min)

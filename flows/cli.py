@@ -246,15 +246,16 @@ def _releases(options: argparse.Namespace, console: "Console") -> None:
 
 def _doctor(options: argparse.Namespace, console: "Console") -> None:
     from flows.config import load_config
-    from tasks.clients.object_store import open_store
     from tasks.data.interactions import nights
+    from tasks.ingest import lake
     from tasks.steps import device_of, store_of
 
     config = load_config(options.config)
     console.print(f"config  {options.config}: fits, pipeline {config.pipeline}")
-    present = nights(config.data, open_store(config.data.source))
+    present = nights(config.data, lake(config.data))
     span = f"{len(present)} nights, {present[0]} to {present[-1]}" if present else "no nights yet"
-    console.print(f"lake    {config.data.source}: {span}")
+    where = ", ".join(one.source for one in config.data.every_lake)
+    console.print(f"lake    {where}: {span}")
     store_of(config.place()).check()
     console.print(f"store   {config.store}: writable, honours conditions")
     console.print(f"device  {device_of(config.place())}")

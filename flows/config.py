@@ -76,6 +76,8 @@ class RetrainConfig(Section):
         for position, column in enumerate(self.statistics.cohort):
             if column not in inputs[1:]:
                 yield _misfit(f"statistics.cohort[{position}]", column, inputs[1:], "a categorical request column")
+        if (even := self.training.even) is not None and even not in inputs[1:]:
+            yield _misfit("training.even", even, inputs[1:], "a categorical request column")
         objectives = [objective.name for objective in data.objectives]
         if self.gate.objective is not None and self.gate.objective not in objectives:
             yield _misfit("gate.objective", self.gate.objective, objectives, "an objective of data.objectives")

@@ -18,12 +18,11 @@ from prefect import flow
 from flows.config import RetrainConfig
 from flows.nightly import resolve
 from tasks.adapt import adapt
-from tasks.clients.object_store import open_store
 from tasks.data.contract import Section
 from tasks.data.interactions import nights as nights_of
 from tasks.errors import DataRejected, InvalidConfig, NotEnoughHistory
 from tasks.evaluate import evaluate
-from tasks.ingest import ingest_replayed, released_before
+from tasks.ingest import ingest_replayed, lake, released_before
 from tasks.meta_train import meta_train
 from tasks.parents import replayed_parent
 from tasks.prepare import prepare
@@ -149,9 +148,10 @@ def _nights(config: RetrainConfig, start: date, end: date) -> list[date]:
     """The nights of the range that the lake has."""
     if start > end:
         raise InvalidConfig(f"replay from {start} to {end}: start lies after end; allowed: start on or before end")
-    present = sorted(night for night in nights_of(config.data, open_store(config.data.source)) if start <= night <= end)
+    present = sorted(night for night in nights_of(config.data, lake(config.data)) if start <= night <= end)
     if not present:
-        raise InvalidConfig(f"replay from {start} to {end}: the lake {config.data.source} has no night of this range")
+        where = ", ".join(one.source for one in config.data.every_lake)
+        raise InvalidConfig(f"replay from {start} to {end}: the lake {where} has no night of this range")
     return present
 
 

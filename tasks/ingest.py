@@ -10,7 +10,7 @@ from typing import Any
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.clients.workspace import StepRecord, canonical_json
 from tasks.data.contract import DataConfig
-from tasks.data.interactions import FrozenFile, FrozenNight, Source, freeze, partition
+from tasks.data.interactions import FrozenFile, FrozenNight, Joined, Source, folders, freeze
 from tasks.errors import Conflict
 from tasks.parents import released_parent
 from tasks.references import IngestRef, ParentRef, Place
@@ -102,8 +102,10 @@ def _counted(frozen: FrozenNight) -> dict[str, Any]:
 
 
 def lake(data: DataConfig) -> Source:
-    """The lake, opened for reading."""
-    return open_store(data.source)
+    """The lake, or all of them as one, opened for reading."""
+    if not data.lakes:
+        return open_store(data.source)
+    return Joined({lake.name: open_store(lake.source) for lake in data.lakes})
 
 
 def freeze_night(
@@ -151,7 +153,7 @@ def thawed(content: Mapping[str, object]) -> FrozenNight:
 
 def schema_section(data: DataConfig) -> dict[str, object]:
     """What of the contract a freeze depends on."""
-    return {"columns": [column.model_dump(mode="json") for column in data.columns]}
+    return {"columns": [column.model_dump(mode="json") for column in data.delivered]}
 
 
 def _as_json(frozen: FrozenNight) -> dict[str, object]:
@@ -159,7 +161,7 @@ def _as_json(frozen: FrozenNight) -> dict[str, object]:
 
 
 def _listing(data: DataConfig, night: date, source: Source) -> list[list[object]]:
-    return [[key, source.size(key)] for key in source.list(partition(data, night))]
+    return [[key, source.size(key)] for folder in folders(data, night).values() for key in source.list(folder)]
 
 
 def _state_key(place: Place, night: date) -> str:

@@ -8,7 +8,7 @@ from tasks.clients.workspace import StepRecord
 from tasks.data import expectations
 from tasks.data.contract import DataConfig
 from tasks.data.expectations import Validated
-from tasks.data.interactions import FrozenNight, thaw
+from tasks.data.interactions import FrozenNight, lake_of, thaw
 from tasks.errors import DataRejected
 from tasks.ingest import lake, thawed
 from tasks.references import IngestRef, Place, ValidateRef
@@ -55,11 +55,12 @@ def validate_night(
     Raises:
         ExpectationsFailed: as `validate`; the rejection itself is remembered.
     """
+    lakes = [lake_of(data, file) for file in frozen.files]
 
     def work(folder: Path, progress: Progress) -> Product:
         files = thaw(frozen, data, Path(place.scratch), lake(data))
         try:
-            found = expectations.validate(data, frozen.night, files, folder)
+            found = expectations.validate(data, frozen.night, files, folder, lakes)
         except DataRejected as error:
             bad = folder / QUARANTINE
             message = str(error).replace(str(bad), f"{{{QUARANTINE}}}")
@@ -90,7 +91,7 @@ def validate_night(
 
 def expected_section(data: DataConfig) -> dict[str, object]:
     """What of the contract a validation depends on."""
-    kept = data.model_dump(mode="json", exclude={"source", "partition", "window_nights", "min_history_nights"})
+    kept = data.model_dump(mode="json", exclude={"source", "partition", "lakes", "window_nights", "min_history_nights"})
     return dict(kept)
 
 
@@ -106,13 +107,14 @@ def _build_docs(
 
     They show the validation that was just made; where it was remembered, the night is judged once more for them.
     """
+    lakes = [lake_of(data, file) for file in frozen.files]
 
     def work(folder: Path, progress: Progress) -> Product:
         if made:
             found = made[-1]
         else:
             files = thaw(frozen, data, Path(place.scratch), lake(data))
-            found = expectations.validate(data, frozen.night, files, folder)
+            found = expectations.validate(data, frozen.night, files, folder, lakes)
         site = folder / "data_docs"
         expectations.data_docs(found, site)
         pages = {

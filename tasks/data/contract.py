@@ -1,5 +1,7 @@
 """What a lake of interactions must look like: columns with roles, objectives, and the order of the inputs."""
 
+from collections.abc import Iterator
+from datetime import date
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,6 +13,8 @@ LISTS: tuple[Kind, ...] = ("multi", "dense")
 """Kinds whose columns hold a list per row."""
 MOST_VALUES = 16
 """Values in a list of a `multi` column, where the config says nothing."""
+PARTITION = "night={night}"
+"""Folder of a night, where the config says nothing."""
 ColumnName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$")]
 
 
@@ -128,17 +132,52 @@ class ExpectationConfig(Section):
     """Its arguments."""
 
 
+class LakeConfig(Section):
+    """One of several lakes that are learned from together: a domain, a market, a shop."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
+    """What `data.lake_column` says in its rows."""
+    source: Annotated[str, Field(min_length=1)]
+    """Directory or `s3://bucket/prefix` that holds the partitions."""
+    partition: str = PARTITION
+    """Folder of one night below `source`; `{night}` is the ISO date."""
+    first_night: date | None = None
+    """Nights before it are without this lake; None for a lake that is as old as the others."""
+    optional: bool = False
+    """Whether a night may be without it. A night that lacks another lake is not there: half of what there is to learn
+    is another lesson."""
+
+    @model_validator(mode="after")
+    def _partition_names_the_night(self) -> Self:
+        _check_partition(self.partition)
+        return self
+
+
+def _check_partition(partition: str) -> None:
+    if partition.count("{night}") != 1:
+        raise ValueError(f"partition {partition!r} must hold {{night}} exactly once")
+
+
 class DataConfig(Section):
     """Where the interactions lie and what they must look like."""
 
-    source: str
-    """Directory or `s3://bucket/prefix` that holds the partitions."""
-    partition: str = "night={night}"
+    source: str = ""
+    """Directory or `s3://bucket/prefix` that holds the partitions; left out where there are `lakes`."""
+    partition: str = PARTITION
     """Folder of one night below `source`; `{night}` is the ISO date."""
+    lakes: tuple[LakeConfig, ...] = Field((), exclude_if=lambda lakes: not lakes)
+    """Several lakes of the same columns in place of `source`. A night is all of theirs, and one base is meta-trained on
+    episodes from all of them."""
+    lake_column: ColumnName | None = Field(None, exclude_if=lambda name: name is None)
+    """The categorical request column of strings that says which lake a row is from. The lakes' files do not have it;
+    requests do. Name it in `segments.levels` for adapters per lake, and in `training.even` for even episodes."""
+    own_keys: tuple[ColumnName, ...] = Field((), exclude_if=lambda names: not names)
+    """String columns whose values mean something else in each lake: users, items or categories that are not shared.
+    `17` of the lake `books` is read as `books/17`, and has to be called so in requests."""
     time_zone: str = "UTC"
     """The zone whose calendar days are the nights (IANA name)."""
     columns: Annotated[tuple[ColumnConfig, ...], Field(min_length=4)]
-    """Every column that the files have, no more and no less."""
+    """Every column that the files have, no more and no less, and `lake_column`."""
     objectives: Annotated[tuple[ObjectiveConfig, ...], Field(min_length=1)]
     """What is predicted; the first is the one that the exams lead with."""
     window_nights: Annotated[int, Field(ge=2, le=3650)] = 90
@@ -174,9 +213,38 @@ class DataConfig(Section):
         objectives = [objective.name for objective in self.objectives]
         if len(set(objectives)) != len(objectives):
             raise ValueError("objectives must have different names")
-        if self.partition.count("{night}") != 1:
-            raise ValueError(f"partition {self.partition!r} must hold {{night}} exactly once")
+        _check_partition(self.partition)
+        if faults := list(self._misfits_of_lakes()):
+            raise ValueError("\n".join(faults))
         return self
+
+    def _misfits_of_lakes(self) -> Iterator[str]:
+        if not self.lakes:
+            if not self.source:
+                yield "source is missing: name the lake's directory or s3:// prefix, or several under lakes"
+            if self.lake_column is not None or self.own_keys:
+                yield "lake_column and own_keys tell several lakes apart, and there are no lakes: remove them"
+            return
+        if self.source or self.partition != PARTITION:
+            yield "source and partition speak of a single lake: remove them, every one of lakes has its own"
+        names = [lake.name for lake in self.lakes]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            yield f"lakes are named twice: {', '.join(doubled)}"
+        if self.lake_column is None:
+            yield "lakes need lake_column: the request column that says which of them a row is from"
+        for field, told in (("lake_column", (self.lake_column,)), ("own_keys", self.own_keys)):
+            for name in filter(None, told):
+                column = next((column for column in self.columns if column.name == name), None)
+                fits = column is not None and column.dtype == "string" and column.kind in (None, "categorical")
+                roles = ("request",) if field == "lake_column" else ("user", "item", "request", "candidate")
+                if column is None or not fits or column.role not in roles:
+                    yield f"{field}: {name!r} is no string column of the roles {', '.join(roles)} that is categorical"
+                elif column.allowed is not None and field == "own_keys":
+                    yield f"own_keys: {name!r} has allowed values, which cannot differ by lake: remove them"
+                elif field == "lake_column" and (strange := sorted(set(names) - set(column.allowed or names))):
+                    yield f"lakes: {', '.join(strange)} is not among the allowed values of {name!r}: add it there"
+        if self.lake_column in self.own_keys:
+            yield f"own_keys: {self.lake_column!r} is the lake itself: remove it"
 
     def named(self, role: Role, kind: Kind | None = None) -> tuple[str, ...]:
         """Names of the columns with a role (and kind), in the config's order."""
@@ -192,6 +260,16 @@ class DataConfig(Section):
             if column.name == name:
                 return column
         raise KeyError(name)
+
+    @property
+    def every_lake(self) -> tuple[LakeConfig, ...]:
+        """The lakes; of a single one only the `name` means nothing."""
+        return self.lakes or (LakeConfig(name="lake", source=self.source, partition=self.partition),)
+
+    @property
+    def delivered(self) -> tuple[ColumnConfig, ...]:
+        """The columns that files have: all but that which says the lake."""
+        return tuple(column for column in self.columns if column.name != self.lake_column)
 
     @property
     def user(self) -> str:

@@ -18,7 +18,7 @@ import jinja2
 from jinja2.bccache import Bucket
 
 from tasks.data.canaries import Canary, canaries
-from tasks.data.contract import DataConfig
+from tasks.data.contract import PARTITION, DataConfig
 from tasks.data.interactions import footers
 from tasks.data.quarantine import VIEW, measured_view, night_view, reading, split
 from tasks.data.rules import rules
@@ -48,7 +48,9 @@ class Validated:
     """What was judged and Great Expectations' own result, for `data_docs`."""
 
 
-def validate(data: DataConfig, night: date, files: Sequence[Path], out: Path) -> Validated:
+def validate(
+    data: DataConfig, night: date, files: Sequence[Path], out: Path, lakes: Sequence[str | None] | None = None
+) -> Validated:
     """Splits a night into clean and quarantined rows and decides whether it may be learned from.
 
     Writes `clean.parquet`, and `quarantine.parquet` where rows are bad. The files are read through DuckDB with bounded
@@ -60,6 +62,7 @@ def validate(data: DataConfig, night: date, files: Sequence[Path], out: Path) ->
         night: the night's date.
         files: local Parquet files of the night, as `thaw` returns them.
         out: folder to write to.
+        lakes: which lake each file is of, in the same order; None for a single lake.
 
     Raises:
         NightMissing: the files hold no rows.
@@ -82,7 +85,7 @@ def validate(data: DataConfig, night: date, files: Sequence[Path], out: Path) ->
     quarantine_file.unlink(missing_ok=True)
     with (
         TemporaryDirectory(prefix="spill-", dir=out) as scratch,
-        night_view(data, files, held, Path(scratch)) as connection,
+        night_view(data, files, held, Path(scratch), lakes) as connection,
     ):
         with reading(files):
             parts = split(connection, data, checks, rows, clean_file, quarantine_file)
@@ -243,7 +246,9 @@ def _told(check: Check, result: Any) -> dict[str, Any]:
 def _contract(data: DataConfig) -> str:
     """The part of the contract that generated expectations and rules hang on."""
     limits = {"min_rows": 1, "max_rows": 1, "max_bad_rows": 0.0, "window_nights": 2, "min_history_nights": 2}
-    return data.model_copy(update={"source": "canary", "expectations": (), **limits}).model_dump_json()
+    # The batches are tables with every column: where a column comes from is not their matter.
+    where = {"source": "canary", "partition": PARTITION, "lakes": (), "lake_column": None, "own_keys": ()}
+    return data.model_copy(update={**where, "expectations": (), **limits}).model_dump_json()
 
 
 @lru_cache(maxsize=16)

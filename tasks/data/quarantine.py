@@ -81,7 +81,11 @@ def _arrow(column: ColumnConfig) -> pa.DataType:
 
 @contextmanager
 def night_view(
-    data: DataConfig, files: Sequence[Path], footers: Sequence[Footer], scratch: Path
+    data: DataConfig,
+    files: Sequence[Path],
+    footers: Sequence[Footer],
+    scratch: Path,
+    lakes: Sequence[str | None] | None = None,
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """A DuckDB connection whose view `interactions` reads the files with the contract's columns and types.
 
@@ -92,6 +96,7 @@ def night_view(
         files: local Parquet files, already held against the contract.
         footers: their footers, in the same order.
         scratch: folder for what does not fit into memory.
+        lakes: which lake each file is of, in the same order; None for a single lake.
 
     Raises:
         InvalidConfig: two columns differ by case alone, which SQL cannot tell apart.
@@ -99,11 +104,13 @@ def night_view(
     names = [column.name.casefold() for column in data.columns]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise InvalidConfig(f"data.columns: names differ by case alone ({', '.join(doubled)}); rename one of them")
-    pairs = sorted(zip(footers, files, strict=True), key=lambda pair: (pair[0].types, pair[1]))
+    names_of = [lake or "" for lake in lakes or [None] * len(files)]
+    kinds = [(footer.types, lake) for footer, lake in zip(footers, names_of, strict=True)]
+    pairs = sorted(zip(kinds, files, strict=True))
     selects = [
-        f"SELECT {', '.join(_cast(column) for column in data.columns)} "
+        f"SELECT {', '.join(_read(data, column, lake) for column in data.columns)} "
         f"FROM read_parquet([{', '.join(_path(path) for _, path in alike)}], hive_partitioning = false)"
-        for _, alike in groupby(pairs, key=lambda pair: pair[0].types)
+        for (_, lake), alike in groupby(pairs, key=lambda pair: pair[0])
     ]
     with duckdb.connect(":memory:", config={**_SETTINGS, "temp_directory": str(scratch / "spill")}) as connection:
         connection.execute("SET GLOBAL TimeZone = 'UTC'")
@@ -180,6 +187,16 @@ def _path(path: Path) -> str:
     """A path as an SQL string; what would be a wildcard is wrapped so that it means itself."""
     text = "".join(f"[{letter}]" if letter in "[*?" else letter for letter in str(path.absolute()))
     return "'" + text.replace("'", "''") + "'"
+
+
+def _read(data: DataConfig, column: ColumnConfig, lake: str) -> str:
+    """A column of the files of a lake as SQL: a lake's own keys with its name before them, an empty one as it is."""
+    name = quoted(column)
+    if column.name == data.lake_column:
+        return f"'{lake}' AS {name}"  # of letters, digits, _ and -
+    if column.name in data.own_keys:
+        return f"CASE WHEN {name} = '' THEN '' ELSE '{lake}/' || CAST({name} AS VARCHAR) END AS {name}"
+    return _cast(column)
 
 
 def _cast(column: ColumnConfig) -> str:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 
-from tasks.data.contract import ColumnConfig, DataConfig
+from tasks.data.contract import ColumnConfig, DataConfig, LakeConfig
 from tasks.data.interactions import footers
 from tasks.data.quarantine import REASONS, Split, clean_schema, night_view, reading, split
 from tasks.data.rules import night_bounds, rules
@@ -32,6 +32,26 @@ def divide(folder: Path, files: list[Path], data: DataConfig | None = None, nigh
 def one(tmp_path: Path, **changes: Any) -> Split:
     """A good row and one that is changed."""
     return divide(tmp_path, [write(tmp_path / "0.parquet", [row(0), row(1) | changes])])
+
+
+def test_rows_of_several_lakes_say_which_and_have_keys_of_their_own(tmp_path: Path) -> None:
+    lakes = (LakeConfig(name="free", source="f"), LakeConfig(name="a-b_2", source="g"))
+    note = {"role": "candidate", "kind": "categorical", "nullable": True}
+    columns = [
+        column.model_copy(update={"allowed": None} | (note if column.name == "note" else {}))
+        for column in contract().columns
+    ]
+    data = contract(source="", lakes=lakes, lake_column="plan", own_keys=("item", "note"), columns=tuple(columns))
+    schema = pa.schema([field for field in SCHEMA if field.name != "plan"])
+    notes: list[str | None] = ["x", "", None]
+    rows = [{**row(number), "note": notes[number]} for number in range(3)]
+    files = [write(tmp_path / f"{number}.parquet", rows, schema) for number in range(2)]
+    with night_view(data, files, footers(data, files), tmp_path, ["a-b_2", "free"]) as connection:
+        found = connection.execute('SELECT plan, item, note, "user" FROM interactions ORDER BY 1, 2').fetchall()
+    assert found == [
+        ("a-b_2", "a-b_2/i0", "a-b_2/x", 0), ("a-b_2", "a-b_2/i1", "", 1), ("a-b_2", "a-b_2/i2", None, 2),
+        ("free", "free/i0", "free/x", 0), ("free", "free/i1", "", 1), ("free", "free/i2", None, 2),
+    ]  # fmt: skip
 
 
 def test_good_rows_come_back_as_they_were_in_the_contracts_columns(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Configs: what is accepted, and what is said about what is not."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_a_missing_field_is_named(tmp_path: Path, tree: dict[str, Any]) -> None:
     del tree["data"]["source"], tree["pipeline"]
     message = refusal(tmp_path, tree)
     assert "has 2 faults" in message
-    assert "data.source: is missing" in message
+    assert "data: source is missing: name the lake" in message
     assert "pipeline: is missing" in message
 
 
@@ -130,6 +131,29 @@ def test_a_level_names_a_column_once(tmp_path: Path, tree: dict[str, Any]) -> No
 def test_a_cohort_is_made_of_categorical_request_columns(tmp_path: Path, tree: dict[str, Any]) -> None:
     tree["statistics"]["cohort"] = ["market", "age"]
     assert "statistics.cohort[1]: 'age' is not a categorical request column; allowed: market" in refusal(tmp_path, tree)
+
+
+def test_episodes_are_even_by_a_categorical_request_column(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["training"] = {"even": "age"}
+    assert "training.even: 'age' is not a categorical request column; allowed: market" in refusal(tmp_path, tree)
+    tree["training"] = {"evenness": 1.0}
+    assert "evenness = 1.0 belongs to training.even, and it names no column" in refusal(tmp_path, tree)
+
+
+def test_the_lakes_of_the_readme_are_a_config(tmp_path: Path, tree: dict[str, Any]) -> None:
+    shown = next(block for block in (ROOT / "README.md").read_text().split("```") if "lake_column" in block)
+    told = yaml.safe_load(shown.removeprefix("yaml"))
+    keys = [
+        {**column, "dtype": "string"} if column["name"] == "item_id" else column for column in tree["data"]["columns"]
+    ]
+    domain = {"name": "domain", "role": "request", "dtype": "string", "kind": "categorical"}
+    told["data"] = {**tree["data"], **told["data"], "columns": [*keys, domain]}
+    del told["data"]["source"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**tree, **told}))
+    config = load_config(tmp_path / "config.yaml")
+    assert [lake.optional for lake in config.data.every_lake] == [False, False, True]
+    assert config.data.every_lake[1].first_night == date(2026, 6, 1)
+    assert config.training.even == config.data.lake_column
 
 
 def test_the_gate_judges_an_objective_that_exists(tmp_path: Path, tree: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ import pytest  # noqa: E402
 if TYPE_CHECKING:
     from tests.faults.victims import Nursery
     from tests.finished import Finished
+    from tests.s3_server import S3Server
 
 hypothesis.settings.register_profile("nightrank", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.load_profile("nightrank")
@@ -48,8 +49,12 @@ _LONG_FIRST = ("tests/flows/test_scheduled", "tests/faults", "tests/flows", "tes
 _TOGETHER = (
     ("tests/faults/test_kill.py", "tests/steps/test_determinism.py", "tests/flows/test_replay.py"),
     ("tests/flows/test_backfill.py", "tests/flows/test_cli.py", "tests/flows/test_nightly.py"),
+    (
+        *("tests/steps/test_s3_night.py", "tests/clients/test_lease.py"),
+        *("tests/clients/test_object_store.py", "tests/clients/test_s3_store.py"),
+    ),
 )
-"""Files that share the `nursery`, or one embedded `prefect`, and so a worker."""
+"""Files that share the `nursery`, one embedded `prefect` or the `s3_server`, and so a worker."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -121,6 +126,16 @@ def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.shared import made_once
 
     return made_once(tmp_path_factory, "prefect-home", migrate) / "prefect.db"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[S3Server]":
+    """SeaweedFS with the bucket `tests`."""
+    from tests.s3_server import S3Server
+
+    with S3Server(tmp_path_factory.mktemp("seaweedfs") / "server") as server:
+        server.make_bucket("tests")
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -15,14 +15,6 @@ from tests.s3_server import S3Server
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """SeaweedFS with the bucket `tests`."""
-    with S3Server(tmp_path_factory.mktemp("seaweedfs") / "server") as server:
-        server.make_bucket("tests")
-        yield server
-
-
-@pytest.fixture(scope="session")
 def s3_bucket_url(s3_server: S3Server) -> Iterator[str]:
     """URL of a bucket, with the environment set so that it can be opened here and in subprocesses."""
     with pytest.MonkeyPatch.context() as environment:

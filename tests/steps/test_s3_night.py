@@ -1,6 +1,5 @@
 """A whole night with lake and store in S3 is the night of a directory, to the byte."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,11 @@ from tests.steps.plain import plain_night
 
 
 @pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with S3Server(tmp_path / "server") as server:
-        server.make_bucket("nights")
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        yield "s3://nights"
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    s3_server.make_bucket("nights")
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return "s3://nights"
 
 
 def test_lake_and_store_in_s3_give_the_release_that_directories_give(

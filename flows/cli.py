@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--end", type=_night, required=True, help="last night, included")
     again.add_argument("--min-rows", type=int, default=0, metavar="N", help="leave out nights with fewer rows")
     again.add_argument("--warm", action="store_true", help="start from the newest release before the first night")
+    again.add_argument("--joint", action="store_true", help="compare with joint training as well: trains twice a night")
     again.add_argument("--out", metavar="FOLDER", help="where table and page go (default: below var/replay)")
     again.add_argument("--seed", type=_seed, default=0, help="of the bootstrap (default: 0)")
     again.set_defaults(command=_replay)
@@ -212,7 +213,7 @@ def _replay(options: argparse.Namespace, console: "Console") -> None:
     from tasks.steps import watched_by
 
     config = load_config(options.config)
-    given = {name: getattr(options, name) for name in ("start", "end", "min_rows", "warm", "out", "seed")}
+    given = {name: getattr(options, name) for name in ("start", "end", "min_rows", "warm", "out", "seed", "joint")}
     with embedded(), Screen(console) as screen, watched_by(screen), replay_told_to(ReplayScreen(console)):
         result = replay(config, **given)
     written = result.written

@@ -23,11 +23,12 @@ from tasks.data.interactions import nights as nights_of
 from tasks.errors import DataRejected, InvalidConfig, NotEnoughHistory
 from tasks.evaluate import evaluate
 from tasks.ingest import ingest_replayed, lake, released_before
+from tasks.joint import examine_joint, jointly
 from tasks.meta_train import meta_train
 from tasks.parents import replayed_parent
 from tasks.prepare import prepare
 from tasks.recommend import recommend
-from tasks.references import BankRef, ExamRef, ListsRef, ParentRef, PrepareRef
+from tasks.references import BankRef, ExamRef, IngestRef, JointRef, ListsRef, ParentRef, PrepareRef
 from tasks.replay import Examined, ReplayRef, compare_nights
 from tasks.steps import hold
 from tasks.tensorboard import check as check_tensorboard
@@ -46,13 +47,14 @@ class ReplayedNight(Section):
     bank: BankRef | None = None
     exam: ExamRef | None = None
     lists: ListsRef | None = None
+    joint: JointRef | None = None
 
     @property
     def examined(self) -> Examined | None:
         """What is compared; None where the night was not examined."""
         if self.bank is None or self.exam is None or self.lists is None:
             return None
-        return Examined(bank=self.bank, exam=self.exam, lists=self.lists)
+        return Examined(bank=self.bank, exam=self.exam, lists=self.lists, joint=self.joint)
 
 
 class ReplayResult(Section):
@@ -85,9 +87,13 @@ def replay_told_to(onlooker: Onlooker) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Chain:
-    """What the next night starts from, and the exams that it pools, newest first."""
+    """What the next night starts from, and the exams that it pools, newest first.
+
+    Joint training has a chain of its own, `jointly`, that begins where the other does.
+    """
 
     parent: ParentRef | None
+    jointly: ParentRef | None
     exams: tuple[str, ...]
 
 
@@ -100,6 +106,7 @@ def replay(
     warm: bool = False,
     out: str | None = None,
     seed: int = 0,
+    joint: bool = False,
 ) -> ReplayResult:
     """Examine the nights of a range in order, without publishing, and compare every method over all of them.
 
@@ -116,6 +123,8 @@ def replay(
         warm: start from the newest gate-passed release before `start`; else from nothing.
         out: folder for the table and the page; none: `var/replay/<pipeline>-<start>-<end>`.
         seed: of the bootstrap by user.
+        joint: also train the same network jointly, without adaptation in its loss, and compare it with the same
+            adapters solved on it afterwards; each night then trains twice.
 
     Raises:
         InvalidConfig: the range is empty.
@@ -128,10 +137,10 @@ def replay(
     present = _nights(config, start, end)
     parent, exams = released_before(config.place(), config.gate, start) if warm else (None, ())
     began = parent
-    chain = _Chain(parent, exams)
+    chain = _Chain(parent, parent, exams)
     outcomes: list[ReplayedNight] = []
     for number, night in enumerate(present, start=1):
-        outcome, chain = _one_night(config, night, chain, min_rows)
+        outcome, chain = _one_night(config, night, chain, min_rows, joint)
         outcomes.append(outcome)
         tell(number, len(present), outcome)
     found = {outcome.night: one for outcome in outcomes if (one := outcome.examined) is not None}
@@ -155,7 +164,9 @@ def _nights(config: RetrainConfig, start: date, end: date) -> list[date]:
     return present
 
 
-def _one_night(config: RetrainConfig, night: date, chain: _Chain, min_rows: int) -> tuple[ReplayedNight, _Chain]:
+def _one_night(
+    config: RetrainConfig, night: date, chain: _Chain, min_rows: int, joint: bool
+) -> tuple[ReplayedNight, _Chain]:
     """Examine a night, up to the exam. Returns what became of it, and what the next one starts from."""
     place, data, segments, adapter, gate = config.place(), config.data, config.segments, config.adapter, config.gate
     try:
@@ -172,12 +183,25 @@ def _one_night(config: RetrainConfig, night: date, chain: _Chain, min_rows: int)
             statistics, baselines = config.statistics, config.baselines
             lists = recommend(place, data, segments, statistics, baselines, ingested, prepared, base, bank)
             parent = replayed_parent(place, prepared, base)
+            answers, other = _trained_jointly(config, ingested, prepared, chain.jointly) if joint else (None, None)
     except NotEnoughHistory as error:
         return ReplayedNight(night=night, state="skipped", why=str(error)), chain
     except DataRejected as error:
         return ReplayedNight(night=night, state="rejected", why=f"{type(error).__name__}: {error}"), chain
     why = f"{exam.rows:,} rows of {exam.users:,} users{', as examined before' if exam.reused else ''}"
     outcome = ReplayedNight(
-        night=night, state="examined", why=why, prepared=prepared, bank=bank, exam=exam, lists=lists
+        night=night, state="examined", why=why, prepared=prepared, bank=bank, exam=exam, lists=lists, joint=answers
     )
-    return outcome, replace(chain, parent=parent, exams=(exam.key, *chain.exams)[: gate.pool_nights - 1])
+    return outcome, replace(chain, parent=parent, jointly=other, exams=(exam.key, *chain.exams)[: gate.pool_nights - 1])
+
+
+def _trained_jointly(
+    config: RetrainConfig, ingested: IngestRef, prepared: PrepareRef, parent: ParentRef | None
+) -> tuple[JointRef, ParentRef]:
+    """What joint training says of a night, and what its next one starts from."""
+    place, data, segments, adapter = config.place(), config.data, config.segments, config.adapter
+    ingested = ingested.model_copy(update={"parent": parent})
+    base = meta_train(place, data, segments, config.ranker, jointly(config.training), adapter, ingested, prepared)
+    bank = adapt(place, data, segments, adapter, prepared, base, bank="exam")
+    answers = examine_joint(place, data, segments, ingested, prepared, base, bank)
+    return answers, replayed_parent(place, prepared, base)

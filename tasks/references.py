@@ -158,6 +158,10 @@ class ListsRef(StepRef):
     """Items that were ranked for each of them."""
 
 
+class JointRef(StepRef):
+    """What the same network says of a night, trained without adaptation in its loss."""
+
+
 class RetentionRef(StepRef):
     """What the base still knows of golden nights, beside its parent's."""
 

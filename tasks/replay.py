@@ -9,8 +9,9 @@ from tasks.adapt import cost_of
 from tasks.data.contract import DataConfig, Section, SegmentsConfig
 from tasks.errors import StoreUnwritable
 from tasks.evaluate import exam_table
+from tasks.joint import with_joint
 from tasks.recommend import varieties_of
-from tasks.references import BankRef, ExamRef, ListsRef, ParentRef, Place
+from tasks.references import BankRef, ExamRef, JointRef, ListsRef, ParentRef, Place
 from tasks.release import cost, earned, lift, variety
 from tasks.release.replay_page import render
 from tasks.release.slices import compared, save
@@ -26,6 +27,7 @@ class Examined(Section):
     bank: BankRef
     exam: ExamRef
     lists: ListsRef
+    joint: JointRef | None = None
 
 
 class ReplayRef(Section):
@@ -72,7 +74,10 @@ def compare_nights(
         ObjectMissing: a record is gone.
         StoreUnwritable: the folder cannot be written.
     """
-    tables = {night.isoformat(): exam_table(place, one.exam.key) for night, one in examined.items()}
+    tables = {
+        night.isoformat(): with_joint(place, exam_table(place, one.exam.key), one.joint)
+        for night, one in examined.items()
+    }
     spent = [cost_of(record_of(place, one.bank)) for one in examined.values()]
     shown = variety.with_pooled([line for one in examined.values() for line in varieties_of(place, one.lists)])
     with looked_at("compare", f"{len(tables)} {'night' if len(tables) == 1 else 'nights'}, by slice") as progress:

@@ -34,6 +34,7 @@ SUPPORTS = (0, 5, 20)
 COMMON = 20
 """Rows of a user after which every support size is compared on the same rows."""
 CANDIDATE, ZERO_STEPS, PARENT, CHAMPION = "candidate", "zero steps", "parent", "champion"
+JOINT = "joint training"
 LADDER = b"ladder"
 """Where a table's metadata name the columns of each level."""
 CHUNK = 131_072
@@ -197,6 +198,27 @@ def sit(night: Night, base: Base, bank: Bank, baselines: Baselines) -> dict[str,
     for support in SUPPORTS:
         predictions |= gather(night, contact(support), after(support))
     return predictions
+
+
+def sit_nightly(night: Night, base: Base, bank: Bank, method: str) -> dict[str, F32]:
+    """Predictions of one adapted base in the nightly exam.
+
+    Args:
+        night: whose visits are scored.
+        base: with its own adapter.
+        bank: everybody's weights from earlier nights.
+        method: what to call it.
+    """
+    scorer = night.material.scorer(base.network)
+    weights = torch.from_numpy(bank.weights).to(night.material.device)
+
+    def score(visits: Visits) -> Scores:
+        at = visits.rows.flat()[0]
+        logits, features = scorer(at)
+        scores = base.adaptation.scores(logits, features, weights, bank.slots_of(night.ladder.rows, at))
+        return {method: (at, probability(scores, base.kinds))}
+
+    return gather(night, "nightly", score)
 
 
 def sit_contact(night: Night, base: Base, method: str, zero_steps: str | None = None) -> dict[str, F32]:

@@ -3,13 +3,11 @@
     nightrank demo-data
     python -m tests.benchmarks.replay --config infra/movielens.yaml --nights 60 --min-rows 100
 
-`nightrank replay` does the work. Here are the choice of the nights, chains side by side, several seeds of training,
-and `--joint`, an ablation: the same network trained jointly, without adapters in its loss, and the same ridge solved on
-it afterwards.
+`nightrank replay` does the work. Here are the choice of the nights, chains side by side, and several seeds of training.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -17,28 +15,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from flows.config import RetrainConfig, load_config
-from flows.replay import ReplayedNight, replay_told_to
-from tasks.data import vocabulary
+from flows.replay import replay_told_to
 from tasks.data.contract import ObjectiveConfig
 from tasks.data.interactions import nights as nights_of
 from tasks.evaluate import exam_table
 from tasks.ingest import lake
-from tasks.learning.bank import Bank, fill_bank
-from tasks.learning.base import Base, shape_of
-from tasks.learning.exams import CANDIDATE, PARENT, Night, Scores, gather, joined, probability, sit_contact
-from tasks.learning.ladder import Ladder
-from tasks.learning.material import Material, Visits
-from tasks.learning.training import meta_train
-from tasks.meta_train import rows_of
+from tasks.joint import with_joint
+from tasks.learning.exams import CANDIDATE, PARENT
 from tasks.release.evidence import figures
 from tasks.release.slices import ADAPTED, COMMON_ROWS, EVERYTHING, POOLED, Line, compared
-from tasks.steps import open_workspace, recalled, record_of
 from tests.steps.plain import plain_replay
-
-JOINT = "joint + ridge"
 
 
 def main() -> None:
@@ -68,11 +56,16 @@ def main() -> None:
             chain = chain.model_copy(update={"pipeline": f"{config.pipeline}-{number}"})
         out = str(Path(options.out) / f"{chain.pipeline}-{part[0]}-{part[-1]}-seed-{seed}")
         with replay_told_to(lambda *event: print(*event[:2], event[2].night, event[2].why, flush=True)):
-            result = plain_replay(chain, part[0], part[-1], min_rows=options.min_rows, out=out, seed=options.seed)
+            result = plain_replay(
+                chain, part[0], part[-1], min_rows=options.min_rows, out=out, seed=options.seed, joint=options.joint
+            )
         examined = [night for night in result.nights if night.exam is not None]
-        found = [exam_table(chain.place(), night.exam.key) for night in examined if night.exam is not None]
-        if options.joint:
-            found = [joined(table, answers) for table, answers in zip(found, joint(chain, examined), strict=True)]
+        place = chain.place()
+        found = [
+            with_joint(place, exam_table(place, night.exam.key), night.joint)
+            for night in examined
+            if night.exam is not None
+        ]
         tables |= {f"{night.night} {seed}": table for night, table in zip(examined, found, strict=True)}
     if options.only is not None:
         return
@@ -117,46 +110,6 @@ def newest_nights(config: RetrainConfig, count: int, least: int) -> list[date]:
         for night, folder in folders.items()
     }
     return [night for night in present if rows[night] >= least][-count:]
-
-
-def joint(config: RetrainConfig, examined: Sequence[ReplayedNight]) -> Iterator[dict[str, np.ndarray]]:
-    """The ablation's answers, night by night, each base started from the one before, as the candidate's are."""
-    place, workspace, data = config.place(), open_workspace(config.place()), config.data
-    parent: Base | None = None
-    for one in examined:
-        assert one.prepared is not None
-        history = recalled(place, "history", one.prepared.history)
-        past, rows = rows_of(place, history), rows_of(place, record_of(place, one.prepared))
-        words = vocabulary.load(data, workspace.file(history, "vocabulary.parquet"))
-        trained = meta_train(
-            *(data, config.segments, config.ranker, config.adapter),
-            *(config.training.model_copy(update={"outer": "joint"}), past, shape_of(data, past, words), one.night),
-            parent=parent,
-        )
-        parent = trained.base
-        ladder, material = Ladder(past, config.segments, data.user), Material(past)
-        bank = fill_bank(
-            *(ladder, material, material.scorer(parent.network), parent.table(), parent.adaptation),
-            one.night.toordinal(),
-        )
-        ladder, material = Ladder(rows, config.segments, data.user), Material(rows)
-        sitting = Night.among(data, ladder, material, one.night.toordinal())
-        yield gather(sitting, "nightly", nightly(sitting, parent, bank)) | sit_contact(sitting, parent, JOINT)
-        print(f"joint {one.night}: {trained.why}", flush=True)
-
-
-def nightly(night: Night, base: Base, bank: Bank):  # type: ignore[no-untyped-def]
-    """The nightly exam of one base and bank."""
-    weights = torch.from_numpy(bank.weights)
-    scorer = night.material.scorer(base.network)
-
-    def score(visits: Visits) -> Scores:
-        at = visits.rows.flat()[0]
-        logits, features = scorer(at)
-        scores = base.adaptation.scores(logits, features, weights, bank.slots_of(night.ladder.rows, at))
-        return {JOINT: (at, probability(scores, base.kinds))}
-
-    return score
 
 
 def markdown(lines: Sequence[Line]) -> str:

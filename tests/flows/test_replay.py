@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from flows.config import RetrainConfig
 from flows.nightly import NightResult
@@ -24,6 +25,13 @@ from tasks.data import vocabulary
 from tasks.errors import DataRejected, InvalidConfig
 from tasks.evaluate import exam_table
 from tasks.ingest import released_before
+from tasks.joint import with_joint
+from tasks.learning import training as learning
+from tasks.learning.bank import fill_bank
+from tasks.learning.base import shape_of
+from tasks.learning.exams import Night
+from tasks.learning.ladder import Ladder
+from tasks.learning.material import Material
 from tasks.meta_train import rows_of
 from tasks.recommend import as_of
 from tasks.release import cost, earned, lift, variety
@@ -330,6 +338,52 @@ def test_a_small_night_is_left_out_and_a_range_without_nights_is_refused(damagea
     with pytest.raises(InvalidConfig, match="has no night of this range"):
         replayed(config, nights[-1] + timedelta(days=1), nights[-1] + timedelta(days=2), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
+
+
+def test_joint_training_is_a_method_with_a_chain_of_its_own(
+    world: Finished, beside: tuple[Seen, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Each night's answers are those of the same network, trained jointly from what joint training left before."""
+    config, nights = world.config, world.world.nights
+    seen = replayed(config, nights[FIRST], nights[LAST - 1], tmp_path, joint=True)
+    assert seen.exams == {night: beside[0].exams[night] for night in seen.exams}
+    assert seen.worked["meta-train"] == 2
+    assert seen.worked["evaluate"] == 0
+    place, data, parent = config.place(), config.data, None
+    workspace = open_workspace(place)
+    for one in seen.result.nights:
+        assert one.prepared is not None
+        assert one.exam is not None
+        history = recalled(place, "history", one.prepared.history)
+        past, rows = rows_of(place, history), rows_of(place, record_of(place, one.prepared))
+        words = vocabulary.load(data, workspace.file(history, "vocabulary.parquet"))
+        training = config.training.model_copy(update={"outer": "joint"})
+        parent = learning.meta_train(
+            *(data, config.segments, config.ranker, config.adapter, training, past),
+            *(shape_of(data, past, words), one.night),
+            parent=parent,
+        ).base
+        ladder, material = Ladder(past, config.segments, data.user), Material(past)
+        scorer, asked = material.scorer(parent.network), (parent.table(), parent.adaptation)
+        bank = fill_bank(ladder, material, scorer, *asked, one.night.toordinal())
+        sitting = Night.among(
+            data, Ladder(rows, config.segments, data.user), Material(rows), one.night.toordinal()
+        )  # fmt: skip
+        exam = exam_table(place, one.exam.key)
+        told = with_joint(place, exam, one.joint)
+        with torch.no_grad():
+            at = sitting.at
+            logits, features = sitting.material.scorer(parent.network)(at)
+            weights = torch.from_numpy(bank.weights[bank.slots_of(sitting.ladder.rows, at)])
+            expected = torch.sigmoid(logits + torch.einsum("td,tkd->tk", features, weights))[:, 0]
+        np.testing.assert_allclose(told["nightly/joint training/clicked"].to_numpy(), expected.numpy(), rtol=1e-5)
+        assert told.column_names[: exam.num_columns] == exam.column_names
+        assert with_joint(place, exam, None) is exam
+    lines = load(Path(seen.result.written.table))
+    others = {line.method for line in load(Path(beside[0].result.written.table))}
+    assert {line.method for line in lines} == others | {"joint training"}
+    assert {line.exam for line in lines if line.method == "joint training"} == {"nightly", "contact 0", "contact 5"}
+    assert ">joint training<" in Path(seen.result.written.page).read_text()
 
 
 def test_a_night_that_was_replayed_is_released_without_a_second_exam(

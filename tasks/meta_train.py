@@ -16,6 +16,7 @@ from tasks.learning import training as learning
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base, save_base, shape_of
 from tasks.learning.networks import RankerConfig
+from tasks.learning.setting import Setting
 from tasks.learning.training_config import BESIDE, TrainingConfig
 from tasks.parents import parent_base
 from tasks.references import BaseRef, IngestRef, ParentRef, Place, PrepareRef
@@ -62,9 +63,8 @@ def meta_train(
         shape = shape_of(data, rows, vocabularies)
         with scalars_of(training, place, ingested.night, ingested.replayed) as scalars:
             trained = learning.meta_train(
-                *(data, segments, ranker, adapter, training, rows, shape, ingested.night),
+                Setting(data, segments, ranker, adapter, training, rows, shape, ingested.night, device),
                 parent=parent,
-                device=device,
                 report=progress,
                 checkpoint=checkpoint,
                 scalars=scalars,

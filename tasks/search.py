@@ -32,6 +32,7 @@ from tasks.learning.intervals import Interval
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig, RankerShape
+from tasks.learning.setting import Setting
 from tasks.learning.space import Parameter, Sections, Settings, Value
 from tasks.learning.study import Search, Told, Tried
 from tasks.learning.training_config import BESIDE, TrainingConfig
@@ -66,7 +67,7 @@ class SearchPlan(Section):
     """File that remembers the trials."""
 
 
-class Setting(Section):
+class SearchedSetting(Section):
     """One setting that was searched."""
 
     name: str
@@ -93,7 +94,7 @@ class SearchRef(Section):
     """What a search found."""
 
     objective: str
-    settings: tuple[Setting, ...]
+    settings: tuple[SearchedSetting, ...]
     own_is_best: bool
     """Whether no trial did better on the blocks that were chosen by."""
     chosen_by: tuple[date, date]
@@ -177,7 +178,7 @@ def search_settings(
         lines = bench.compared(own.changed(settings), own, blocks[-1]) if won else ()
     return SearchRef(
         objective=bench.lead.name,
-        settings=tuple(Setting(name=name, own=own.value(name), best=settings[name]) for name in space),
+        settings=tuple(SearchedSetting(name=name, own=own.value(name), best=settings[name]) for name in space),
         own_is_best=not won,
         chosen_by=(date.fromordinal(int(blocks[0][0])), date.fromordinal(int(blocks[-2][-1]))),
         last=(date.fromordinal(int(blocks[-1][0])), date.fromordinal(int(blocks[-1][-1]))),
@@ -284,9 +285,10 @@ class _Bench:
         """The rows of a block, and what a base that was trained on the nights before it says of them."""
         first, last = int(block[0]), int(block[-1])
         trained = learning.meta_train(
-            *(self.data, self.segments, sections.ranker, sections.adapter, sections.training),
-            *(self.rows, shape_before(self.data, self.rows, self.words, first), date.fromordinal(first)),
-            device=self.device,
+            Setting(
+                *(self.data, self.segments, sections.ranker, sections.adapter, sections.training, self.rows),
+                *(shape_before(self.data, self.rows, self.words, first), date.fromordinal(first), self.device),
+            )
         )
         asked = Night(
             *(self.data, Ladder(self.rows, self.segments, self.data.user), Material(self.rows, self.device), last),

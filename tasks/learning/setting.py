@@ -31,7 +31,7 @@ class Setting:
         training: how.
         rows: history; rows of `night` and later are not read.
         shape: sizes of the network.
-        night: the night that the base is for.
+        night: the night that the base is for; combined with the seed.
         device: `cpu` or `cuda`.
     """
 
@@ -43,7 +43,7 @@ class Setting:
     rows: Rows
     shape: RankerShape
     night: date
-    device: str
+    device: str = "cpu"
 
     @cached_property
     def ladder(self) -> Ladder:

@@ -12,17 +12,13 @@ from datetime import date
 import numpy as np
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from tasks.data.columns import Rows
-from tasks.data.contract import DataConfig, SegmentsConfig
 from tasks.errors import TrainingDiverged
-from tasks.learning.adapters import AdapterConfig
 from tasks.learning.base import Base
 from tasks.learning.checkpoint import Checkpoint, NoCheckpoint, Point, Weights
 from tasks.learning.descent import steady as steady  # other verbs compute under it as well
 from tasks.learning.epochs import Descended, Descent, Report
 from tasks.learning.initialisation import Initialisation, Plan
 from tasks.learning.losses import Losses
-from tasks.learning.networks import RankerConfig, RankerShape
 from tasks.learning.outer import check_outer
 from tasks.learning.scalars import NoScalars, Scalars
 from tasks.learning.setting import Setting
@@ -51,16 +47,8 @@ class Trained:
 
 
 def meta_train(
-    data: DataConfig,
-    segments: SegmentsConfig,
-    ranker: RankerConfig,
-    adapter: AdapterConfig,
-    training: TrainingConfig,
-    rows: Rows,
-    shape: RankerShape,
-    night: date,
+    setting: Setting,
     parent: Base | None = None,
-    device: str = "cpu",
     report: Report = lambda done, total, unit: None,
     checkpoint: Checkpoint = NO_CHECKPOINT,
     scalars: Scalars = NO_SCALARS,
@@ -68,16 +56,8 @@ def meta_train(
     """Train a base for a night on the nights before it.
 
     Args:
-        data: the contract.
-        segments: the ladder.
-        ranker: the network.
-        adapter: the adapters that it is trained for.
-        training: how.
-        rows: history; rows of `night` and later are not read.
-        shape: sizes of the network.
-        night: the night that the base is for; combined with the seed.
+        setting: what is trained, how, on which rows and for which night.
         parent: the base to start from.
-        device: `cpu` or `cuda`.
         report: progress, in epochs.
         checkpoint: keeps the checkpoint of this very training: of equal arguments, and nobody else's.
         scalars: where losses, learning rate, gradient norm and seconds of every epoch go.
@@ -90,16 +70,15 @@ def meta_train(
         TrainingDiverged: the loss, or an adapter's system of equations, is not finite.
         InvalidConfig: a linear head without features, or an outer loop that does not fit the adapter.
     """
-    check_outer(training.outer, adapter)
-    setting = Setting(data, segments, ranker, adapter, training, rows, shape, night, device)
-    train = _train_one if training.members == 1 else _train_ensemble
+    check_outer(setting.training.outer, setting.adapter)
+    train = _train_one if setting.training.members == 1 else _train_ensemble
     try:
         return train(setting, parent, report, checkpoint, scalars)
     except LinAlgError as error:
         # Numbers that are not finite reach the solver's factorisation before they reach a loss.
         raise TrainingDiverged(
-            f"an adapter of night {night} cannot be solved: {error}; lower training.learning_rate (now "
-            f"{training.learning_rate}) or look for extreme numbers among the inputs"
+            f"an adapter of night {setting.night} cannot be solved: {error}; lower training.learning_rate (now "
+            f"{setting.training.learning_rate}) or look for extreme numbers among the inputs"
         ) from error
 
 

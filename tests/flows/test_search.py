@@ -136,7 +136,7 @@ def test_a_key_that_is_new_in_the_last_block_changes_no_loss_of_the_blocks_befor
     train = training.meta_train
 
     def counted(*given: Any, **named: Any) -> Any:
-        cuts[given[7]] = given[6].candidate_vocabularies[0]
+        cuts[given[0].night] = given[0].shape.candidate_vocabularies[0]
         return train(*given, **named)
 
     monkeypatch.setattr(training, "meta_train", counted)
@@ -189,7 +189,7 @@ def test_it_goes_on_where_it_was_and_trains_nothing_twice(
     train = training.meta_train
 
     def counted(*given: Any, **named: Any) -> Any:
-        cuts.append(given[7])
+        cuts.append(given[0].night)
         return train(*given, **named)
 
     monkeypatch.setattr(training, "meta_train", counted)

@@ -22,6 +22,7 @@ from tasks.learning.lists import VectorNormaliser, pooled
 from tasks.learning.material import Dialect, Material, visits_of
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.learning.outer import reptile
+from tasks.learning.setting import Setting
 from tasks.learning.training import meta_train
 from tasks.learning.training_config import TrainingConfig
 from tests.learning import small_rows
@@ -335,7 +336,7 @@ def test_what_only_a_tag_tells_is_learned_from_it():
 
     def stop_loss(data, rows, sized):
         trained = meta_train(
-            *(data, ladder_of(), ranker, AdapterConfig(), config, rows, sized, date.fromordinal(FIRST + 5))
+            Setting(data, ladder_of(), ranker, AdapterConfig(), config, rows, sized, date.fromordinal(FIRST + 5))
         )
         return min(point[2] for point in trained.curve)
 

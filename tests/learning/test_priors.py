@@ -12,6 +12,7 @@ from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig
 from tasks.learning.priors import FACTOR, GAIN, LEAST, MOST, MOST_STEPS, estimate, scaled
+from tasks.learning.setting import Setting
 from tasks.learning.training import meta_train
 from tasks.learning.training_config import TrainingConfig
 from tests.learning.slow_ladder import KINDS, THREE, SlowLadder, precisions_of, world
@@ -235,7 +236,7 @@ def held_by(adapter, nights=5):
     ranker = RankerConfig(embedding=4, hidden=8, factors=2, category_factors=2, features=2)
     config = TrainingConfig(epochs=0, stop_nights=2)
     day = date.fromordinal(FIRST + nights)
-    return meta_train(contract(), ladder_of(), ranker, adapter, config, rows, shape(rows), day)
+    return meta_train(Setting(contract(), ladder_of(), ranker, adapter, config, rows, shape(rows), day))
 
 
 def test_the_constant_and_weights_on_solved_factors_are_held_at_least_as_the_factors_were(monkeypatch):

@@ -19,6 +19,7 @@ from tasks.learning.losses import STOP_SUPPORT, Losses
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig
 from tasks.learning.priors import LEAST, MOST
+from tasks.learning.setting import Setting
 from tasks.learning.starts import newest, solve_start
 from tasks.learning.training import meta_train, steady
 from tasks.learning.training_config import TrainingConfig
@@ -45,12 +46,11 @@ def day(number):
     return date.fromordinal(FIRST + number)
 
 
-def train(rows, *, config=SHORT, ranker=SMALL, adapter=RIDGE, night=NIGHTS, parent=None, more=0, kinds=(),
+def train(rows, *, config=SHORT, ranker=SMALL, adapter=RIDGE, night=NIGHTS, parent=None, more=0, kinds=(), device="cpu",
           **rest):  # fmt: skip
     sized = shape(rows, *kinds, more=more)
-    return meta_train(
-        contract(*kinds), ladder_of(), ranker, adapter, config, rows, sized, day(night), parent=parent, **rest
-    )
+    setting = Setting(contract(*kinds), ladder_of(), ranker, adapter, config, rows, sized, day(night), device)
+    return meta_train(setting, parent, **rest)
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +446,7 @@ def test_a_parent_older_than_the_window_is_no_start(trained, world):
 def test_one_night_is_too_little_history(history, nights):
     rows = part(history, np.asarray(history.night) < FIRST + nights)
     with pytest.raises(NotEnoughHistory, match=rf"rows of {nights} night\(s\)"):
-        meta_train(contract(), ladder_of(), SMALL, AdapterConfig(), SHORT, rows, shape(history), day(NIGHTS))
+        meta_train(Setting(contract(), ladder_of(), SMALL, AdapterConfig(), SHORT, rows, shape(history), day(NIGHTS)))
 
 
 def test_a_ridge_over_nothing_is_refused(history):

@@ -11,6 +11,7 @@ from tasks.learning.episodes import score_visits
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig
+from tasks.learning.setting import Setting
 from tasks.learning.solvers import solve
 from tasks.learning.training import meta_train
 from tasks.learning.training_config import TrainingConfig
@@ -130,7 +131,7 @@ def learned(rows, nights=NIGHTS, **training):
     data = contract(prices=rows.candidate_numbers.shape[1])
     config = TrainingConfig(seed=3, threads=1, **training)
     made = meta_train(
-        *(data, ladder_of(), RankerConfig(), RIDGE, config, rows, shape(rows), date.fromordinal(FIRST + nights)),
+        Setting(data, ladder_of(), RankerConfig(), RIDGE, config, rows, shape(rows), date.fromordinal(FIRST + nights))
     )
     assert made.base.trained_through.toordinal() < FIRST + nights
     visits = visits_of(rows).of_nights(FIRST + nights, FIRST + nights)

@@ -19,6 +19,8 @@ from tasks.steps import looked_at, record_of, verb
 
 TABLE, EARNED, LIFT, PAGE = "replay.parquet", "replay-support.parquet", "replay-segments.parquet", "replay.html"
 COST, VARIETY = "replay-cost.parquet", "replay-variety.parquet"
+FILES = (TABLE, EARNED, LIFT, COST, VARIETY, PAGE)
+"""All that a replay writes, the page last: whoever sees a new page finds new tables."""
 
 
 class Examined(Section):
@@ -97,14 +99,7 @@ def compare_nights(
         variety.save(shown, folder / f".{VARIETY}")
         told = render(place.pipeline, began, lines, steps, lift.summaries(gained), paid, shown, missing, seed)
         (folder / f".{PAGE}").write_text(told, encoding="utf-8")
-        for name in (
-            TABLE,
-            EARNED,
-            LIFT,
-            COST,
-            VARIETY,
-            PAGE,
-        ):  # whole or not at all: a reader may have the last one open
+        for name in FILES:  # whole or not at all: a reader may have the last one open
             os.replace(folder / f".{name}", folder / name)
     except OSError as error:
         raise StoreUnwritable(

@@ -113,9 +113,10 @@ def test_the_summary_of_a_backfill_fits_80_columns(console: Console, result: Nig
     assert "…" not in shown
 
 
-def test_a_search_says_which_figure_is_optimistic_and_ends_with_yaml(console: Console) -> None:
+@pytest.fixture
+def found() -> SearchRef:
     line = {"rows": 123_456, "users": 9, "own": 0.6, "best": 0.58, "difference": -0.02, "low": -0.03, "high": -0.01}
-    found = SearchRef.model_validate(
+    return SearchRef.model_validate(
         {
             "objective": "clicked", "own_is_best": False, "chosen_by": (NIGHT, NIGHT), "last": (NIGHT, NIGHT),
             "settings": (
@@ -127,6 +128,9 @@ def test_a_search_says_which_figure_is_optimistic_and_ends_with_yaml(console: Co
             "lines": ({"support": 0, **line}, {"support": 20, **line, "low": None, "high": None}),
         }
     )  # fmt: skip
+
+
+def test_a_search_says_which_figure_is_optimistic_and_ends_with_yaml(console: Console, found: SearchRef) -> None:
     show_search(console, found)
     shown = shown_on(console)
     for fact in (
@@ -141,6 +145,40 @@ def test_a_search_says_which_figure_is_optimistic_and_ends_with_yaml(console: Co
     assert max(map(len, tables.splitlines())) <= 80
     show_search(console, found.model_copy(update={"own_is_best": True, "lines": ()}))
     assert "own settings did best: there is nothing to change" in shown_on(console)
+
+
+PROVEN = "proven better on nights that nothing was chosen by; to be merged into the config:"
+DOUBTFUL = "not proven on nights that nothing was chosen by; to be merged if there is another reason:"
+WORSE = "worse on nights that nothing was chosen by: keep the config's own settings, not these:"
+NOTHING = "no trial was finished: nothing is known of other settings"
+SAME = "the config's own settings did best: there is nothing to change"
+
+
+@pytest.mark.parametrize(
+    ("changed", "bounds", "says"),
+    [
+        ({}, [(-0.03, -0.01), (-0.02, 0.01)], PROVEN),
+        ({}, [(-0.03, 0.0), (-0.02, 0.01)], DOUBTFUL),
+        ({}, [(None, None)], DOUBTFUL),
+        ({}, [], DOUBTFUL),
+        ({}, [(-0.03, -0.01), (0.001, 0.02)], WORSE),
+        ({"own_is_best": True}, [], SAME),
+        ({"own_is_best": True, "complete": 0}, [], NOTHING),
+    ],
+)
+def test_a_search_says_whether_its_best_is_proven(
+    console: Console,
+    found: SearchRef,
+    changed: dict[str, object],
+    bounds: list[tuple[float | None, float | None]],
+    says: str,
+) -> None:
+    """One proven exam is proof only where no other one is proven worse."""
+    lines = tuple(found.lines[0].model_copy(update={"low": low, "high": high}) for low, high in bounds)
+    show_search(console, found.model_copy(update={"lines": lines, **changed}))
+    shown = " ".join(shown_on(console).split())
+    assert [one for one in (PROVEN, DOUBTFUL, WORSE, NOTHING, SAME) if one in shown] == [says]
+    assert ("embedding_decay: 0.5003" in shown) == (says not in (SAME, NOTHING))
 
 
 def test_releases_fit_80_columns(console: Console) -> None:

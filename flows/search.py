@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from flows.config import RetrainConfig, read_tree
 from flows.nightly import resolve
 from tasks.errors import InvalidConfig
-from tasks.learning.space import DEFAULT, Sections, Space, read_space
+from tasks.learning.space import Sections, Space, default_space, read_space
 from tasks.prepare import prepare_history
 from tasks.search import SearchPlan, SearchRef, search_settings
 from tasks.steps import hold
@@ -37,7 +37,7 @@ def search(
         night: only nights before this one are read; it need not be there.
         trials: how many in all, those of earlier runs included.
         minutes: no trial begins later than this after the start; none: all trials.
-        space: path of a YAML file of what may be tried; none: `tasks.learning.space.DEFAULT`.
+        space: path of a YAML file of what may be tried; none: `tasks.learning.space.default_space`.
         block: nights of a block.
         cuts: blocks that settings are chosen by; one more is held back.
         seed: of the sampler.
@@ -45,6 +45,7 @@ def search(
 
     Raises:
         InvalidConfig: the space has faults, an option is out of bounds, or Optuna is not installed.
+        SearchRunning: another search uses the file of trials.
         NotEnoughHistory: too few nights before this one.
     """
     config = resolve(config)
@@ -66,5 +67,5 @@ def _space(config: RetrainConfig, path: str | None) -> Space:
     """What may be tried."""
     now = Sections(config.ranker, config.adapter, config.training)
     if path is None:
-        return DEFAULT
+        return default_space(now)
     return read_space({str(name): told for name, told in read_tree(path, "space").items()}, now, f"space {path}")

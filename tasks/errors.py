@@ -23,6 +23,7 @@
     │   ├── FormatUnknown          an object is whole, but of a format of another version of nightrank
     │   ├── Conflict               a conditional write lost: the object changed under us
     │   └── OutcomeUnknown         a conditional write may or may not have happened
+    ├── SearchRunning              another search uses the file of trials
     ├── LeaseHeld                  another run of this pipeline is alive (transient)
     ├── LeaseLost                  our lease was taken over: stop writing
     ├── PointerMoved               the pointer names something newer than what this run may replace
@@ -133,6 +134,10 @@ class Conflict(StoreError):
 
 class OutcomeUnknown(StoreError):
     """A conditional write may or may not have happened, and the store cannot be asked."""
+
+
+class SearchRunning(NightrankError):
+    """Another search uses the file of trials."""
 
 
 class LeaseHeld(NightrankError):

@@ -7,6 +7,7 @@ trial was chosen by. Nothing is published, and nothing of the night itself or la
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -33,8 +34,8 @@ from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig, RankerShape
 from tasks.learning.setting import Setting
-from tasks.learning.space import Parameter, Sections, Settings, Value
-from tasks.learning.study import Search, Told, Tried
+from tasks.learning.space import BELONGS, Parameter, Sections, Settings, Value
+from tasks.learning.study import Told, Tried, remembered
 from tasks.learning.training_config import BESIDE, TrainingConfig
 from tasks.meta_train import rows_of
 from tasks.references import HistoryRef, Place
@@ -110,7 +111,7 @@ class SearchRef(Section):
     complete: int
     pruned: int
     refused: tuple[str, ...]
-    """Why trials whose settings cannot be trained were given up, each reason once."""
+    """Why trials whose settings cannot be trained, or whose process was killed, were given up, each reason once."""
     history: int
     """Nights that were read, in training or else."""
     left_out: dict[str, str]
@@ -136,6 +137,7 @@ def search_settings(
     Raises:
         NotEnoughHistory: the window has too few nights for the blocks.
         InvalidConfig: Optuna is not installed.
+        SearchRunning: another search uses the file of trials.
         TrainingDiverged: the config's own settings cannot be trained.
     """
     record = record_of(place, history)
@@ -158,9 +160,7 @@ def search_settings(
         "plan": plan.model_dump(mode="json", include={"seed", "block", "cuts"}),
         "device": bench.device,
     }
-    study = Search(Path(plan.storage), digest_of(made_from), space, plan.seed)
-    begun, before = time.monotonic(), len(study.tried)
-    why = f"{plan.trials} trials, {before} of them done before" if before else f"{plan.trials} trials"
+    begun = time.monotonic()
 
     def score(settings: Settings, told: Told) -> float:
         return bench.score(own.changed(settings), blocks[:-1], told)
@@ -168,17 +168,21 @@ def search_settings(
     def in_time() -> bool:
         return plan.minutes is None or time.monotonic() - begun < 60 * plan.minutes
 
-    with looked_at("search", why) as progress:
+    with (
+        remembered(Path(plan.storage), digest_of(made_from), space, plan.seed, own) as study,
+        looked_at("search", _how_many(plan, len(study.tried))) as progress,
+    ):
         mine = study.default(lambda: bench.score(own, blocks[:-1], lambda part, loss: None))
         study.run(score, plan.trials, in_time, lambda done: progress(done, plan.trials, "trials"))
         tried = study.tried
         best = min((one for one in tried if one.loss is not None), key=_loss, default=None)
         won = best is not None and _loss(best) < mine
-        settings: Settings = best.settings if best is not None and won else {name: own.value(name) for name in space}
-        lines = bench.compared(own.changed(settings), own, blocks[-1]) if won else ()
+        settings: Settings = best.settings if best is not None and won else {}
+        changed = own.changed(settings)
+        lines = bench.compared(changed, own, blocks[-1]) if won else ()
     return SearchRef(
         objective=bench.lead.name,
-        settings=tuple(SearchedSetting(name=name, own=own.value(name), best=settings[name]) for name in space),
+        settings=settings_of(space, own, changed),
         own_is_best=not won,
         chosen_by=(date.fromordinal(int(blocks[0][0])), date.fromordinal(int(blocks[-2][-1]))),
         last=(date.fromordinal(int(blocks[-1][0])), date.fromordinal(int(blocks[-1][-1]))),
@@ -191,6 +195,21 @@ def search_settings(
         history=len(history.nights),
         left_out=history.left_out,
         storage=plan.storage,
+    )
+
+
+def settings_of(space: Mapping[str, Parameter], own: Sections, best: Sections) -> tuple[SearchedSetting, ...]:
+    """The searched settings that apply to the best, and those that are at their defaults because of its kinds.
+
+    Args:
+        space: what was tried.
+        own: the config's sections.
+        best: those of the best trial.
+    """
+    return tuple(
+        SearchedSetting(name=name, own=own.value(name), best=best.value(name))
+        for name in dict.fromkeys((*space, *BELONGS))
+        if (name in space and best.applies(name, {})) or best.value(name) != own.value(name)
     )
 
 
@@ -222,6 +241,10 @@ def shape_before(data: DataConfig, rows: Rows, words: Vocabularies, first: int) 
         "candidate_value_vocabularies": sizes(rows.candidate_values, whole.candidate_values),
     }
     return whole.model_copy(update=tables)
+
+
+def _how_many(plan: SearchPlan, before: int) -> str:
+    return f"{plan.trials} trials, {before} of them done before" if before else f"{plan.trials} trials"
 
 
 def _loss(tried: Tried) -> float:

@@ -1,9 +1,15 @@
-"""What a search may try: settings of ranker, adapter and training by name, each with the values that it may take."""
+"""What a search may try: settings of ranker, adapter and training by name, each with the values that it may take.
+
+A setting that belongs to one value of another one (`BELONGS`: `adapter.rank` to `adapter.kind: lora`) is drawn in the
+trials that have that value, and is at its default in the others; one that nobody reads beside some value of another
+(`UNREAD`) is not drawn there.
+"""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import product
 from typing import Literal, Self
 
 from pydantic import ValidationError, model_validator
@@ -26,6 +32,29 @@ FIXED = {
     "training.tensorboard": "it changes no quality",
 }
 """Settings that are not searched, and why."""
+BELONGS: dict[str, tuple[str, Collection[Value]]] = {
+    "ranker.cross_layers": ("ranker.kind", ("dcn",)),
+    "adapter.rank": ("adapter.kind", ("lora",)),
+    "adapter.bends": ("adapter.kind", ("gradient",)),
+    "training.swa_after": ("training.averaging", ("swa",)),
+    "training.distill": ("training.members", range(2, 17)),
+}
+"""Settings that a config refuses unless another has one of some values."""
+_NO_FEATURES: dict[str, Collection[Value]] = {
+    "adapter.kind": ("none", "bias", "film", "lora"),
+    "adapter.bends": ("dense",),
+}
+UNREAD: dict[str, dict[str, Collection[Value]]] = {
+    "ranker.factors": _NO_FEATURES,
+    "ranker.category_factors": _NO_FEATURES,
+    "ranker.warm_up": _NO_FEATURES,
+    "ranker.direct": _NO_FEATURES,
+    "ranker.features": _NO_FEATURES,
+    "adapter.precision": {"adapter.kind": ("none",)},
+    "adapter.coarse_precision": {"adapter.kind": ("none",)},
+    "adapter.steps": {"adapter.kind": ("none",)},
+}
+"""Settings that are not read where another has one of some values."""
 
 
 class Parameter(Section):
@@ -83,7 +112,7 @@ DEFAULT: Space = {
     "adapter.precision": _between(1.0, 16.0, log=True),
     "adapter.coarse_precision": _between(20.0, 600.0, log=True),
 }
-"""What is searched where no space is given."""
+"""What is searched where no space is given, as far as the config's adapter reads it (`default_space`)."""
 
 
 @dataclass(frozen=True)
@@ -100,27 +129,73 @@ class Sections:
         found: Value = getattr(getattr(self, section), field)
         return found
 
+    def applies(self, name: str, settings: Settings) -> bool:
+        """Whether a setting belongs to, and is read beside, what a trial has drawn of the others."""
+        found = {switch: self._now(switch, settings) for switch in _switches(name)}
+        if name in BELONGS and found[BELONGS[name][0]] not in BELONGS[name][1]:
+            return False
+        return not any(found[switch] in values for switch, values in UNREAD.get(name, {}).items())
+
     def changed(self, settings: Settings) -> "Sections":
-        """The sections with some settings replaced.
+        """The sections with some settings replaced; what belongs to other values than theirs is at its default.
 
         Raises:
             InvalidConfig: they do not fit together.
         """
         made: dict[str, Section] = {}
-        for name, whole in vars(self).items():
-            mine = {key.split(".")[1]: value for key, value in settings.items() if key.startswith(f"{name}.")}
+        for name in vars(self):
             try:
-                made[name] = type(whole).model_validate({**whole.model_dump(), **mine}, strict=True)
+                made[name] = self.section(name, settings)
             except ValidationError as error:
-                raise InvalidConfig("; ".join(fault["msg"] for fault in error.errors())) from error
+                raise InvalidConfig("; ".join(_said(fault["msg"]) for fault in error.errors())) from error
         sections = Sections(**made)  # type: ignore[arg-type]
         if (fault := misfit(sections.training.outer, sections.adapter)) is not None:
             raise InvalidConfig(fault)
         return sections
 
+    def section(self, name: str, settings: Settings) -> Section:
+        """One section with some settings replaced.
+
+        Raises:
+            ValidationError: it does not fit together.
+        """
+        whole: Section = getattr(self, name)
+        told = {f"{name}.{field}": value for field, value in whole.model_dump().items()}
+        kept = {key: value for key, value in told.items() if key not in BELONGS or self.applies(key, settings)}
+        mine = {key: value for key, value in settings.items() if key.startswith(f"{name}.")}
+        fields = {key.split(".")[1]: value for key, value in (kept | mine).items()}
+        return type(whole).model_validate(fields, strict=True)
+
+    def _now(self, name: str, settings: Settings) -> Value:
+        """What a setting is in a trial."""
+        if name in settings:
+            return settings[name]
+        if self.applies(name, settings):
+            return self.value(name)
+        section, field = name.split(".")
+        found: Value = type(getattr(self, section)).model_fields[field].default
+        return found
+
+
+def default_space(now: Sections) -> Space:
+    """What is searched where no space is given."""
+    return {name: one for name, one in DEFAULT.items() if now.applies(name, {})}
+
+
+def in_order(space: Space) -> list[str]:
+    """The settings of a space, those that others depend on first."""
+
+    def depth(name: str) -> int:
+        return max((1 + depth(switch) for switch in _switches(name) if switch in space), default=0)
+
+    return sorted(space, key=depth)
+
 
 def read_space(tree: Mapping[str, object], now: Sections, source: str) -> Space:
     """A space from its file's content, checked against the config.
+
+    A setting that belongs to values of another (`BELONGS`), or is not read beside some (`UNREAD`), may stand beside
+    that other one: it is drawn in the trials that it applies to. One that applies to no trial is a fault.
 
     Args:
         tree: name of each setting to `type`, `low`, `high`, `log`, `choices`.
@@ -138,9 +213,9 @@ def read_space(tree: Mapping[str, object], now: Sections, source: str) -> Space:
         except ValidationError as error:
             for fault in error.errors(include_url=False):
                 where = ".".join(str(part) for part in (name, *fault["loc"]))
-                faults.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}")
-            continue
-        faults += _misfits(name, space[name], now)
+                faults.append(f"{where}: {_said(fault['msg'])}")
+    for name in space:
+        faults += _misfits(name, space, now)
     if not tree:
         faults.append("it names no setting")
     if faults:
@@ -149,7 +224,17 @@ def read_space(tree: Mapping[str, object], now: Sections, source: str) -> Space:
     return space
 
 
-def _misfits(name: str, parameter: Parameter, now: Sections) -> Iterator[str]:
+def _said(message: str) -> str:
+    """A fault without pydantic's prefix."""
+    return message.removeprefix("Value error, ")
+
+
+def _switches(name: str) -> set[str]:
+    """The settings that tell whether another applies."""
+    return {*UNREAD.get(name, ()), *((BELONGS[name][0],) if name in BELONGS else ())}
+
+
+def _misfits(name: str, space: Space, now: Sections) -> Iterator[str]:
     known = [f"{part}.{field}" for part, whole in vars(now).items() for field in type(whole).model_fields]
     if name not in known:
         close = get_close_matches(name, known, n=1)
@@ -158,12 +243,17 @@ def _misfits(name: str, parameter: Parameter, now: Sections) -> Iterator[str]:
     if name in FIXED:
         yield f"{name}: is not searched: {FIXED[name]}; remove it"
         return
-    section, field = name.split(".")
-    whole: Section = getattr(now, section)
-    for value in parameter.extremes:
+    switches = sorted(switch for switch in _switches(name) if switch in space)
+    drawn = (dict(zip(switches, told, strict=True)) for told in product(*(space[one].extremes for one in switches)))
+    beside: Settings | None = next((settings for settings in drawn if now.applies(name, settings)), None)
+    if beside is None and name in UNREAD:
+        where = " and ".join(f"{one} {now.value(one)!r}" for one in sorted(_switches(name)) if one not in space)
+        yield f"{name}: is not read with {where or 'any of what is tried beside it'}; remove it"
+        return
+    beside = beside or {}
+    for value in space[name].extremes:
         try:
-            type(whole).model_validate({**whole.model_dump(), field: value}, strict=True)
+            now.section(name.split(".")[0], {**beside, name: value})
         except ValidationError as error:
-            found = error.errors()[0]
-            yield f"{name}: {value!r} is not allowed: {found['msg'].removeprefix('Value error, ')}"
+            yield f"{name}: {value!r} is not allowed: {_said(error.errors()[0]['msg'])}"
             return

@@ -18,7 +18,11 @@ from flows.config import RetrainConfig, as_yaml, load_config
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import InvalidConfig, NotEnoughHistory
 from tasks.learning import training
-from tasks.search import SearchRef, shape_before
+from tasks.learning.adapters import AdapterConfig
+from tasks.learning.networks import RankerConfig
+from tasks.learning.space import Parameter, Sections
+from tasks.learning.training_config import TrainingConfig
+from tasks.search import SearchRef, settings_of, shape_before
 from tests.finished import Finished
 from tests.steps.plain import plain_verbs
 from tests.world import write_world
@@ -110,6 +114,20 @@ def test_the_best_settings_are_yaml_that_a_config_takes(
     assert config.training.epochs == 1
 
 
+def test_what_a_best_of_another_kind_puts_back_to_its_default_is_printed_too() -> None:
+    """Else the printed YAML would not fit a config that has a rank."""
+    own = Sections(RankerConfig(), AdapterConfig(kind="lora", rank=8), TrainingConfig())
+    space = {
+        "adapter.kind": Parameter(type="choice", choices=("ridge", "lora")),
+        "ranker.factors": Parameter(type="int", low=1, high=8),
+    }
+    ridge = own.changed({"adapter.kind": "ridge", "ranker.factors": 6})
+    told = [(one.name, one.own, one.best) for one in settings_of(space, own, ridge)]
+    assert told == [("adapter.kind", "lora", "ridge"), ("ranker.factors", 4, 6), ("adapter.rank", 8, 4)]
+    assert AdapterConfig.model_validate({"kind": "lora", "rank": 8} | {"kind": "ridge", "rank": 4}) == ridge.adapter
+    assert [one.name for one in settings_of(space, own, own)] == ["adapter.kind"]
+
+
 def test_nothing_of_the_night_or_later_is_read(world: Finished, found: tuple[SearchRef, Path], tmp_path: Path) -> None:
     other = world.copy(tmp_path / "other")
     for night in (one for one in other.world.nights if one >= other.next_night):
@@ -185,6 +203,9 @@ def test_it_goes_on_where_it_was_and_trains_nothing_twice(
 ) -> None:
     result, folder = found
     shutil.copytree(folder, tmp_path / "again")
+    # What is no part of any loss drops no trial.
+    beside = {"checkpoint_seconds": 7.0, "tensorboard": str(tmp_path / "runs")}
+    tree = {**world.world.config, "training": {**world.world.config["training"], **beside}}
     cuts: list[date] = []
     train = training.meta_train
 
@@ -193,7 +214,7 @@ def test_it_goes_on_where_it_was_and_trains_nothing_twice(
         return train(*given, **named)
 
     monkeypatch.setattr(training, "meta_train", counted)
-    again = searched(world.world.config, world.next_night, tmp_path / "again")
+    again = searched(tree, world.next_night, tmp_path / "again")
     assert again.model_copy(update={"storage": result.storage}) == result
     assert cuts == [world.world.nights[4]] * 2  # the comparison on the last block
 

@@ -1,14 +1,15 @@
 """What may be searched: a space that does not fit its config is refused line by line, before anything is trained."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 
 from tasks.errors import InvalidConfig
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.networks import RankerConfig
-from tasks.learning.space import DEFAULT, Sections, read_space
-from tasks.learning.training_config import TrainingConfig
+from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.space import BELONGS, DEFAULT, FIXED, UNREAD, Sections, Settings, default_space, read_space
+from tasks.learning.training_config import BESIDE, TrainingConfig
 
 NOW = Sections(RankerConfig(), AdapterConfig(), TrainingConfig())
 
@@ -77,5 +78,90 @@ def test_settings_replace_those_of_the_config_and_have_to_fit_together():
     assert (changed.adapter, changed.ranker.dropout) == (NOW.adapter, NOW.ranker.dropout)
     with pytest.raises(InvalidConfig, match="reptile"):
         NOW.changed({"training.outer": "reptile"})
-    with pytest.raises(InvalidConfig, match=r"belongs to .* 'dcn'"):
+    with pytest.raises(InvalidConfig, match=r"^ranker\.cross_layers = 4 belongs to .* 'dcn'"):
         NOW.changed({"ranker.cross_layers": 4})
+
+
+def test_what_is_beside_a_training_is_not_searched():
+    """A study's name leaves it out: trials with it would be taken for those without."""
+    assert {f"training.{name}" for name in BESIDE} <= FIXED.keys()
+
+
+def other(field: Any) -> Any:
+    """A value of a field that is not its default."""
+    if isinstance(field.default, bool):
+        return not field.default
+    if isinstance(field.default, int):
+        return field.default + 1
+    if isinstance(field.default, float):
+        return field.default * 0.9
+    return next((value for value in get_args(field.annotation) if value != field.default), None)
+
+
+def test_all_settings_that_a_config_refuses_beside_its_kind_are_known_to_belong_to_one():
+    refused: dict[str, str] = {}
+    for name, whole in vars(NOW).items():
+        for field, about in type(whole).model_fields.items():
+            try:
+                NOW.changed({f"{name}.{field}": other(about)})
+            except InvalidConfig as error:
+                refused[f"{name}.{field}"] = str(error)
+    assert {setting for setting, said in refused.items() if "belongs to" in said} == BELONGS.keys()
+    for setting, (switch, values) in BELONGS.items():
+        section, field = setting.split(".")
+        value = other(type(getattr(NOW, section)).model_fields[field])
+        made = NOW.changed({switch: next(iter(values)), setting: value})
+        assert made.value(setting) == value
+        # Where another kind is drawn it is as if nothing had been said of it.
+        assert made.changed({switch: NOW.value(switch)}).value(setting) == NOW.value(setting)
+
+
+@pytest.mark.parametrize("name", [name for name in UNREAD if name.startswith("ranker.") and name != "ranker.warm_up"])
+def test_a_feature_is_unread_where_it_changes_no_number_of_an_adapter(name: str):
+    shape = RankerShape(
+        request_vocabularies=(3,), candidate_vocabularies=(5, 4), request_numbers=1, candidate_numbers=2,
+        request_statistics=(0,), candidate_statistics=(1,), joint_statistics=(), offsets=(1,), kinds=("binary",),
+    )  # fmt: skip
+    trials: list[Settings] = [
+        {"adapter.kind": kind} for kind in get_args(AdapterConfig.model_fields["kind"].annotation)
+    ]
+    for drawn in (*trials, {"adapter.kind": "gradient", "adapter.bends": "dense"}):
+        field = RankerConfig.model_fields[name.split(".")[1]]
+        widths = set()
+        for value in (field.default, other(field)):
+            made = NOW.changed({**drawn, name: value})
+            widths.add(made.adapter.width(Ranker(shape, made.ranker, made.adapter.bent).width))
+        assert NOW.applies(name, drawn) == (len(widths) > 1), drawn
+
+
+def test_the_default_space_leaves_out_what_the_adapter_does_not_read():
+    features = {"ranker.factors", "ranker.category_factors"}
+    precisions = {"adapter.precision", "adapter.coarse_precision"}
+    left_out = {"ridge": set(), "gradient": set(), "bias": features, "film": features, "lora": features,
+                "none": features | precisions}  # fmt: skip
+    for kind, names in left_out.items():
+        now = replace(NOW, adapter=AdapterConfig(kind=kind))
+        assert default_space(now).keys() == DEFAULT.keys() - names
+    dense = replace(NOW, adapter=AdapterConfig(kind="gradient", bends="dense"))
+    assert default_space(dense).keys() == DEFAULT.keys() - features
+
+
+def test_a_kind_and_what_belongs_to_it_stand_in_one_space():
+    ranks = {"type": "int", "low": 1, "high": 8}
+    kinds = {"type": "choice", "choices": ["ridge", "lora"]}
+    assert set(read_space({"adapter.rank": ranks, "adapter.kind": kinds}, NOW, "s")) == {"adapter.rank", "adapter.kind"}
+    lora = replace(NOW, adapter=AdapterConfig(kind="lora", rank=8))
+    assert set(read_space({"adapter.kind": kinds, "ranker.factors": ranks}, lora, "s")) == {
+        "adapter.kind",
+        "ranker.factors",
+    }
+    assert lora.changed({"adapter.kind": "ridge"}).adapter == AdapterConfig()
+    dense = replace(NOW, adapter=AdapterConfig(kind="gradient", bends="dense"))
+    both = {"type": "choice", "choices": ["ridge", "gradient"]}
+    assert len(read_space({"adapter.kind": both, "ranker.factors": ranks}, dense, "s")) == 2
+    assert [dense.applies("ranker.factors", {"adapter.kind": kind}) for kind in ("ridge", "gradient")] == [True, False]
+    others = {"type": "choice", "choices": ["film", "bias"]}
+    with pytest.raises(InvalidConfig, match=r"adapter\.rank: 1 is not allowed: adapter\.rank = 1 belongs to .* 'lora'"):
+        read_space({"adapter.rank": ranks, "adapter.kind": others}, NOW, "s")
+    with pytest.raises(InvalidConfig, match=r"ranker\.factors: is not read with adapter\.bends 'head'; remove it"):
+        read_space({"ranker.factors": ranks, "adapter.kind": others}, NOW, "s")

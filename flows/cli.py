@@ -250,6 +250,7 @@ def _doctor(options: argparse.Namespace, console: "Console") -> None:
     from tasks.data.interactions import nights
     from tasks.ingest import lake
     from tasks.steps import device_of, store_of
+    from tasks.tensorboard import check
 
     config = load_config(options.config)
     console.print(f"config  {options.config}: fits, pipeline {config.pipeline}")
@@ -260,6 +261,9 @@ def _doctor(options: argparse.Namespace, console: "Console") -> None:
     store_of(config.place()).check()
     console.print(f"store   {config.store}: writable, honours conditions")
     console.print(f"device  {device_of(config.place())}")
+    if config.training.tensorboard is not None:
+        check(config.training)
+        console.print(f"curves  {config.training.tensorboard}: writable for TensorBoard", soft_wrap=True)
 
 
 def _rank(options: argparse.Namespace, console: "Console") -> None:

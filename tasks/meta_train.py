@@ -75,7 +75,8 @@ def meta_train(
             "parameters": trained.base.parameters(),
             "trained_through": trained.base.trained_through.isoformat(),
         }
-        return Product(content, {"curve": [list(point) for point in trained.curve], "why": why + trained.why}, files)
+        notes = {"curve": [list(point) for point in trained.curve], "why": why + trained.why}
+        return Product(content, notes | ({"unwritten": scalars.lost} if scalars.lost else {}), files)
 
     checkpoint = CheckpointFile(place, ingested.night, digest_of([VERSION, torch.__version__, inputs, section]))
     record, shared = carry_out(place, "meta-train", VERSION, ingested.night, inputs, section, work)

@@ -90,7 +90,9 @@ def night_report(place: Place, data: DataConfig, gate: GateConfig, done: Finishe
         steps=tuple(Step(step.step, step.seconds, step.peak_mib, step.reused) for step in done.in_order),
         alarms=tuple((name, message) for name, message in judged.notes["alarms"]),
         retention=_retention(record_of(place, done.retention).content["figures"], done.retention.told, gate),
-        provenance=_provenance() | {"training": trained.notes["why"], "champion": judged.notes["champion"]["why"]},
+        provenance=_provenance()
+        | {"training": trained.notes["why"], "champion": judged.notes["champion"]["why"]}
+        | ({"TensorBoard": trained.notes["unwritten"]} if "unwritten" in trained.notes else {}),
     )
 
 

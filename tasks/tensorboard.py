@@ -2,9 +2,12 @@
 
 The numbers of a training lie in ``<directory>/<pipeline>/<night>``, of a replay's in ``<pipeline>/replay/<night>``,
 those of an ensemble's members in folders below it, and the exams' in ``verdict`` below it. Nothing reads them but
-people: they are no part of a step's record, and a night whose training is reused writes none.
+people: they are no part of a step's record, and a night whose training is reused writes none. So a directory that
+fails while a night runs does not stop it: the rest is not written, and that is said.
 """
 
+import logging
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
@@ -12,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import InvalidConfig, StoreUnwritable
-from tasks.learning.scalars import NoScalars, Scalars
+from tasks.learning.scalars import NoScalars
 from tasks.learning.training_config import TrainingConfig
 from tasks.references import Place, VerdictRef
+
+log = logging.getLogger("nightrank.tensorboard")
 
 
 def check(training: TrainingConfig) -> None:
@@ -22,26 +27,33 @@ def check(training: TrainingConfig) -> None:
 
     Raises:
         InvalidConfig: a directory is named, and TensorBoard is not installed.
-        StoreUnwritable: the directory cannot be made.
+        StoreUnwritable: the directory cannot be made, or not be written to.
     """
-    if training.tensorboard is not None:
-        _writer_class()
-        with _writable(training.tensorboard):
-            Path(training.tensorboard).mkdir(parents=True, exist_ok=True)
+    if training.tensorboard is None:
+        return
+    _writer_class()
+    try:
+        Path(training.tensorboard).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=training.tensorboard) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise StoreUnwritable(
+            f"{_cannot(training.tensorboard, error)}; free space or give permission, or remove training.tensorboard"
+        ) from error
 
 
 @contextmanager
-def scalars_of(training: TrainingConfig, place: Place, night: date, replayed: bool = False) -> Iterator[Scalars]:
+def scalars_of(
+    training: TrainingConfig, place: Place, night: date, replayed: bool = False
+) -> Iterator["EventFiles | NoScalars"]:
     """Where the numbers of a night's training go; the files are closed behind the block.
 
     Raises:
         InvalidConfig: a directory is named, and TensorBoard is not installed.
-        StoreUnwritable: the directory cannot be written to.
     """
     if training.tensorboard is None:
         yield NoScalars()
         return
-    check(training)
     files = EventFiles(_run(training.tensorboard, place, night, replayed))
     try:
         yield files
@@ -82,6 +94,8 @@ class EventFiles:
     TensorBoard drops what an earlier session has written of that epoch and of later ones: a training that died after
     its last checkpoint leaves no epoch twice.
 
+    Where the folder fails, a warning says so once, and nothing more is written by this run and those below it.
+
     Args:
         folder: of the run.
         at: whose midnight the numbers are dated to; None for the time at which they are written.
@@ -89,6 +103,7 @@ class EventFiles:
 
     def __init__(self, folder: Path, at: date | None = None) -> None:
         self._folder = folder
+        self._lost: list[str] = []
         self._writer: Any = None
         self._parts: list[EventFiles] = []
         self._time = None if at is None else datetime(at.year, at.month, at.day, tzinfo=UTC).timestamp()
@@ -96,13 +111,16 @@ class EventFiles:
     def begin(self, epoch: int) -> None:
         """Void what an earlier session has written of an epoch and of later ones."""
         self.close()
-        with _writable(self._folder):
-            self._writer = _writer_class()(str(self._folder), purge_step=epoch)
+        if not self._lost:
+            with self._going_on():
+                self._writer = _writer_class()(str(self._folder), purge_step=epoch)
 
     def write(self, epoch: int, values: Mapping[str, float]) -> None:
         """Write numbers of an epoch; they are in the file when this returns."""
+        if self._lost:
+            return
         assert self._writer is not None, "begin first"
-        with _writable(self._folder):
+        with self._going_on():
             for name, value in values.items():
                 self._writer.add_scalar(name, value, epoch, walltime=self._time)
             self._writer.flush()
@@ -110,6 +128,7 @@ class EventFiles:
     def part(self, name: str) -> "EventFiles":
         """A run below this one."""
         part = EventFiles(self._folder / name)
+        part._lost = self._lost
         self._parts.append(part)
         return part
 
@@ -118,20 +137,30 @@ class EventFiles:
         for part in self._parts:
             part.close()
         if self._writer is not None:
-            with _writable(self._folder):
+            with self._going_on():
                 self._writer.close()
             self._writer = None
 
+    @property
+    def lost(self) -> str:
+        """Why numbers of this run, or of one below it, were not written; empty if all were."""
+        return "".join(self._lost)
 
-@contextmanager
-def _writable(folder: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreUnwritable(
-            f"{folder} cannot be written to for TensorBoard: {error.strerror or error}; free space or give permission, "
-            "or remove training.tensorboard"
-        ) from error
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._lost:
+                self._lost.append(
+                    f"{_cannot(self._folder, error)}; no more is written there, and the night goes on; free space or "
+                    "give permission before the next one, or remove training.tensorboard"
+                )
+                log.warning("%s", self.lost)
+
+
+def _cannot(folder: str | Path, error: OSError) -> str:
+    return f"{folder} cannot be written to for TensorBoard: {error.strerror or error}"
 
 
 def _writer_class() -> Any:

@@ -20,6 +20,9 @@ class Scalars(Protocol):
 class NoScalars:
     """Writes nothing."""
 
+    lost = ""
+    """Nothing is lost of nothing."""
+
     def begin(self, epoch: int) -> None:
         """Nothing begins."""
 

@@ -7,6 +7,8 @@ from tasks.release.exam_section import exam_section, headline, retention_section
 from tasks.release.night import Adapters, Intake, NightReport
 from tasks.release.page import Child, Markup, el, page, section, size, swatch, table
 
+_OF_TRAINING = ("training", "TensorBoard")
+"""What stands beside the learning curve: sentences that would fill the footer."""
 _BESIDE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
 
 
@@ -27,6 +29,7 @@ def render(report: NightReport) -> str:
             "Loss by epoch on the training episodes, and on later nights held back to stop by.",
             el("div", swatch("training", "--dim"), swatch("stopping; the dot was kept", "--accent"), class_="key"),
             curve([(point.epoch, point.train_loss, point.stop_loss) for point in report.curve], report.best_epoch),
+            *(el("p", f"{name}: {told}") for name, told in report.provenance.items() if name in _OF_TRAINING),
         ),
         _adapters(report.adapters),
         _intake(report.intake),
@@ -47,7 +50,10 @@ def render(report: NightReport) -> str:
                 ]
             ),
         ),
-        el("footer", " · ".join(f"{name} {value}" for name, value in report.provenance.items())),
+        el(
+            "footer",
+            " · ".join(f"{name} {told}" for name, told in report.provenance.items() if name not in _OF_TRAINING),
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +186,23 @@ def test_doctor_looks_at_config_lake_store_and_device(config: str, capsys: pytes
     assert "8 nights, 2026-03-01 to 2026-03-08" in lines[1]
     assert "honours conditions" in lines[2]
     assert lines[3].split() == ["device", "cpu"]
+
+
+def test_doctor_looks_at_the_directory_for_tensorboard(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = yaml.safe_load(Path(config).read_text())
+    told, runs = tmp_path / "told.yaml", tmp_path / "file" / "runs"
+    told.write_text(yaml.safe_dump(tree | {"training": {**tree["training"], "tensorboard": str(runs)}}))
+    cli.main(["doctor", "--config", str(told)])
+    assert capsys.readouterr().out.splitlines()[-1] == f"curves  {runs}: writable for TensorBoard"
+    assert list(runs.iterdir()) == []
+    shutil.rmtree(tmp_path / "file")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor", "--config", str(told)])
+    assert ended.value.code == 2
+    assert "remove training.tensorboard" in " ".join(capsys.readouterr().err.split())
 
 
 def test_rank_prints_the_candidates_of_the_champion(

@@ -2,6 +2,8 @@
 
 import builtins
 import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,39 @@ def test_parts_are_runs_below(tmp_path: Path) -> None:
     assert read(tmp_path / "member-1") == {"stop loss": [(0, 2.0)]}
 
 
+def gone(run: Path) -> None:
+    shutil.rmtree(run)
+    run.write_text("")
+
+
+def full(run: Path) -> None:
+    (events,) = run.glob("events.*")
+    events.unlink()
+    events.symlink_to("/dev/full")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+@pytest.mark.parametrize(("break_", "why"), [(gone, "Not a directory"), (full, "No space left on device")])
+def test_a_directory_that_fails_is_said_once_and_raises_nothing(
+    break_: Callable[[Path], None], why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = EventFiles(tmp_path / "run")
+    part = files.part("member-1")
+    files.begin(0)
+    files.write(0, {"stop loss": 1.0})
+    assert files.lost == ""
+    break_(tmp_path / "run")
+    for epoch in range(1, 4):
+        files.write(epoch, {"stop loss": 1.0})
+    part.begin(0)
+    part.write(0, {"stop loss": 1.0})
+    files.close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    said = caplog.records[0].getMessage()
+    assert said == files.lost == part.lost
+    assert said.startswith(f"{tmp_path}/run cannot be written to for TensorBoard: {why}; no more is written there")
+
+
 def told(finished: Finished, folder: Path, **training: Any) -> RetrainConfig:
     tree = finished.world.config
     changed = tree["training"] | {"tensorboard": str(folder), **training}
@@ -102,6 +137,24 @@ def test_a_night_tells_its_training_and_its_exams_and_is_the_same_night(damageab
     # What is told is no part of the night: without it every step of it is there already.
     silent = config.model_copy(update={"training": config.training.model_copy(update={"tensorboard": None})})
     assert silent.digest() == config.digest()
+    again = plain_night(silent, night)
+    assert [step.reused for step in again.steps] == [True] * len(made.steps)
+
+
+def test_a_night_whose_directory_fails_is_the_same_night_and_its_report_says_so(
+    damageable: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, night = told(damageable, tmp_path / "runs"), damageable.next_night
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny").write_text("in the way")
+    with caplog.at_level(logging.WARNING, "nightrank.tensorboard"):
+        made = plain_night(config, night)
+    run = tmp_path / "runs" / "tiny" / night.isoformat()
+    warned = [record.getMessage() for record in caplog.records if record.name == "nightrank.tensorboard"]
+    assert [one.partition(" cannot be written to")[0] for one in warned] == [str(run), str(run / "verdict")]
+    page = damageable.store.get(f"tiny/releases/{made.published.release}/report.html").data.decode()
+    assert f"{run} cannot be written to for TensorBoard: Not a directory; no more is written there" in page
+    silent = config.model_copy(update={"training": config.training.model_copy(update={"tensorboard": None})})
     again = plain_night(silent, night)
     assert [step.reused for step in again.steps] == [True] * len(made.steps)
 

@@ -119,6 +119,8 @@ def _binary(data: DataConfig, column: ColumnConfig) -> bool:
 
 def _value(data: DataConfig, column: ColumnConfig) -> Any:
     """A value that the contract accepts."""
+    if column.kind in LISTS and column.role == "ignored":
+        return []
     if column.kind == "dense":
         return [0.0] * column.width
     if column.kind == "multi":

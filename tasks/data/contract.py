@@ -32,11 +32,12 @@ class ColumnConfig(Section):
     role: Role
     """`user`, `item`, `time`: the keys of an interaction. `label`: an outcome, never an input. `request`: an input
     known per request (user and context columns). `candidate`: an input known per candidate (item columns).
-    `weight`: a non-negative row weight. `ignored`: must be present, is never read."""
+    `weight`: a non-negative row weight. `ignored`: must be present, is never read; of one that holds lists `kind`
+    says so, as if it were an input."""
     dtype: DType
     """The Arrow type family that the files must have: int64 (any integer width), float64 (any float), string, bool,
     timestamp (any unit; without zone it is UTC). Of a `multi` or `dense` column, the family of the values in its
-    lists, which may be lists of any offset width or of a fixed size."""
+    lists, which may be lists of any offset width or of a fixed size; lists that are ignored may hold any family."""
     kind: Kind | None = None
     """How an input is read. Inputs must say. `categorical`: looked up in a vocabulary. `numeric`: normalised. `multi`:
     a list of categories (tags, genres), each looked up, their embeddings averaged; the order says nothing, and a value
@@ -50,7 +51,8 @@ class ColumnConfig(Section):
     and a request with one is refused, so that a ranker is served what it was trained on; cut them upstream if you can
     say which values matter. Every row and every candidate takes room for so many."""
     length: Annotated[int, Field(ge=1, le=8192)] | None = Field(None, exclude_if=lambda length: length is None)
-    """How many numbers a vector of a `dense` column has; vectors of another length go to quarantine."""
+    """How many numbers a vector of a `dense` column has; vectors of another length go to quarantine. Of ignored lists
+    this, or `max_values`, is only what memory is reckoned with."""
     minimum: float | None = None
     """Smallest value allowed; smaller ones go to quarantine."""
     maximum: float | None = None
@@ -74,7 +76,7 @@ class ColumnConfig(Section):
                 raise ValueError(
                     f"column {self.name!r} is numeric and must be int64, float64 or bool, not {self.dtype}"
                 )
-        elif self.kind is not None:
+        elif self.kind is not None and not (self.role == "ignored" and self.kind in LISTS):
             raise ValueError(f"column {self.name!r} has role {self.role!r}, which is no input: remove kind")
         if self.role in ("user", "item") and self.dtype not in ("int64", "string"):
             raise ValueError(f"column {self.name!r} is a key and must be int64 or string, not {self.dtype}")

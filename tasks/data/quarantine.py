@@ -75,7 +75,8 @@ def clean_schema(data: DataConfig) -> pa.Schema:
 
 def _arrow(column: ColumnConfig) -> pa.DataType:
     if column.kind in LISTS:
-        return pa.list_(pa.float32() if column.kind == "dense" else _ARROW[column.dtype])
+        vector = column.kind == "dense" and column.role != "ignored"
+        return pa.list_(pa.float32() if vector else _ARROW[column.dtype])
     return _ARROW[column.dtype]
 
 
@@ -201,7 +202,7 @@ def _read(data: DataConfig, column: ColumnConfig, lake: str) -> str:
 
 def _cast(column: ColumnConfig) -> str:
     name = quoted(column)
-    if column.dtype == "timestamp":
+    if column.dtype == "timestamp" and column.kind is None:
         # in microseconds: Python has no other instants, and DuckDB calls its largest ones infinite
         instant = f"epoch_us({name})"
         return f"CASE WHEN {instant} {_YEARS_1_TO_9999} THEN make_timestamp({instant}) END AS {name}"

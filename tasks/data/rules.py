@@ -112,7 +112,8 @@ def measures(data: DataConfig) -> dict[str, str]:
     or the marker of missing values, in a `dense` one missing or beyond the finite numbers of float32. No contract can
     name a column so. Where the list is missing, so are the counts.
     """
-    return {name: sql for column in data.columns if column.kind in LISTS for name, sql in _counts(column).items()}
+    read = (column for column in data.columns if column.kind in LISTS and column.role != "ignored")
+    return {name: sql for column in read for name, sql in _counts(column).items()}
 
 
 def _counts(column: ColumnConfig) -> dict[str, str]:

@@ -219,6 +219,9 @@ def other_contract() -> DataConfig:
         ColumnConfig(name="one", role="candidate", kind="multi", dtype="string", max_values=2, nullable=True),
         ColumnConfig(name="codes", role="request", kind="multi", dtype="int64"),
         ColumnConfig(name="vector", role="candidate", kind="dense", dtype="float64", length=2, nullable=True),
+        ColumnConfig(name="opened", role="ignored", kind="multi", dtype="bool"),
+        ColumnConfig(name="instants", role="ignored", kind="multi", dtype="timestamp"),
+        ColumnConfig(name="raw", role="ignored", kind="dense", dtype="float64", length=2),
     )
     objectives = (
         ObjectiveConfig(name="bought", column="bought"),

@@ -1,6 +1,7 @@
 """List columns on their way in: schema, rules, vocabularies and tables, against lists written out by hand."""
 
 import math
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,31 @@ CODES = {"name": "codes", "role": "request", "dtype": "int64", "kind": "multi"}
 MOODS = {"name": "moods", "role": "request", "dtype": "string", "kind": "multi", "max_values": 2}
 LOOK = {"name": "look", "role": "candidate", "dtype": "float64", "kind": "dense", "length": 3, "nullable": True}
 VOICE = {"name": "voice", "role": "candidate", "dtype": "float64", "kind": "dense", "length": 2}
+IGNORED = (
+    {"name": "opened", "role": "ignored", "dtype": "bool", "kind": "multi"},
+    {"name": "instants", "role": "ignored", "dtype": "timestamp", "kind": "multi", "max_values": 1},
+    {"name": "raw", "role": "ignored", "dtype": "float64", "kind": "dense", "length": 2},
+)
+"""Whatever is in them, no row is bad for it."""
 KINDS = {
+    "opened": pa.list_(pa.bool_()),
+    "instants": pa.large_list(pa.timestamp("ms")),
+    "raw": pa.list_(pa.float64()),
     "tags": pa.list_(pa.string()),
     "codes": pa.list_(pa.int64()),
     "moods": pa.list_(pa.string()),
     "look": pa.list_(pa.float32()),
     "voice": pa.list_(pa.float32()),
 }
-GOOD = {"tags": ["a", "b"], "codes": [7], "moods": ["calm"], "look": [1.0, 2.0, 3.0], "voice": [0.5, 0.25]}
+UNREAD: dict[str, Any] = {
+    "opened": [True, None] * 20, "instants": [datetime(1, 1, 1, tzinfo=UTC), None], "raw": [1e300, None, 0.1],
+}  # fmt: skip
+GOOD = UNREAD | {"tags": ["a", "b"], "codes": [7], "moods": ["calm"], "look": [1.0, 2.0, 3.0], "voice": [0.5, 0.25]}
 
 
 def contract() -> DataConfig:
     plain = nights.contract()
-    lists = tuple(ColumnConfig.model_validate(column) for column in (LOOK, TAGS, CODES, VOICE, MOODS))
+    lists = tuple(ColumnConfig.model_validate(column) for column in (LOOK, TAGS, CODES, VOICE, *IGNORED, MOODS))
     return DataConfig.model_validate(plain.model_dump() | {"columns": (*plain.columns, *lists)})
 
 
@@ -72,6 +85,7 @@ BAD: list[tuple[dict[str, Any], set[str]]] = [
 ]
 FINE: list[dict[str, Any]] = [
     {"tags": None}, {"tags": []}, {"tags": ["a", "a", "a"]}, {"codes": []}, {"codes": list(range(16))},
+    {"opened": None, "instants": None, "raw": None}, {"raw": [math.inf]}, {"opened": [], "raw": []},
     {"look": None}, {"look": [3.4e38, -3.4e38, 0.0]}, {"tags": ["'); DROP TABLE copies; --", "{}"]},
 ]  # fmt: skip
 
@@ -126,7 +140,7 @@ def test_copies_that_differ_in_a_list_conflict(tmp_path: Path) -> None:
 def test_lists_of_every_make_read_as_one_and_a_row_group_holds_fewer_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quarantine, "_ROW_GROUP_VALUES", 2 * (3 + 16 + 2 + 3 + 2))
+    monkeypatch.setattr(quarantine, "_ROW_GROUP_VALUES", 2 * (3 + 16 + 2 + 3 + 2 + 16 + 1 + 2))
     others = {
         "tags": pa.large_list(pa.large_string()),
         "codes": pa.list_(pa.int8()),
@@ -196,6 +210,8 @@ def test_a_footer_of_another_type_is_refused(tmp_path: Path, column: str, kind: 
         (TAGS | {"allowed": ("a",)}, "'tags' holds lists, and allowed speaks of single values"),
         (LOOK | {"minimum": 0.0}, "'look' holds lists, and minimum speaks of single values"),
         (TAGS | {"role": "item", "nullable": False}, "'tags' has role 'item', which is no input"),
+        ({"name": "note", "role": "ignored", "dtype": "string", "kind": "categorical"}, "no input: remove kind"),
+        (TAGS | {"role": "label"}, "'tags' has role 'label', which is no input"),
         (TAGS | {"role": "user", "nullable": False}, "'tags' has role 'user', which is no input"),
     ],
 )

@@ -22,6 +22,7 @@ from flows.replay import ReplayedNight, ReplayResult, replay_told_to
 from tasks.adapt import cost_of
 from tasks.clients.object_store import ObjectStore
 from tasks.data import vocabulary
+from tasks.data.contract import ObjectiveConfig
 from tasks.errors import DataRejected, InvalidConfig
 from tasks.evaluate import exam_table
 from tasks.ingest import released_before
@@ -37,6 +38,7 @@ from tasks.recommend import as_of
 from tasks.release import cost, earned, lift, variety
 from tasks.release.slices import ADAPTED, POOLED, SLICES, load
 from tasks.steps import open_workspace, recalled, record_of, watched_by
+from tests.benchmarks.replay import by_seed
 from tests.faults.victims import Nursery, Outcome, Trap
 from tests.finished import DONE, Finished
 from tests.steps.plain import plain_night, plain_replay
@@ -413,3 +415,31 @@ def test_both_kinds_of_objective_are_told(tmp_path: Path) -> None:
     }  # fmt: skip
     assert {one.objective for one in variety.load(Path(seen.result.written.variety))} == {"clicked", "stars"}
     assert "squared error" in page
+
+
+def said_of(labels: list[float], **said: list[float]) -> pa.Table:
+    """An exam table of one user by hand: what each method said of each row."""
+    count = len(labels)
+    columns = {"user": ["ann"] * count, "at": [0] * count, "tie": list(range(count)), "label/liked": labels}
+    return pa.table(
+        columns | {f"nightly/{method.replace('_', ' ')}/liked": numbers for method, numbers in said.items()}
+    )
+
+
+def test_each_seed_is_held_against_its_own_best_baseline_over_all_its_nights() -> None:
+    """Of seed 9: -ln 0.8 once and -ln 0.5 three times, against -ln 0.6. The parent is no baseline."""
+    tables = {
+        "2026-03-05 10": said_of([1], candidate=[0.9], popularity=[0.6], item_mean=[0.7]),
+        "2026-03-05 9": said_of([1], candidate=[0.8], popularity=[0.6], item_mean=[0.4], parent=[0.99]),
+        "2026-03-06 10": said_of([1, 1], candidate=[0.9, 0.9], popularity=[0.6, 0.6], item_mean=[0.7, 0.7]),
+        "2026-03-06 9": said_of([1, 1, 1], candidate=[0.5] * 3, popularity=[0.6] * 3, item_mean=[0.4] * 3),
+    }
+    liked = ObjectiveConfig(name="liked", column="liked")
+    assert by_seed(tables, "nightly", liked).splitlines()[2:] == [
+        "| 9 | 0.5756 | popularity | 0.5108 | +0.0648 |",
+        "| 10 | 0.1054 | item mean | 0.3567 | -0.2513 |",
+    ]
+    stars = ObjectiveConfig(name="liked", column="liked", kind="rating")
+    rated = {"2026-03-05 0": said_of([3, 1], candidate=[3.5, 0.5], popularity=[5, 1])}
+    # Root of (0.25 + 0.25) / 2, and of (4 + 0) / 2.
+    assert by_seed(rated, "nightly", stars).splitlines()[2:] == ["| 0 | 0.5000 | popularity | 1.4142 | -0.9142 |"]

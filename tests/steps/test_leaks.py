@@ -42,6 +42,7 @@ from tests.world import FIRST_NIGHT, World, write_world
 
 NIGHT = FIRST_NIGHT + timedelta(days=4)
 NOTE = {"name": "note", "role": "ignored", "dtype": "string"}
+TRAIL = {"name": "trail", "role": "ignored", "dtype": "float64", "kind": "multi", "max_values": 2}
 
 
 def replaced(table: pa.Table, **values: Any) -> pa.Table:
@@ -326,7 +327,7 @@ def count_own_night(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestALabelColumn:
     """No label is an input, whether or not an objective reads it."""
 
-    def test_a_release_is_the_same_bytes_when_an_unused_label_and_an_ignored_column_are_noise(
+    def test_a_release_is_the_same_bytes_when_an_unused_label_and_ignored_columns_are_noise(
         self, finished: Finished, tmp_path: Path
     ) -> None:
         """Compared with a night whose contract knows of no ignored column at all."""
@@ -336,9 +337,11 @@ class TestALabelColumn:
         def noise(table: pa.Table) -> pa.Table:
             rows = table.num_rows
             noisy = replaced(table, stars=random.uniform(1, 5, rows))
-            return noisy.append_column("note", pa.array([str(value) for value in random.random(rows)]))
+            trails = [random.random(count).tolist() for count in random.integers(0, 5, rows)]
+            noisy = noisy.append_column("note", pa.array([str(value) for value in random.random(rows)]))
+            return noisy.append_column("trail", pa.array(trails, pa.list_(pa.float64())))
 
-        contract = {**tree["data"], "columns": [*tree["data"]["columns"], NOTE]}
+        contract = {**tree["data"], "columns": [*tree["data"]["columns"], NOTE, TRAIL]}
         noisy = Pipeline(tmp_path / "noisy", {**tree, "data": contract})
         for night in finished.world.nights:
             noisy.change(night, noise)

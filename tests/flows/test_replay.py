@@ -33,6 +33,7 @@ from tasks.learning.base import shape_of
 from tasks.learning.exams import Night
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material
+from tasks.learning.setting import Setting
 from tasks.meta_train import rows_of
 from tasks.recommend import as_of
 from tasks.release import cost, earned, lift, variety
@@ -360,11 +361,11 @@ def test_joint_training_is_a_method_with_a_chain_of_its_own(
         past, rows = rows_of(place, history), rows_of(place, record_of(place, one.prepared))
         words = vocabulary.load(data, workspace.file(history, "vocabulary.parquet"))
         training = config.training.model_copy(update={"outer": "joint"})
-        parent = learning.meta_train(
+        setting = Setting(
             *(data, config.segments, config.ranker, config.adapter, training, past),
-            *(shape_of(data, past, words), one.night),
-            parent=parent,
-        ).base
+            *(shape_of(data, past, words), one.night, "cpu"),
+        )
+        parent = learning.meta_train(setting, parent=parent).base
         ladder, material = Ladder(past, config.segments, data.user), Material(past)
         scorer, asked = material.scorer(parent.network), (parent.table(), parent.adaptation)
         bank = fill_bank(ladder, material, scorer, *asked, one.night.toordinal())

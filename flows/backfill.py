@@ -12,7 +12,7 @@ from prefect import flow
 from flows.config import RetrainConfig
 from flows.nightly import NightResult, nightly_retrain, resolve
 from tasks.data.contract import Section
-from tasks.data.interactions import nights
+from tasks.data.lakes import nights
 from tasks.errors import DataRejected, InvalidConfig, NotEnoughHistory
 from tasks.ingest import lake
 from tasks.releases import releases

@@ -247,7 +247,7 @@ def _releases(options: argparse.Namespace, console: "Console") -> None:
 
 def _doctor(options: argparse.Namespace, console: "Console") -> None:
     from flows.config import load_config
-    from tasks.data.interactions import nights
+    from tasks.data.lakes import nights
     from tasks.ingest import lake
     from tasks.steps import device_of, store_of
     from tasks.tensorboard import check

@@ -19,7 +19,7 @@ from flows.config import RetrainConfig
 from flows.nightly import resolve
 from tasks.adapt import adapt
 from tasks.data.contract import Section
-from tasks.data.interactions import nights as nights_of
+from tasks.data.lakes import nights as nights_of
 from tasks.errors import DataRejected, InvalidConfig, NotEnoughHistory
 from tasks.evaluate import evaluate
 from tasks.ingest import ingest_replayed, lake, released_before

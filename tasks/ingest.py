@@ -10,7 +10,8 @@ from typing import Any
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.clients.workspace import StepRecord, canonical_json
 from tasks.data.contract import DataConfig
-from tasks.data.interactions import FrozenFile, FrozenNight, Joined, Source, folders, freeze
+from tasks.data.interactions import FrozenFile, FrozenNight, freeze
+from tasks.data.lakes import Joined, Source, folders
 from tasks.errors import Conflict
 from tasks.parents import released_parent
 from tasks.references import IngestRef, ParentRef, Place

@@ -7,7 +7,7 @@ from tasks.clients.workspace import StepRecord, digest_of
 from tasks.data import states, vocabulary
 from tasks.data.columns import build_rows
 from tasks.data.contract import DataConfig, SegmentsConfig, StatisticsConfig
-from tasks.data.interactions import nights as nights_of
+from tasks.data.lakes import nights as nights_of
 from tasks.errors import DataRejected, NotEnoughHistory
 from tasks.ingest import frozen_before, lake, thawed
 from tasks.parents import VOCABULARY, parent_file

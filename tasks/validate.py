@@ -8,7 +8,8 @@ from tasks.clients.workspace import StepRecord
 from tasks.data import expectations
 from tasks.data.contract import DataConfig
 from tasks.data.expectations import Validated
-from tasks.data.interactions import FrozenNight, lake_of, thaw
+from tasks.data.interactions import FrozenNight, thaw
+from tasks.data.lakes import lake_of
 from tasks.errors import DataRejected
 from tasks.ingest import lake, thawed
 from tasks.references import IngestRef, Place, ValidateRef
@@ -55,7 +56,7 @@ def validate_night(
     Raises:
         ExpectationsFailed: as `validate`; the rejection itself is remembered.
     """
-    lakes = [lake_of(data, file) for file in frozen.files]
+    lakes = [lake_of(data, file.path) for file in frozen.files]
 
     def work(folder: Path, progress: Progress) -> Product:
         files = thaw(frozen, data, Path(place.scratch), lake(data))
@@ -107,7 +108,7 @@ def _build_docs(
 
     They show the validation that was just made; where it was remembered, the night is judged once more for them.
     """
-    lakes = [lake_of(data, file) for file in frozen.files]
+    lakes = [lake_of(data, file.path) for file in frozen.files]
 
     def work(folder: Path, progress: Progress) -> Product:
         if made:

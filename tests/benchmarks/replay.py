@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from flows.config import RetrainConfig, load_config
 from flows.replay import replay_told_to
 from tasks.data.contract import ObjectiveConfig
-from tasks.data.interactions import nights as nights_of
+from tasks.data.lakes import nights as nights_of
 from tasks.evaluate import exam_table
 from tasks.ingest import lake
 from tasks.joint import with_joint

@@ -143,6 +143,6 @@ class TrainingConfig(Section):
                 "training.members"
             )
         if self.even is None and self.evenness != EVENNESS:
-            yield f"evenness = {self.evenness} belongs to training.even, and it names no column; remove it, or name one"
+            yield f"evenness = {self.evenness} is that of training.even, which names no column; remove it, or name one"
         if self.tensorboard is not None and "://" in self.tensorboard:
             yield f"tensorboard = {self.tensorboard!r} is no local directory; name one"

@@ -137,7 +137,7 @@ def test_episodes_are_even_by_a_categorical_request_column(tmp_path: Path, tree:
     tree["training"] = {"even": "age"}
     assert "training.even: 'age' is not a categorical request column; allowed: market" in refusal(tmp_path, tree)
     tree["training"] = {"evenness": 1.0}
-    assert "evenness = 1.0 belongs to training.even, and it names no column" in refusal(tmp_path, tree)
+    assert "evenness = 1.0 is that of training.even, which names no column" in refusal(tmp_path, tree)
 
 
 def test_the_lakes_of_the_readme_are_a_config(tmp_path: Path, tree: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import builtins
 import logging
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def full(run: Path) -> None:
 def test_a_directory_that_fails_is_said_once_and_raises_nothing(
     break_: Callable[[Path], None], why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    before = set(threading.enumerate())
     files = EventFiles(tmp_path / "run")
     part = files.part("member-1")
     files.begin(0)
@@ -103,6 +105,9 @@ def test_a_directory_that_fails_is_said_once_and_raises_nothing(
     part.begin(0)
     part.write(0, {"stop loss": 1.0})
     files.close()
+    for own in set(threading.enumerate()) - before:  # its last words are of this test, and not of the next
+        own.join(10)
+        assert not own.is_alive()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     said = caplog.records[0].getMessage()
     assert said == files.lost == part.lost

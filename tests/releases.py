@@ -185,7 +185,13 @@ def make_parts(
     )
     torch.manual_seed(seed)
     config = RankerConfig(
-        kind="dcn" if kind == "clashing" else "mlp", embedding=4, hidden=8, factors=2, features=2, warm_up=True
+        kind="dcn" if kind == "clashing" else "mlp",
+        embedding=4,
+        hidden=8,
+        factors=2,
+        features=2,
+        warm_up=True,
+        prior=True,
     )
     network = Ranker(shape, config, bent).eval()
     with torch.no_grad():  # untrained layers that begin at zero would hide what they multiply

@@ -51,6 +51,11 @@ class RankerConfig(Section):
     """Adapter features that the candidate tower computes: tastes that are no straight line in a number, at the price
     of weights that every segment has to learn. All these and the constant 1 are what a linear adapter's weights
     multiply; one that bends the dense layers takes what they are given instead, and the network has none of these."""
+    prior: Annotated[bool, Field(exclude_if=lambda told: not told)] = False
+    """Whether the coarsest segments start from weights that the request's columns predict, in place of 0: what people
+    of an age or a country tend to like is then known of those who have no rows yet. A map from the request tower to the
+    weights of `direct` and `features`, learned by the outer loop; what a segment's rows say is held to it. For many
+    users whose columns tell their tastes: of few users it learns who they are. A dump leaves the default out."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Dropout of hidden units in training."""
     request_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.8
@@ -214,6 +219,9 @@ class Ranker(nn.Module):
         for layer in (last, self.wide):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        # Zeros, which draw nothing: a network with it starts where one without it does.
+        predicted = self.width - self._solved if config.prior and bent is None else 0
+        self.prior = nn.Parameter(torch.zeros(len(shape.kinds), predicted, hidden)) if predicted else None
         if bent is not None:
             mirror(first, last)
         if bent is not None and bent.kind == "lora":
@@ -225,6 +233,15 @@ class Ranker(nn.Module):
             getattr(self.shape, f"{side}_{what}") for what in ("value_vocabularies", "values", "vectors")
         )
         return ListInputs(vocabularies, values, vectors, self.config.embedding) if values or vectors else None
+
+    @property
+    def _solved(self) -> int:
+        """How many features, the first, have weights that are not predicted.
+
+        The constant, which the layers have as well, and the factors, which every night solves anew.
+        """
+        before = [name for name in self.parts if name == "constant" or "factors" in name]
+        return int(self.parts[before[-1]].stop)
 
     @property
     def width(self) -> int:
@@ -355,7 +372,14 @@ class Ranker(nn.Module):
             features.append(numbers[..., : shape.candidate_numbers])
         if self.head is not None:
             features.append(self.head(right))
-        return logits, torch.cat(features, dim=-1)
+        found = torch.cat(features, dim=-1)
+        if self.prior is not None:
+            told = found[..., self._solved :]
+            # A product with ones: onnxruntime's sum forgets to reduce what is empty.
+            one = told.new_ones(told.shape[-1], 1)
+            sums = [torch.matmul(left @ prior.mT * told, one) for prior in self.prior]
+            logits = logits + torch.cat(sums, dim=-1)
+        return logits, found
 
     def perceptron(self, parameters: Mapping[str, Tensor] | None = None) -> Perceptron | None:
         """The layers that adapters bend; None where adapters are linear.

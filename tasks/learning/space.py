@@ -48,6 +48,7 @@ UNREAD: dict[str, dict[str, Collection[Value]]] = {
     "ranker.factors": _NO_FEATURES,
     "ranker.category_factors": _NO_FEATURES,
     "ranker.warm_up": _NO_FEATURES,
+    "ranker.prior": _NO_FEATURES,
     "ranker.direct": _NO_FEATURES,
     "ranker.features": _NO_FEATURES,
     "adapter.precision": {"adapter.kind": ("none",)},

@@ -50,12 +50,32 @@ def test_factors_by_columns_are_refused_where_they_would_do_nothing(
 ) -> None:
     tree["ranker"] = {**tree.get("ranker", {}), "warm_up": True}
     assert RetrainConfig.model_validate(tree).ranker.warm_up
+    refuse(tmp_path, tree, change, "ranker.warm_up: it tells an adapter the factors of items without rows")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"adapter": {"kind": "film"}}, {"adapter": {"kind": "bias"}}, {"ranker": {"direct": False}}, {"data": None}],
+    ids=["bent", "bias", "no numbers", "no columns"],
+)
+def test_predicted_weights_are_refused_where_there_are_none(
+    tmp_path: Path, tree: dict[str, Any], change: dict[str, Any]
+) -> None:
+    tree["ranker"] = {**tree.get("ranker", {}), "prior": True}
+    assert RetrainConfig.model_validate(tree).ranker.prior
+    tree["ranker"]["features"] = 0
+    assert RetrainConfig.model_validate(tree).ranker.prior
+    refuse(tmp_path, tree, change, "ranker.prior: it predicts an adapter's weights of candidates' numbers")
+
+
+def refuse(tmp_path: Path, tree: dict[str, Any], change: dict[str, Any], why: str) -> None:
+    """A config whose sections are changed so, or lose their candidate columns, is refused, and the message says why."""
     for section, told in change.items():
         if told is None:
             tree[section]["columns"] = [one for one in tree[section]["columns"] if one["role"] != "candidate"]
         else:
             tree[section] = {**tree.get(section, {}), **told}
-    assert "ranker.warm_up: it tells an adapter the factors of items without rows" in refusal(tmp_path, tree)
+    assert why in refusal(tmp_path, tree)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "infra").glob("movielens*.yaml")), ids=lambda path: path.name)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tasks.learning.adapters import AdapterConfig
 from tasks.learning.layers import Cross, Normaliser
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 
@@ -11,7 +12,7 @@ SHAPE = RankerShape(
     request_vocabularies=(4, 3), candidate_vocabularies=(6, 5), request_numbers=2, candidate_numbers=1,
     request_statistics=(2, 3), candidate_statistics=(0, 1), joint_statistics=(4,), offsets=(0,), kinds=("binary",),
 )  # fmt: skip
-SMALL = RankerConfig(embedding=3, hidden=4, factors=2, category_factors=1, features=3, warm_up=True)
+SMALL = RankerConfig(embedding=3, hidden=4, factors=2, category_factors=1, features=3, warm_up=True, prior=True)
 CROSSED = SMALL.model_copy(update={"kind": "dcn"})
 
 
@@ -73,10 +74,28 @@ def test_logits_and_features_by_hand(config):
     heard = statistics * torch.tensor([1.0, 1, 0, 0, 1])  # the user's own statistics are off by default
     expected = statistics[:1] + layer("wide", heard) + joint
     logits, features = network(request, candidate, first, second, statistics)
+    # Weights of the number and of the three tower features, predicted from the request.
+    weighed = torch.cat([second.clamp(-5, 5), layer("head", right)])
+    expected = expected + (state["prior"][0] @ left * weighed).sum()
     torch.testing.assert_close(logits, expected)
     factors = [state[f"factor_tables.{at}.weight"][candidate[at]] for at in (0, 1)]
     wanted = torch.cat([torch.ones(1), *factors, second.clamp(-5, 5), layer("head", right)])
     torch.testing.assert_close(features, wanted)
+
+
+def test_predicted_weights_start_at_nothing_and_draw_nothing():
+    batch = inputs(5)
+    said = []
+    for prior in (False, True):
+        torch.manual_seed(3)
+        network = Ranker(SHAPE, SMALL.model_copy(update={"prior": prior})).eval()
+        assert (network.prior is not None) == prior
+        said.append(network(*batch)[0])
+    assert torch.equal(*said)
+    assert "prior" not in RankerConfig().model_dump(), "bases and configs from before are others by this"
+    for bare in ({"direct": False, "features": 0}, {}):
+        bent = AdapterConfig(kind="film").bent if not bare else None
+        assert Ranker(SHAPE, SMALL.model_copy(update=bare), bent).prior is None
 
 
 def test_cross_layers_are_the_products_of_their_inputs():

@@ -8,7 +8,7 @@ import pytest
 from tasks.errors import InvalidConfig
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
-from tasks.learning.space import BELONGS, DEFAULT, FIXED, UNREAD, Sections, Settings, default_space, read_space
+from tasks.learning.space import BELONGS, DEFAULT, FIXED, Sections, Settings, default_space, read_space
 from tasks.learning.training_config import BESIDE, TrainingConfig
 
 NOW = Sections(RankerConfig(), AdapterConfig(), TrainingConfig())
@@ -116,7 +116,7 @@ def test_all_settings_that_a_config_refuses_beside_its_kind_are_known_to_belong_
         assert made.changed({switch: NOW.value(switch)}).value(setting) == NOW.value(setting)
 
 
-@pytest.mark.parametrize("name", [name for name in UNREAD if name.startswith("ranker.") and name != "ranker.warm_up"])
+@pytest.mark.parametrize("name", [f"ranker.{name}" for name in ("factors", "category_factors", "direct", "features")])
 def test_a_feature_is_unread_where_it_changes_no_number_of_an_adapter(name: str):
     shape = RankerShape(
         request_vocabularies=(3,), candidate_vocabularies=(5, 4), request_numbers=1, candidate_numbers=2,

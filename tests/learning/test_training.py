@@ -23,7 +23,18 @@ from tasks.learning.setting import Setting
 from tasks.learning.starts import newest, solve_start
 from tasks.learning.training import meta_train, steady
 from tasks.learning.training_config import TrainingConfig
-from tests.learning.small_rows import FIRST, before, contract, ladder_of, one_aim, opposed, part, shape, with_labels
+from tests.learning.small_rows import (
+    FIRST,
+    before,
+    contract,
+    ladder_of,
+    one_aim,
+    opposed,
+    part,
+    shape,
+    table,
+    with_labels,
+)
 
 RIDGE = AdapterConfig()
 SMALL = RankerConfig(embedding=4, hidden=8, factors=2, features=3)
@@ -182,6 +193,26 @@ def test_episodes_and_both_solves_are_of_nights_that_count_by_their_age(history,
     whole = {night: 0.5 ** ((NIGHTS - 1 - night) / 2) for night in range(NIGHTS)}
     assert drawn == [pytest.approx(fit)] * SHORT.steps_per_epoch
     assert solved == [pytest.approx(fit), pytest.approx(whole)]
+
+
+def test_what_a_market_likes_is_known_of_users_without_rows():
+    """One market likes the dear and the other the cheap; only the price is an adapter feature."""
+    random = np.random.default_rng(0)
+    user = np.repeat(np.arange(1, 121), 10)
+    night, market, price = (user - 1) // 20, user % 2 + 1, random.uniform(0, 6, len(user))
+    likes = np.where(market == 1, 1.0, -1.0)
+    labels = (random.random(len(user)) < 1 / (1 + np.exp(-likes * (price - 3)))).astype(float)
+    rows = table(user, night, labels=labels, market=market, price=price, levels=[["shopper"]])
+    ranker = RankerConfig(embedding=4, hidden=8, factors=0, category_factors=0, prior=True, request_dropout=0.2)
+    config = SHORT.model_copy(update={"epochs": 12, "steps_per_epoch": 20, "average": 0.5, "learning_rate": 1e-2})
+    base = train(rows, config=config, ranker=ranker, night=6).base
+    network, told = base.network, {}
+    network.request_tower.register_forward_hook(lambda module, given, left: told.update(left=left))
+    with torch.no_grad():
+        network(*Material(rows).inputs(np.array([0, 10])))
+        weights = (network.prior @ told["left"].mT)[0, 0]
+    # A unit of the feature is a standard deviation of the price.
+    assert weights[0] < -0.3 < 0.3 < weights[1]
 
 
 @pytest.mark.parametrize(("evenness", "half_life"), [(1.0, None), (0.5, 2.0)])

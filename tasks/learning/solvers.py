@@ -117,11 +117,8 @@ def descend(
     >>> descend(ones, torch.zeros(1, 4, 1), ones, torch.ones(1, 4), torch.ones(1, 1), ["binary"], 1)
     tensor([[[1.]]])
     """
-    mass = weights[..., None] * ~torch.isnan(labels)
-    steepest = torch.tensor([STEEPEST[kind] for kind in kinds], device=features.device, dtype=features.dtype)
-    seen, curving = features, mass * steepest
-    if first_order:
-        seen, curving = seen.detach(), curving.detach()
+    mass, curving = _curving(offsets, labels, weights, kinds, first_order)
+    seen = features.detach() if first_order else features
     solution = features.new_zeros(features.shape[0], labels.shape[-1], features.shape[-1])
     for _ in range(steps):
         residual, _, _ = _likelihood(offsets + _bent(features, solution), labels, weights, kinds)
@@ -173,9 +170,7 @@ def descend_through(
     Returns:
         Weights ``[B, K, P]``; exactly 0 for a segment without support.
     """
-    mass = weights[..., None] * ~torch.isnan(labels)
-    steepest = torch.tensor([STEEPEST[kind] for kind in kinds], device=offsets.device, dtype=offsets.dtype)
-    curving = (mass.detach() if first_order else mass) * steepest
+    mass, curving = _curving(offsets, labels, weights, kinds, first_order)
     solution = precision.new_zeros(len(offsets), *precision.shape)
     for _ in range(steps):
         here = solution.detach() if first_order else solution
@@ -312,6 +307,15 @@ def _newton_by_rows(
     system = system + torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
     dual = _solve_positive(system, target)
     return torch.einsum("bks,bksd->bkd", root * dual, spread)
+
+
+def _curving(
+    offsets: Tensor, labels: Tensor, weights: Tensor, kinds: Sequence[ObjectiveKind], first_order: bool
+) -> tuple[Tensor, Tensor]:
+    """Mass of every row and objective, and the most that its loss can curve ``[B, S, K]``; constant in first order."""
+    mass = weights[..., None] * ~torch.isnan(labels)
+    steepest = torch.tensor([STEEPEST[kind] for kind in kinds], device=offsets.device, dtype=offsets.dtype)
+    return mass, (mass.detach() if first_order else mass) * steepest
 
 
 def _likelihood(

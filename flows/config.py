@@ -90,14 +90,15 @@ class RetrainConfig(Section):
             yield fault
         told_in_numbers = data.named("candidate", "numeric")
         told = (*told_in_numbers, *data.named("candidate", "categorical"))
-        weighs = self.adapter.kind in ("ridge", "gradient") and self.adapter.bent is None
+        linear = self.adapter.kind in ("ridge", "gradient") and self.adapter.bent is None
+        weighs = linear or self.adapter.kind == "matching"
         if self.ranker.warm_up and not (self.ranker.factors and weighs and told):
             yield (
-                "ranker.warm_up: it tells an adapter the factors of items without rows, and needs adapter.kind 'ridge' "
-                "or 'gradient' on the head, ranker.factors above 0, and a numeric or categorical candidate column "
-                "(lists and vectors do not tell them); remove it, or change what is missing"
+                "ranker.warm_up: it tells an adapter the factors of items without rows, and needs adapter.kind "
+                "'ridge', 'matching', or 'gradient' on the head, ranker.factors above 0, and a numeric or categorical "
+                "candidate column (lists and vectors do not tell them); remove it, or change what is missing"
             )
-        if self.ranker.prior and not (weighs and (self.ranker.features or (self.ranker.direct and told_in_numbers))):
+        if self.ranker.prior and not (linear and (self.ranker.features or (self.ranker.direct and told_in_numbers))):
             yield (
                 "ranker.prior: it predicts an adapter's weights of candidates' numbers and tower features, and needs "
                 "adapter.kind 'ridge' or 'gradient' on the head, and ranker.features above 0 or ranker.direct with a "

@@ -143,13 +143,16 @@ def _says_what_to_delete(place: Place) -> Iterator[None]:
         ) from error
 
 
-def _traced(place: Place, shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None) -> bytes:
+def _traced(
+    place: Place, shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None, prototypes: int
+) -> bytes:
     """The graph of these layers, which every night shares: tracing it takes longer than all else in an export."""
 
     def work(folder: Path, progress: Progress) -> Product:
-        (folder / GRAPH).write_bytes(trace(shape, config, names, bent))
+        (folder / GRAPH).write_bytes(trace(shape, config, names, bent, prototypes))
         return Product({}, {}, {GRAPH: folder / GRAPH})
 
     with quietly("export"):
-        record, _ = carry_out(place, "graph", VERSION, None, {}, traced_from(shape, config, names, bent), work)
+        depends = traced_from(shape, config, names, bent, prototypes)
+        record, _ = carry_out(place, "graph", VERSION, None, {}, depends, work)
     return open_workspace(place).file(record, GRAPH).read_bytes()

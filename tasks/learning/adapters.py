@@ -1,11 +1,12 @@
 """Adaptation: the one pure function that finds the few numbers of a segment, for many segments at once.
 
 Training, nightly adaptation, both exams and the baselines all call `Adaptation.solve`; nothing else in the project
-adapts. Its ways are a closed form (`solve`) and steps down the gradient, of linear features (`descend`) or through the
-dense layers (`descend_through`), with the same inputs and answers.
+adapts. Its ways are closed forms (`solve`, `match`) and steps down the gradient, of linear features (`descend`) or
+through the dense layers (`descend_through`), with the same inputs and answers.
 
 Shapes: B segments, S support rows (padded), T rows, K objectives, D adapter features. Where the dense layers are bent
-(`AdapterConfig.bent`), features are the X inputs of the joint perceptron, and D weights are the P deviations of `Bent`.
+(`AdapterConfig.bent`), features are the X inputs of the joint perceptron, and D weights are the P deviations of `Bent`;
+where they match (`AdapterConfig.matching`), features are a row's shares in D prototypes.
 """
 
 from dataclasses import dataclass, replace
@@ -21,12 +22,16 @@ from tasks.errors import InvalidConfig
 from tasks.learning.bending import Bent, Perceptron
 from tasks.learning.material import I64, Windows, batches
 from tasks.learning.networks import Ranker
-from tasks.learning.solvers import ObjectiveKind, descend, descend_through, solve
+from tasks.learning.solvers import ObjectiveKind, descend, descend_through, match, solve
 
 SMALLEST_PRECISION = 1e-2
 """Floor of a learned precision, so that every system of equations is well posed."""
 RANK = 4
 """Of `lora`, where the config says nothing."""
+PROTOTYPES = 8
+"""Of `matching`, where the config says nothing."""
+STEPS = 2
+"""Of an adaptation, where the config says nothing."""
 USUAL_HIDDEN = 32
 """Hidden units that a row is counted as one for in a batch; wider layers make smaller batches."""
 NUMBERS = 16
@@ -36,7 +41,7 @@ NUMBERS = 16
 class AdapterConfig(Section):
     """How a segment bends the shared network."""
 
-    kind: Literal["none", "bias", "ridge", "gradient", "film", "lora"] = "ridge"
+    kind: Literal["none", "bias", "ridge", "gradient", "film", "lora", "matching"] = "ridge"
     """`none`: the base serves everybody. `bias`: one number per segment and objective. `ridge`: a linear head on the
     ranker's adapter features, solved in closed form on the residuals of its parent's scores; the first choice.
     `gradient`: the same head, reached by a few gradient steps with learned rates; to train as first-order MAML or
@@ -44,8 +49,11 @@ class AdapterConfig(Section):
     `bends`. `film`: a scale and a shift for every hidden unit of the joint perceptron, twice `ranker.hidden` numbers;
     where segments have tens of rows and weigh what the towers have found differently, in ways that are no sum of the
     adapter features. `lora`: an update of low rank to the perceptron's first layer, `rank` times `ranker.hidden`
-    numbers; where segments have hundreds of rows, such as markets and cohorts, and combine the towers differently. The
-    last two take gradient steps and keep the constant of `bias` beside their own numbers."""
+    numbers; where segments have hundreds of rows, such as markets and cohorts, and combine the towers differently.
+    Both take gradient steps and keep the constant of `bias` beside their own numbers. `matching`: attention over the
+    segment's support; a row hears most of the rows that are like it in the adapter features. It has a number for each
+    of `prototypes`, and no system to solve; where segments like what is near to what they liked, in ways that are no
+    sum of the adapter features."""
     bends: Literal["head", "dense"] = Field("head", exclude_if=lambda what: what == "head")
     """What `gradient` steps move. `head`: the weights on the adapter features. `dense`: every weight of the joint
     perceptron, MAML's own choice; for few segments with thousands of rows each, as each has `ranker.hidden` times the
@@ -53,6 +61,9 @@ class AdapterConfig(Section):
     the bank has them for every segment. A dump leaves the default out."""
     rank: Annotated[int, Field(ge=1, le=64)] = Field(RANK, exclude_if=lambda rank: rank == RANK)
     """Of `lora`: in how many directions of the perceptron's inputs segments differ. A dump leaves the default out."""
+    prototypes: Annotated[int, Field(ge=1, le=256)] = Field(PROTOTYPES, exclude_if=lambda count: count == PROTOTYPES)
+    """Of `matching`: how many kinds of rows are told apart, by what is typical of each. Every row has a share in every
+    one of them; with one it is `bias` with one step. A dump leaves the default out."""
     precision: Annotated[float, Field(gt=0)] = 4.0
     """Precision that factors are solved with, and the least that the history may put on a segment's constant and on its
     weights on factors; the stop nights scale all of them. In rows: the evidence at which a weight moves half-way. For
@@ -61,10 +72,10 @@ class AdapterConfig(Section):
     coarse_precision: Annotated[float, Field(gt=0)] = 150.0
     """Precision that the coarser levels start from; the stop nights scale it. They stand for people they have never
     seen, so it is larger."""
-    steps: Annotated[int, Field(ge=1, le=10)] = 2
+    steps: Annotated[int, Field(ge=1, le=10)] = STEPS
     """Steps of an adaptation. Of a closed form, Newton steps: one is the classical ridge on residuals, and a rating
     needs no more; where clicks are nearly certain from a segment's taste, a second one matters. Of the others, gradient
-    steps: on the head two lie near the ridge, one is cheapest, ten are the ridge."""
+    steps: on the head two lie near the ridge, one is cheapest, ten are the ridge. `matching` takes none."""
 
     @model_validator(mode="after")
     def _options_of_the_kind(self) -> Self:
@@ -77,6 +88,16 @@ class AdapterConfig(Section):
             raise ValueError(
                 f"adapter.rank = {self.rank} belongs to adapter.kind 'lora', and the kind is {self.kind!r}; remove it, "
                 "or set adapter.kind to 'lora'"
+            )
+        if self.prototypes != PROTOTYPES and self.kind != "matching":
+            raise ValueError(
+                f"adapter.prototypes = {self.prototypes} belongs to adapter.kind 'matching', and the kind is "
+                f"{self.kind!r}; remove it, or set adapter.kind to 'matching'"
+            )
+        if self.steps != STEPS and self.kind == "matching":
+            raise ValueError(
+                f"adapter.steps = {self.steps} does nothing for adapter.kind 'matching', which reads the support once; "
+                "remove it, or set adapter.kind to 'ridge'"
             )
         return self
 
@@ -94,6 +115,11 @@ class AdapterConfig(Section):
             return Bent("lora", self.rank)
         return Bent("dense") if self.bends == "dense" else None
 
+    @property
+    def matching(self) -> int:
+        """How many prototypes rows have shares in; 0 for other kinds."""
+        return self.prototypes if self.kind == "matching" else 0
+
     def width(self, width: int) -> int:
         """How many of a ranker's ``width`` numbers per objective are used (the constant's is the first)."""
         return {"none": 0, "bias": 1}.get(self.kind, width)
@@ -102,7 +128,7 @@ class AdapterConfig(Section):
     def in_closed_form(self) -> "AdapterConfig":
         """The closed form that weighs the same features: itself, or the ridge in place of gradient steps."""
         linear = self.kind == "gradient" and self.bent is None
-        return self.model_copy(update={"kind": "ridge", "steps": 2}) if linear else self
+        return self.model_copy(update={"kind": "ridge", "steps": STEPS}) if linear else self
 
 
 class Precisions(nn.Module):
@@ -183,6 +209,8 @@ class Adaptation:
         if bent is None or layers is None:
             if self.config.kind == "gradient":
                 return descend(features, *rows, self.first_order)
+            if self.config.kind == "matching":
+                return match(features, offsets, labels, weights, precision, self.kinds)
             return solve(features, *rows)
         if self.first_order:
             features, layers, origin = features.detach(), layers.detach(), origin.detach()
@@ -261,12 +289,16 @@ def apply(logits: Tensor, features: Tensor, solution: Tensor) -> Tensor:
 
 
 def check_width(config: AdapterConfig, features: int) -> None:
-    """Refuse a linear head that has no features but the constant.
+    """Refuse a linear head, or matching, that has no features but the constant.
+
+    Args:
+        config: of the adapters.
+        features: what a row is described by to them, the constant first.
 
     Raises:
-        InvalidConfig: `ridge` or `gradient` over a ranker without adapter features.
+        InvalidConfig: `ridge`, `gradient` or `matching` over a ranker without adapter features.
     """
-    if config.kind in ("ridge", "gradient") and features < 2:
+    if config.kind in ("ridge", "gradient", "matching") and features < 2:
         raise InvalidConfig(
             f"adapter.kind is {config.kind!r}, but the ranker has no adapter features (no factors, no numbers of "
             "candidates): there is nothing to bend but the constant; set ranker.factors to 1 or more, or adapter.kind "

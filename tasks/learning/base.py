@@ -23,10 +23,11 @@ from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
 from tasks.learning.solvers import ObjectiveKind
 
-FORMATS = {"plain": 2, "cross layers": 3, "later parts": 4}
+FORMATS = {"plain": 2, "cross layers": 3, "later parts": 4, "matching": 5}
 """What a base has, to the number of its format: an older version of nightrank must not take what it does not know for
 a damaged base. 2: tables of factors for every categorical candidate column, and numbers of candidates as adapter
-features. 3: cross layers. 4: list columns, what columns say of an item's factors, or adapters that bend the layers."""
+features. 3: cross layers. 4: list columns, what columns say of an item's factors, or adapters that bend the layers.
+5: adapters that match rows with prototypes."""
 WEIGHTS, DESCRIPTION = "base.safetensors", "base.json"
 
 
@@ -127,6 +128,8 @@ def save_base(base: Base, folder: Path) -> dict[str, Path]:
 
 
 def _newest_part(network: Ranker) -> str:
+    if network.matching is not None:
+        return "matching"
     later = (network.bent, network.warm_up, network.request_lists, network.candidate_lists)
     if any(part is not None for part in later):
         return "later parts"
@@ -158,7 +161,7 @@ def load_base(files: Mapping[str, Path]) -> Base:
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             for prefix in ("network.", "precisions.")
         )
-        network = Ranker.restore(shape, config, weights, adapter.bent)
+        network = Ranker.restore(shape, config, weights, adapter.bent, adapter.matching)
         precisions = Precisions(len(levels), len(shape.kinds), adapter.width(network.width), adapter)
         precisions.load_state_dict(held)
         through = date.fromisoformat(description["trained_through"])
@@ -186,7 +189,7 @@ def grow(base: Base, shape: RankerShape) -> Base | None:
     for was, now in ((getattr(old, name), getattr(shape, name)) for name in tables):
         if len(was) != len(now) or any(rows < known for known, rows in zip(was, now, strict=True)):
             return None
-    network = Ranker(shape, base.network.config, base.network.bent)
+    network = Ranker(shape, base.network.config, base.network.bent, base.network.prototypes)
     state = base.network.state_dict()
     wanted = network.state_dict()
     for name, value in state.items():

@@ -74,14 +74,14 @@ def optimiser_of(
 ) -> torch.optim.Optimizer:
     """AdamW with its own decay for embeddings; factors and precisions are held by the solve, not by decay.
 
-    Parameters that want no gradient are left out: decay would move what is frozen. Every group names the highest
-    learning rate that it may have as `peak`.
+    Nor are prototypes: smaller ones would tell rows apart less and less. Parameters that want no gradient are left out:
+    decay would move what is frozen. Every group names the highest learning rate that it may have as `peak`.
     """
     groups: dict[str, list[nn.Parameter]] = {"embeddings": [], "factors": [], "layers": []}
     for name, parameter in network.named_parameters():
         kind = (
             "factors"
-            if name.startswith(("factor_tables", "warm_up"))
+            if name.startswith(("factor_tables", "warm_up", "matching"))
             else "embeddings"
             if "_tables." in name
             else "layers"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tasks.errors import NotEnoughHistory
-from tasks.learning.adapters import Adaptation, Precisions, check_width
+from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions, check_width
 from tasks.learning.base import Base, grow
 from tasks.learning.checkpoint import Point, TrainingState, Weights
 from tasks.learning.descent import optimiser_of
@@ -22,6 +22,7 @@ from tasks.learning.material import I64, Visits, remembered
 from tasks.learning.networks import Ranker
 from tasks.learning.outer import thaw
 from tasks.learning.priors import MOST_USERS, estimate, scaled
+from tasks.learning.prototypes import place, unmatched
 from tasks.learning.rehearsal import REMEMBERED
 from tasks.learning.setting import Setting
 from tasks.learning.starts import newest, normalise, solve_start, spread
@@ -31,6 +32,8 @@ SWEEPS, MORE_SWEEPS = 10, 3
 FITTED = frozenset({"item factors", "category factors"})
 """Parts of the adapter features that are solved from the history: its rows overstate what they are worth, so training
 leaves their precisions alone; the stop nights scale them where a chain of nights starts."""
+CLUSTERED = 16_384
+"""Most rows, the newest, that prototypes are placed by."""
 DRIFTING = frozenset({"constant"})
 """Parts whose weights change from night to night more than the evidence of all nights together knows."""
 
@@ -126,6 +129,7 @@ class Initialisation:
         best = copy.deepcopy(network), copy.deepcopy(precisions)
         self._solve(network, at, SWEEPS if start is None else MORE_SWEEPS)
         if start is None:
+            self._place(network, fit, at, random)
             how = f"{how}; {self._hold(network, precisions, fit, stop, random)}"
         curve.append((0, None, self.losses.of_stop(network, precisions, stop)))
         average = copy.deepcopy(network), copy.deepcopy(precisions)
@@ -138,8 +142,9 @@ class Initialisation:
     def fresh(self) -> Weights:
         """Weights that nothing was learned by yet."""
         setting = self.setting
-        network = Ranker(setting.shape, setting.ranker, setting.adapter.bent).to(setting.device)
-        check_width(setting.adapter, network.width)
+        network = Ranker(setting.shape, setting.ranker, setting.adapter.bent, setting.adapter.matching)
+        network = network.to(setting.device)
+        check_width(setting.adapter, network.width if network.matching is None else network.matching.width)
         width = setting.adapter.width(network.width)
         kinds, fan_in = len(setting.shape.kinds), network.fan_in[:width]
         precisions = Precisions(len(setting.levels), kinds, width, setting.adapter, fan_in)
@@ -150,6 +155,24 @@ class Initialisation:
         config = self.setting.training
         thaw(network, config.freeze)
         return optimiser_of(network, precisions, config.learning_rate, config.weight_decay, config.embedding_decay)
+
+    def _place(self, network: Ranker, fit: Visits, at: I64, random: np.random.Generator) -> None:
+        """Put the prototypes, if there are any, where rows differ in what segments think of them."""
+        setting = self.setting
+        if network.matching is None:
+            return
+        linear = unmatched(network)
+        ridge = AdapterConfig(precision=setting.adapter.precision, coarse_precision=setting.adapter.coarse_precision)
+        with torch.no_grad():
+            scorer = setting.material.scorer(linear)
+            features = scorer(at[-CLUSTERED:])[1]
+            if len(setting.rows) * linear.width <= REMEMBERED:
+                scorer = remembered(scorer, len(setting.rows))
+            kinds = len(setting.shape.kinds)
+            held = Precisions(len(setting.levels), kinds, linear.width, ridge).to(setting.device)()
+            told = Adaptation.of(linear, ridge)
+            tastes = estimate(setting.ladder, fit, setting.material, scorer, held, told, random)[0]
+            place(network.matching, features, tastes, random)
 
     def _hold(
         self, network: Ranker, precisions: Precisions, fit: Visits, stop: Visits, random: np.random.Generator
@@ -165,7 +188,8 @@ class Initialisation:
             if len(setting.rows) * (network.width if network.bent is None else network.joint_inputs) <= REMEMBERED:
                 scorer = remembered(scorer, len(setting.rows))
             found = precisions()
-            if network.bent is None:
+            weighed = network.bent is None and network.matching is None
+            if weighed:
                 found = estimate(setting.ladder, fit, setting.material, scorer, found, adaptation, random)
             width = found.shape[-1]
             parts = {name: part for name, part in network.parts.items() if part.stop <= width}
@@ -177,7 +201,7 @@ class Initialisation:
             found, scales = scaled(found, parts, self.losses.rehearsed(scorer, found, adaptation, few))
             precisions.logarithm.copy_(found.log())
         changed = ", ".join(f"{name} by {scale:g}" for name, scale in scales.items() if scale != 1)
-        how = "precisions by evidence" if network.bent is None else "precisions as configured"
+        how = "precisions by evidence" if weighed else "precisions as configured"
         return how + (f", scaled on the stop nights ({changed})" if changed else "")
 
     def _solve(self, network: Ranker, at: I64, sweeps: int) -> None:

@@ -1,6 +1,6 @@
-"""Layers that torch does not have: numbers as a network reads them, products of them, and factors of new items.
+"""Layers that torch does not have: numbers as a network reads them, their products, matching, factors of new items.
 
-Shapes: ``...`` any leading axes, F numbers, W width, C categorical columns.
+Shapes: ``...`` any leading axes, F numbers, W width, C categorical columns, D adapter features, M prototypes.
 """
 
 from collections.abc import Sequence
@@ -63,6 +63,28 @@ class Cross(nn.Module):
         for layer in self.layers:
             crossed = values * layer(crossed) + crossed
         return crossed
+
+
+class Matching(nn.Module):
+    """Each row's shares in learned prototypes: the softmax of how well it fits them.
+
+    What a prototype says of the features' constant is its bias.
+    """
+
+    def __init__(self, width: int, prototypes: int) -> None:
+        """Start from random prototypes: equal ones would get equal gradients, and stay equal.
+
+        Args:
+            width: D.
+            prototypes: M.
+        """
+        super().__init__()
+        self.width = width
+        self.prototypes = nn.Parameter(torch.randn(prototypes, width) * width**-0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Shares ``[..., M]`` of rows ``[..., D]``: positive, 1 in all."""
+        return torch.softmax(nn.functional.linear(features, self.prototypes), dim=-1)
 
 
 class WarmUp(nn.Module):

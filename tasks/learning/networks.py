@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tasks.data.contract import Section
 from tasks.learning.bending import Bent, Perceptron, mirror
-from tasks.learning.layers import Cross, Normaliser, WarmUp
+from tasks.learning.layers import Cross, Matching, Normaliser, WarmUp
 from tasks.learning.lists import ListInputs, pooled
 
 CROSS_LAYERS = 2
@@ -140,7 +140,7 @@ class Ranker(nn.Module):
     """Scores rows before adaptation, and gives the features that adapters work on.
 
     An adapted row's logit is ``logits[..., k] + features[..., :] @ bank[slot, k, :]``; for adapters that bend the dense
-    layers, features are the inputs of the joint perceptron, and `Bent.change` takes the product's place.
+    layers, features are the joint perceptron's inputs, and `Bent.change` replaces the product; matching reads shares.
     """
 
     read: Tensor
@@ -150,16 +150,17 @@ class Ranker(nn.Module):
     candidate_rows: Tensor
     """Rows of each candidate embedding table, int64 ``[Cc]``."""
 
-    def __init__(self, shape: RankerShape, config: RankerConfig, bent: Bent | None = None) -> None:
+    def __init__(self, shape: RankerShape, config: RankerConfig, bent: Bent | None = None, prototypes: int = 0) -> None:
         """Build the network.
 
         Args:
             shape: what the layers are sized by.
             config: the ranker's.
             bent: what adapters bend of the joint perceptron; None for linear adapters on features of their own.
+            prototypes: how many rows have shares in, for adapters that match; 0 for others.
         """
         super().__init__()
-        self.shape, self.config, self.bent = shape, config, bent
+        self.shape, self.config, self.bent, self.prototypes = shape, config, bent, prototypes
         width, hidden = config.embedding, config.hidden
         self.request_tables = nn.ModuleList(nn.Embedding(rows, width) for rows in shape.request_vocabularies)
         self.candidate_tables = nn.ModuleList(nn.Embedding(rows, width) for rows in shape.candidate_vocabularies)
@@ -205,6 +206,7 @@ class Ranker(nn.Module):
             if config.warm_up and config.factors and told and bent is None
             else None
         )
+        self.matching = Matching(next(reversed(self._linear.values())).stop, prototypes) if prototypes else None
         self.dropout = nn.Dropout(config.dropout)
         read = [config.user_statistics or at not in shape.request_statistics for at in range(shape.statistics)]
         self.register_buffer("read", torch.tensor(read, dtype=torch.float32), persistent=False)
@@ -220,7 +222,7 @@ class Ranker(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         # Zeros, which draw nothing: a network with it starts where one without it does.
-        predicted = self.width - self._solved if config.prior and bent is None else 0
+        predicted = self.width - self._solved if config.prior and bent is None and not prototypes else 0
         self.prior = nn.Parameter(torch.zeros(len(shape.kinds), predicted, hidden)) if predicted else None
         if bent is not None:
             mirror(first, last)
@@ -252,7 +254,7 @@ class Ranker(nn.Module):
     def fan_in(self) -> Tensor:
         """How many of an adapter's numbers share a precision where precisions start ``[width]``, see `Bent.fan_in`."""
         if self.bent is None:
-            return torch.ones(self.width)
+            return torch.full((self.width,), 1.0 / max(1, self.prototypes))  # together they are held as a constant is
         return self.bent.fan_in(self.joint_inputs, self.config.hidden)
 
     @property
@@ -260,6 +262,13 @@ class Ranker(nn.Module):
         """What an adapter's numbers are about, in their order: name to positions. None is empty."""
         if self.bent is not None:
             return self.bent.parts(self.joint_inputs, self.config.hidden)
+        if self.prototypes:
+            return {"prototypes": slice(0, self.prototypes)}
+        return self._linear
+
+    @property
+    def _linear(self) -> dict[str, slice]:
+        """What the features of a row are, in their order: name to positions."""
         sizes = {
             "constant": 1,
             "item factors": self.config.factors,
@@ -321,8 +330,8 @@ class Ranker(nn.Module):
             candidate_vectors: of the candidate's.
 
         Returns:
-            Logits ``[..., K]`` (for ratings: values) and adapter features ``[..., D]``; ``[..., X]``, the inputs of the
-            joint perceptron, where that is what adapters bend.
+            Logits ``[..., K]`` (for ratings: values) and adapter features ``[..., D]``; shares in D prototypes, where
+            adapters match; ``[..., X]``, the inputs of the joint perceptron, where that is what they bend.
         """
         shape = self.shape
         normal = self.normal_statistics(statistics)
@@ -372,14 +381,14 @@ class Ranker(nn.Module):
             features.append(numbers[..., : shape.candidate_numbers])
         if self.head is not None:
             features.append(self.head(right))
-        found = torch.cat(features, dim=-1)
+        keys = torch.cat(features, dim=-1)
         if self.prior is not None:
-            told = found[..., self._solved :]
+            told = keys[..., self._solved :]
             # A product with ones: onnxruntime's sum forgets to reduce what is empty.
             one = told.new_ones(told.shape[-1], 1)
             sums = [torch.matmul(left @ prior.mT * told, one) for prior in self.prior]
             logits = logits + torch.cat(sums, dim=-1)
-        return logits, found
+        return logits, keys if self.matching is None else self.matching(keys)
 
     def perceptron(self, parameters: Mapping[str, Tensor] | None = None) -> Perceptron | None:
         """The layers that adapters bend; None where adapters are linear.
@@ -402,13 +411,13 @@ class Ranker(nn.Module):
 
     @classmethod
     def restore(
-        cls, shape: RankerShape, config: RankerConfig, state: dict[str, Tensor], bent: Bent | None = None
+        cls, shape: RankerShape, config: RankerConfig, state: dict[str, Tensor], bent: Bent | None, prototypes: int
     ) -> Self:
         """A network with the given weights, in evaluation mode.
 
         Raises:
             RuntimeError: if names or shapes of the weights do not fit.
         """
-        network = cls(shape, config, bent)
+        network = cls(shape, config, bent, prototypes)
         network.load_state_dict(state)
         return network.eval()

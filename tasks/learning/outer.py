@@ -28,7 +28,7 @@ PATH_RATE = 0.05
 far apart the visits' networks drift, not how far the shared one moves."""
 PATH_NUMBERS = 32_000_000
 """Most parameters of visits' own networks held at once in Reptile."""
-HEAD = ("wide.", "joint.3.", "head.", "low_rank", "prior", "warm_up.constant", "warm_up.line.")
+HEAD = ("wide.", "joint.3.", "head.", "low_rank", "prior", "matching.", "warm_up.constant", "warm_up.line.")
 """The layers that end in scores or in what adapters multiply."""
 
 

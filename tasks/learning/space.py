@@ -36,6 +36,7 @@ BELONGS: dict[str, tuple[str, Collection[Value]]] = {
     "ranker.cross_layers": ("ranker.kind", ("dcn",)),
     "adapter.rank": ("adapter.kind", ("lora",)),
     "adapter.bends": ("adapter.kind", ("gradient",)),
+    "adapter.prototypes": ("adapter.kind", ("matching",)),
     "training.swa_after": ("training.averaging", ("swa",)),
     "training.distill": ("training.members", range(2, 17)),
 }
@@ -48,12 +49,12 @@ UNREAD: dict[str, dict[str, Collection[Value]]] = {
     "ranker.factors": _NO_FEATURES,
     "ranker.category_factors": _NO_FEATURES,
     "ranker.warm_up": _NO_FEATURES,
-    "ranker.prior": _NO_FEATURES,
+    "ranker.prior": {**_NO_FEATURES, "adapter.kind": ("none", "bias", "film", "lora", "matching")},
     "ranker.direct": _NO_FEATURES,
     "ranker.features": _NO_FEATURES,
     "adapter.precision": {"adapter.kind": ("none",)},
     "adapter.coarse_precision": {"adapter.kind": ("none",)},
-    "adapter.steps": {"adapter.kind": ("none",)},
+    "adapter.steps": {"adapter.kind": ("none", "matching")},
 }
 """Settings that are not read where another has one of some values."""
 

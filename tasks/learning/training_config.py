@@ -35,13 +35,14 @@ class TrainingConfig(Section):
     2018); no support is split from later rows, and rates stay as the history and the stop nights set them. `joint`: no
     adaptation in the loss, adapters are found afterwards; the ablation that says what the others earn. `first_order`
     and `reptile` need an adapter that takes gradient steps: `adapter.kind` `gradient`, `film` or `lora`. What `lora`
-    reads of the inputs is learned by all of them but `joint`, which leaves it as the history has it."""
+    reads of the inputs, and the prototypes of `matching`, are learned by all of them that fit but `joint`, which leaves
+    them as the history has them."""
     freeze: Freeze = "nothing"
     """What of the network the outer loop leaves as it is, to the bit. `nothing`: all is trained. `embeddings`: tables
     with a row per key stay, where few rows per key would be learned by heart, or where copies of tables are too dear
-    (`reptile`). `all_but_head`: only the layers that end in scores or adapter features, and what `lora` reads, are
-    trained, for a start that is trusted. How strongly adapters are held does not count as network, and closed forms are
-    solved in any case."""
+    (`reptile`). `all_but_head`: only the layers that end in scores or adapter features, what `lora` reads and
+    prototypes are trained, for a start that is trusted. How strongly adapters are held does not count as network, and
+    closed forms are solved in any case."""
     epochs: Annotated[int, Field(ge=0, le=1000)] = 6
     """Most epochs; after each the stop nights are scored. 0 keeps the closed-form start."""
     steps_per_epoch: Annotated[int, Field(ge=1)] = 20

@@ -26,7 +26,7 @@ from tasks.release.scorer import PREFIX, Scorer, numbers_of, trace
 from tasks.release.tables import ServingTables
 
 F32 = npt.NDArray[np.float32]
-Trace = Callable[[RankerShape, RankerConfig, Wires, Bent | None], bytes]
+Trace = Callable[[RankerShape, RankerConfig, Wires, Bent | None, int], bytes]
 ALIGNMENT = 64
 """Tensors in external files start at multiples of this many bytes, so that they can be mapped as they lie."""
 EXTERNAL = {"network.": "base.bin", "statistics_": "statistics.bin", "bank": "bank.bin"}
@@ -67,7 +67,7 @@ def export(
     _check_fit(network, bank, tables)
     names = wires(data, tables)
     lookup = lookup_graph(data, tables, names)
-    score = onnx.load_from_string(traced(network.shape, network.config, names, network.bent))
+    score = onnx.load_from_string(traced(network.shape, network.config, names, network.bent, network.prototypes))
     _fill(score, Scorer(copy.deepcopy(network).cpu(), bank, tables.statistics), folder)
     graph = helper.make_graph(
         [*lookup.graph.node, *score.graph.node],

@@ -131,7 +131,9 @@ class Scorer(nn.Module):
         return torch.where(self.binary, torch.sigmoid(values), values)
 
 
-def traced_from(shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None = None) -> dict[str, object]:
+def traced_from(
+    shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None = None, prototypes: int = 0
+) -> dict[str, object]:
     """What ``trace`` depends on, as JSON: layers, inputs, format, our code and the exporter's versions."""
     layers = shape.model_dump(mode="json", exclude={*VOCABULARIES, "names"})
     return {
@@ -139,6 +141,7 @@ def traced_from(shape: RankerShape, config: RankerConfig, names: Wires, bent: Be
         "tables": [len(shape.request_vocabularies), len(shape.candidate_vocabularies)],
         "ranker": config.model_dump(mode="json"),
         "bent": None if bent is None else asdict(bent),
+        "prototypes": prototypes,
         "wires": {**names.between(), "scores": names.scores},
         "format": {"ir": IR_VERSION, "opsets": OPSETS},
         "code": _CODE,
@@ -146,7 +149,9 @@ def traced_from(shape: RankerShape, config: RankerConfig, names: Wires, bent: Be
     }
 
 
-def trace(shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None = None) -> bytes:
+def trace(
+    shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None = None, prototypes: int = 0
+) -> bytes:
     """The graph of a scorer with these layers.
 
     Args:
@@ -154,12 +159,13 @@ def trace(shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | N
         config: the ranker's.
         names: what the inputs and the output are called.
         bent: what adapters bend of the dense layers; None if they are linear.
+        prototypes: that rows have shares in, where adapters match; 0 for others.
 
     Returns:
         A serialised ``ModelProto``; its initialisers that are called ``PREFIX`` and the name of a parameter or buffer
         of ``Scorer`` are blank, the others are constants.
     """
-    scorer = _blank(shape, config, bent)
+    scorer = _blank(shape, config, bent, prototypes)
     example, dims = _example(scorer, names)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -193,10 +199,10 @@ def numbers_of(scorer: Scorer) -> dict[str, Tensor]:
     return {**dict(scorer.named_parameters()), **dict(scorer.named_buffers())}
 
 
-def _blank(shape: RankerShape, config: RankerConfig, bent: Bent | None) -> Scorer:
+def _blank(shape: RankerShape, config: RankerConfig, bent: Bent | None, prototypes: int) -> Scorer:
     """A scorer with the right layers, and tables of one row."""
     rows = {name: (1,) * len(getattr(shape, name)) for name in VOCABULARIES}
-    network = Ranker(shape.model_copy(update=rows), config, bent)
+    network = Ranker(shape.model_copy(update=rows), config, bent, prototypes)
     objectives = len(shape.kinds)
     table = np.zeros((1, objectives + 1), np.float32)
     statistics = StatisticsTables(

@@ -49,14 +49,18 @@ def test_factors_by_columns_are_refused_where_they_would_do_nothing(
     tmp_path: Path, tree: dict[str, Any], change: dict[str, Any]
 ) -> None:
     tree["ranker"] = {**tree.get("ranker", {}), "warm_up": True}
-    assert RetrainConfig.model_validate(tree).ranker.warm_up
+    for kind in ("matching", "ridge"):
+        assert RetrainConfig.model_validate({**tree, "adapter": {"kind": kind}}).ranker.warm_up
     refuse(tmp_path, tree, change, "ranker.warm_up: it tells an adapter the factors of items without rows")
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"adapter": {"kind": "film"}}, {"adapter": {"kind": "bias"}}, {"ranker": {"direct": False}}, {"data": None}],
-    ids=["bent", "bias", "no numbers", "no columns"],
+    [
+        *({"adapter": {"kind": kind}} for kind in ("film", "bias", "matching")),
+        *({"ranker": {"direct": False}}, {"data": None}),
+    ],
+    ids=["bent", "bias", "matching", "no numbers", "no columns"],
 )
 def test_predicted_weights_are_refused_where_there_are_none(
     tmp_path: Path, tree: dict[str, Any], change: dict[str, Any]
@@ -191,8 +195,9 @@ def test_an_outer_loop_that_the_adapter_cannot_serve_is_refused_with_the_remedy(
     tmp_path: Path, tree: dict[str, Any], outer: str
 ) -> None:
     tree.setdefault("training", {})["outer"] = outer
-    message = refusal(tmp_path, tree)
-    assert f"training.outer: {outer!r} is made of the gradient steps" in message
+    for closed in ({}, {"adapter": {"kind": "matching"}}):
+        message = refusal(tmp_path, {**tree, **closed})
+        assert f"training.outer: {outer!r} is made of the gradient steps" in message
     assert "set adapter.kind to 'gradient'" in message
     for adapter in ({"kind": "gradient"}, {"kind": "gradient", "bends": "dense"}, {"kind": "film"}, {"kind": "lora"}):
         tree["adapter"] = adapter

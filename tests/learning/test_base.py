@@ -17,6 +17,7 @@ KINDS = ("binary", "rating")
 LEVELS = (("shopper",), ("market",))
 RIDGE = AdapterConfig()
 BENT = ({"kind": "film"}, {"kind": "lora", "rank": 2}, {"kind": "gradient", "bends": "dense"})
+ATTENDING = {"kind": "matching", "prototypes": 3}
 SMALL = RankerConfig(embedding=3, hidden=4, factors=2, features=3)
 
 
@@ -28,7 +29,7 @@ def rows():
 def base_of(rows, seed=0, more=0, adapter=RIDGE, ranker=SMALL):
     """A base with random numbers in everything that is stored."""
     torch.manual_seed(seed)
-    network = Ranker(shape(rows, *KINDS, more=more), ranker, adapter.bent)
+    network = Ranker(shape(rows, *KINDS, more=more), ranker, adapter.bent, adapter.matching)
     precisions = Precisions(2, 2, adapter.width(network.width), adapter)
     with torch.no_grad():
         for stored in (*network.state_dict().values(), *precisions.state_dict().values()):
@@ -42,7 +43,7 @@ def scores(base, rows):
 
 
 @pytest.mark.parametrize(
-    "adapter", [*({"kind": kind} for kind in ("none", "bias", "ridge", "gradient")), *BENT], ids=str
+    "adapter", [*({"kind": kind} for kind in ("none", "bias", "ridge", "gradient")), *BENT, ATTENDING], ids=str
 )
 def test_a_base_comes_back_from_disk(rows, tmp_path, adapter):
     base = base_of(rows, adapter=AdapterConfig(**adapter, steps=2))
@@ -75,6 +76,8 @@ def test_equal_bases_are_equal_bytes_and_others_are_not(rows, tmp_path):
         ({"kind": "ridge"}, {"warm_up": True}, 4),
         *((bent, {}, 4) for bent in BENT),
         (BENT[0], {"kind": "dcn"}, 4),
+        (ATTENDING, {}, 5),
+        (ATTENDING, {"warm_up": True}, 5),
     ],
 )
 def test_an_older_version_reads_no_base_whose_parts_it_does_not_know(rows, tmp_path, adapter, ranker, number):

@@ -261,8 +261,8 @@ def test_dropout_of_ids_requests_and_units_is_for_training_only():
 
 def test_restore_gives_the_same_scores_and_refuses_other_shapes():
     network, batch = ranker(), inputs(4)
-    again = Ranker.restore(SHAPE, SMALL, network.state_dict())
+    again = Ranker.restore(SHAPE, SMALL, network.state_dict(), None, 0)
     assert not again.training
     assert torch.equal(again(*batch)[0], network(*batch)[0])
     with pytest.raises(RuntimeError, match="size mismatch"):
-        Ranker.restore(SHAPE.model_copy(update={"request_vocabularies": (4, 9)}), SMALL, network.state_dict())
+        Ranker.restore(SHAPE.model_copy(update={"request_vocabularies": (4, 9)}), SMALL, network.state_dict(), None, 0)

@@ -1,4 +1,4 @@
-"""Graphs of bases whose dense layers are bent: onnxruntime against the learning code, and what they are made from."""
+"""Graphs of bases that are bent or attend: onnxruntime against the learning code, and what they are made from."""
 
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from tests.release.test_graphs import ask
 from tests.releases import make_graph, make_parts
 
 KINDS = {
-    # A whole night publishes a release of `film`; two traced graphs here are long enough.
+    # A whole night publishes a release of `film`; three traced graphs here are long enough.
     "lora": ("full", AdapterConfig(kind="lora", rank=2)),
     "dense": ("clashing", AdapterConfig(kind="gradient", bends="dense")),
+    "matching": ("full", AdapterConfig(kind="matching", prototypes=3)),
 }
 
 
@@ -26,11 +27,11 @@ KINDS = {
 def test_a_batch_of_many_segments_says_what_the_learning_code_says(kind: str, tmp_path: Path) -> None:
     """Every request under its own adapter; those of slot 0 are the base's, to the last digit of parity."""
     release, adapter = KINDS[kind]
-    data, network, bank, tables, rows = make_parts(release, bent=adapter.bent)
+    data, network, bank, tables, rows = make_parts(release, bent=adapter.bent, prototypes=adapter.matching)
     assert bank.shape[2] == network.width == adapter.width(network.width)
     bank *= np.float32(0.5)
     bank[1] = 0.0
-    graph = make_graph(release, adapter.bent)
+    graph = make_graph(release, adapter.bent, adapter.matching)
     export(network, bank, tables, data, tmp_path, lambda *_: graph)
     golden = make_golden(network, bank, tables, data, draw_requests(data, rows))
     assert check_parity(data, tables, golden, tmp_path).scores > 0
@@ -70,14 +71,15 @@ def first_of(inputs, data, requests, candidates):  # type: ignore[no-untyped-def
     }
 
 
-def test_a_graph_is_remembered_by_what_is_bent() -> None:
+def test_a_graph_is_remembered_by_what_adapters_read() -> None:
     data, network, _, tables, _ = make_parts("lean")
     names = wires(data, tables)
     bents = [None, *(AdapterConfig(**kind).bent for kind in (
         {"kind": "film"}, {"kind": "lora"}, {"kind": "lora", "rank": 3}, {"kind": "gradient", "bends": "dense"}
     ))]  # fmt: skip
     keys = [str(traced_from(network.shape, network.config, names, bent)) for bent in bents]
-    assert len(set(keys)) == len(bents)
+    keys += [str(traced_from(network.shape, network.config, names, prototypes=prototypes)) for prototypes in (3, 4)]
+    assert len(set(keys)) == len(bents) + 2
     assert traced_from(network.shape, network.config, names) == traced_from(network.shape, network.config, names, None)
 
 

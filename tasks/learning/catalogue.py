@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from tasks.learning.base import Base
 from tasks.learning.baselines import FACTORISATION, POPULARITY
 from tasks.learning.exams import CANDIDATE, ZERO_STEPS, Night
 from tasks.learning.factorisation import Factorisation
-from tasks.learning.material import I64, Visits
+from tasks.learning.material import I64, Material, Visits, newest_of_each
 
 USERS = 200
 """Most users of a night that are asked; more are drawn at random."""
@@ -38,8 +37,8 @@ LENGTH = 10
 """Items of a list."""
 PAIRS = 65_536
 """About how many pairs of user and candidate are scored at a time."""
-
-F32 = npt.NDArray[np.float32]
+NUMBERS = 1 << 23
+"""About how many numbers such pairs may have; with wide lists and vectors there are fewer pairs."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,12 @@ class Catalogue:
     Attributes:
         items: vocabulary ids [C].
         ids: vocabulary ids of the item and of its categorical candidate columns, int64 [C, 1+Cc].
-        numbers: numeric candidate columns, float32 [C, Fc].
-        newest: positions of the rows that say so, for what they have of list columns [C].
+        newest: positions of the rows that say so, and all else that candidates are [C].
         known: items with a row before the night, from which the candidates were taken.
     """
 
     items: I64
     ids: I64
-    numbers: F32
     newest: I64
     known: int
 
@@ -82,13 +79,9 @@ def catalogue(rows: Rows, night: int, seed: int, counted: int = COUNTED, others:
     known = known[np.argsort(-count[known], kind="stable")]
     rest = np.random.default_rng((seed, night)).permutation(np.arange(min(counted, len(known)), len(known)))
     chosen = known[np.r_[np.arange(min(counted, len(known))), np.sort(rest[:others])]]
-    newest = np.full(len(count), np.iinfo(np.int64).min)
-    np.maximum.at(newest, item, time)
-    last = np.flatnonzero(time == newest[item])
-    last = last[np.lexsort((np.asarray(rows.tie)[earlier[last]], item[last]))]  # of equal times the greatest tie
-    at = earlier[last[np.searchsorted(item[last], chosen, side="right") - 1]]
-    ids, numbers = np.asarray(rows.candidate_ids[at]), np.asarray(rows.candidate_numbers[at])
-    return Catalogue(chosen, ids, numbers, at, len(known))
+    last = newest_of_each(item, time, np.asarray(rows.tie)[earlier])
+    at = earlier[last[np.searchsorted(item[last], chosen)]]
+    return Catalogue(chosen, np.asarray(rows.candidate_ids[at]), at, len(known))
 
 
 def sampled(visits: Visits, night: int, seed: int, most: int = USERS) -> Visits:
@@ -130,10 +123,10 @@ def ranked(
     same = _best(rates[None], length)
     parts: dict[str, list[I64]] = {CANDIDATE: [], ZERO_STEPS: [], POPULARITY: [], FACTORISATION: []}
     with torch.no_grad():
-        for block in _blocks(len(visits), len(candidates)):
+        for block in _blocks(len(visits), len(candidates), night.material.width):
             some = visits.take(block)
             shape = (len(block), len(candidates), -1)
-            inputs = (part.to(device) for part in _inputs(night.data, night.ladder.rows, statistics, candidates, some))
+            inputs = _inputs(night.data, night.material, statistics, candidates, some)
             logits, features = (part.reshape(shape) for part in base.network(*inputs))
             own = weights[torch.from_numpy(slots[block]).to(device)]
             adapted = logits + base.network.change(adaptation.used(features, own), own)
@@ -145,32 +138,23 @@ def ranked(
     return {method: np.concatenate(lists, axis=1) for method, lists in parts.items()}
 
 
-def _blocks(users: int, candidates: int) -> Iterator[I64]:
-    most = max(1, PAIRS // max(candidates, 1))
+def _blocks(users: int, candidates: int, width: int) -> Iterator[I64]:
+    """Numbers of users that are asked together, each about so many candidates of so many numbers a pair."""
+    most = max(1, min(PAIRS, NUMBERS // max(width, 1)) // max(candidates, 1))
     return (np.arange(start, min(start + most, users), dtype=np.int64) for start in range(0, users, most))
 
 
 def _inputs(
-    data: DataConfig, rows: Rows, statistics: StatisticsTables, candidates: Catalogue, visits: Visits
-) -> Iterator[Tensor]:
+    data: DataConfig, material: Material, statistics: StatisticsTables, candidates: Catalogue, visits: Visits
+) -> tuple[Tensor, ...]:
     """What `Ranker.forward` takes for every pair of user and candidate, user by user: tensors ``[U * C, ...]``."""
+    rows = material.rows
     at = np.repeat(visits.rows.start, len(candidates))
     every = np.tile(np.arange(len(candidates)), len(visits))
-    requests = np.asarray(rows.request_ids[at])
     names = data.named("request", "categorical")
-    cohort = [requests[:, names.index(name)] for name in statistics.cohort_columns]
+    cohort = [np.asarray(rows.request_ids[at, names.index(name)]) for name in statistics.cohort_columns]
     asked = statistics.features(np.asarray(rows.user)[at], candidates.items[every], cohort)
-    tables = (requests, candidates.ids[every], rows.request_numbers[at], candidates.numbers[every], asked)
-    yield from (torch.from_numpy(np.ascontiguousarray(table)) for table in tables)
-    lists = (rows.request_values, rows.candidate_values, rows.request_vectors, rows.candidate_vectors)
-    if all(table is None for table in lists):
-        return
-    shown = candidates.newest[every]
-    for table, places, dtype in zip(
-        lists, (at, shown, at, shown), (np.int64, np.int64, np.float32, np.float32), strict=True
-    ):
-        given = np.zeros((len(at), 0), dtype) if table is None else np.asarray(table[places], dtype)
-        yield torch.from_numpy(np.ascontiguousarray(given))
+    return material.pairs(at, candidates.newest[every], asked)
 
 
 def _best(scores: Tensor, length: int) -> I64:

@@ -16,6 +16,7 @@ from tasks.data.lists import spans
 from tasks.learning.networks import Ranker
 
 I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
 PADDED_ROWS = 131_072
 """Most padded rows of segments handled in one batch when no gradient is wanted."""
 Scorer = Callable[[I64], tuple[Tensor, Tensor]]
@@ -144,31 +145,55 @@ class Material:
     def __init__(self, rows: Rows, device: str = "cpu", dialect: "Dialect | None" = None) -> None:
         self.rows, self.device, self.dialect = rows, device, dialect
 
+    @property
+    def width(self) -> int:
+        """Numbers of a row's inputs."""
+        rows = self.rows
+        plain = (rows.request_ids, rows.candidate_ids, rows.request_numbers, rows.candidate_numbers, rows.statistics)
+        lists = (rows.request_values, rows.candidate_values, rows.request_vectors, rows.candidate_vectors)
+        return sum(table.shape[1] for table in (*plain, *lists) if table is not None)
+
     def _tensor(self, table: npt.NDArray[np.generic], at: I64) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(table[at])).to(self.device)
 
     def inputs(self, at: I64) -> tuple[Tensor, ...]:
         """What `Ranker.forward` takes, for positions [T]: of lists nothing where the rows have none at all."""
-        rows = self.rows
-        tables = (
-            *(rows.request_ids, rows.candidate_ids),
-            *(rows.request_numbers, rows.candidate_numbers, rows.statistics),
+        return self.pairs(at, at, self.rows.statistics[at])
+
+    def pairs(self, requests: I64, candidates: I64, statistics: F32) -> tuple[Tensor, ...]:
+        """What `Ranker.forward` takes for a request of one row and a candidate of another.
+
+        Args:
+            requests: positions of the rows that have the requests [T].
+            candidates: positions of the rows that have the candidates [T].
+            statistics: of the pairs, in model units [T, S].
+        """
+        rows, dialect = self.rows, self.dialect
+        request_ids, candidate_ids = (
+            self._tensor(rows.request_ids, requests),
+            self._tensor(rows.candidate_ids, candidates),
         )
-        first, second, third, fourth, fifth = (self._tensor(table, at) for table in tables)
-        if self.dialect is not None:
-            first, second = _translated(first, self.dialect.request), _translated(second, self.dialect.candidate)
+        if dialect is not None:
+            request_ids = _translated(request_ids, dialect.request)
+            candidate_ids = _translated(candidate_ids, dialect.candidate)
+        numbers = self._tensor(rows.request_numbers, requests), self._tensor(rows.candidate_numbers, candidates)
+        told = torch.from_numpy(np.ascontiguousarray(statistics)).to(self.device)
+        plain = (request_ids, candidate_ids, *numbers, told)
         lists = (rows.request_values, rows.candidate_values, rows.request_vectors, rows.candidate_vectors)
         if all(table is None for table in lists):
-            return first, second, third, fourth, fifth
+            return plain
         # Tensors for all of them: functions that are mapped over batches take no None.
-        given = [first.new_zeros(len(at), 0) if table is None else self._tensor(table, at) for table in lists]
+        given = [
+            numbers[0].new_zeros(len(at), 0) if table is None else self._tensor(table, at)
+            for table, at in zip(lists, (requests, candidates, requests, candidates), strict=True)
+        ]
         values = [ids.long() for ids in given[:2]]
-        if (dialect := self.dialect) is not None:
+        if dialect is not None:
             values = [
                 _translated_values(values[0], dialect.request_values, dialect.request_places),
                 _translated_values(values[1], dialect.candidate_values, dialect.candidate_places),
             ]
-        return first, second, third, fourth, fifth, *values, *given[2:]
+        return (*plain, *values, *given[2:])
 
     def labels(self, at: I64) -> Tensor:
         """Labels [T, K], NaN where missing."""
@@ -193,6 +218,25 @@ def remembered(scorer: Scorer, count: int, part: int = 65_536) -> Scorer:
         return logits[here], features[here]
 
     return look_up
+
+
+def newest_of_each(item: I64, time: I64, tie: I64) -> I64:
+    """Numbers of the rows that are the newest of their item, ascending by item; of equal times the greatest tie.
+
+    Args:
+        item: ids, not negative [N].
+        time: of each row [N].
+        tie: what decides between rows of one moment [N].
+
+    >>> newest_of_each(np.array([7, 2, 7, 7]), np.array([5, 9, 8, 8]), np.array([0, 0, 4, 3])).tolist()
+    [1, 2]
+    """
+    newest = np.full(int(item.max(initial=-1)) + 1, np.iinfo(np.int64).min)
+    np.maximum.at(newest, item, time)
+    last = np.flatnonzero(time == newest[item])
+    last = last[np.lexsort((tie[last], item[last]))]
+    found: I64 = last[np.searchsorted(item[last], np.unique(item[last]), side="right") - 1]
+    return found
 
 
 def batches(segments: I64, lengths: I64, unknowns: int, row: int = 1) -> list[I64]:

@@ -18,7 +18,7 @@ from tasks.learning.adapters import AdapterConfig
 from tasks.learning.closed_form import calibrate, factorise, factorise_lists, fit_warm_up
 from tasks.learning.layers import SMALLEST_SCALE
 from tasks.learning.lists import VectorNormaliser
-from tasks.learning.material import I64, Material, Visits
+from tasks.learning.material import I64, Material, Visits, newest_of_each
 from tasks.learning.networks import Ranker
 
 PART = 65_536
@@ -214,8 +214,7 @@ def _teller(network: Ranker, material: Material, at: I64) -> Callable[[Tensor], 
     time, ids = np.asarray(material.rows.time)[at], np.asarray(material.rows.candidate_ids)[at]
     tables = network.shape.candidate_vocabularies
     ids = np.where(ids < np.array(tables), ids, 0)
-    order = np.lexsort((time, ids[:, 0]))
-    last = order[np.r_[np.flatnonzero(np.diff(ids[order, 0])), len(order) - 1]]
+    last = newest_of_each(ids[:, 0], time, np.arange(len(at)))
     items = torch.from_numpy(ids[last, 0])
     given = material.inputs(at[last])[3]
     numbers = given.new_zeros(tables[0], 2 * network.shape.candidate_numbers)

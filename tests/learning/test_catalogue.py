@@ -98,12 +98,12 @@ def test_candidates_are_the_most_counted_and_some_of_the_others(rows):
     assert len(found) == len(set(found.items.tolist())) == 8
     assert found.known == len(count) == 12
     assert found.items[5:].tolist() == [item for item in order if item in found.items[5:]]
-    for item, ids, numbers in zip(found.items, found.ids, found.numbers, strict=True):
+    for item, ids, at in zip(found.items, found.ids, found.newest, strict=True):
         newest = max(
             (row for row in earlier if rows.item[row] == item), key=lambda row: (rows.time[row], rows.tie[row])
         )
         assert ids.tolist() == rows.candidate_ids[newest].tolist()
-        assert numbers.tolist() == rows.candidate_numbers[newest].tolist()
+        assert at == newest
     drawn = {tuple(catalogue(rows, FIRST + NIGHT, seed, counted=5, others=3).items[5:].tolist()) for seed in range(9)}
     assert len(drawn) > 3
     everything = catalogue(rows, FIRST + NIGHT, 0)
@@ -140,12 +140,18 @@ def test_every_list_is_that_of_a_loop_over_users_and_items(rows, asked):
         slot = int(asked.bank.slots_of(rows, np.array([start]))[0])
         served.add(slot)
         scores = {method: [] for method in METHODS[:3]}
-        for item, ids, numbers in zip(
-            asked.candidates.items, asked.candidates.ids, asked.candidates.numbers, strict=True
+        for item, ids, newest in zip(
+            asked.candidates.items, asked.candidates.ids, asked.candidates.newest, strict=True
         ):
             rates = asked.statistics.item[item]
             statistics = np.r_[rates, asked.statistics.user[rows.user[start]], rates[:2], 0]
-            row = (rows.request_ids[start], ids, rows.request_numbers[start], numbers, statistics)
+            row = (
+                rows.request_ids[start],
+                ids,
+                rows.request_numbers[start],
+                rows.candidate_numbers[newest],
+                statistics,
+            )
             with torch.no_grad():
                 logits, features = asked.base.network(*(torch.from_numpy(np.asarray(part)[None]) for part in row))
             logits, features = logits[0].numpy(), features[0].numpy()
@@ -184,9 +190,13 @@ def test_equal_scores_stay_in_the_order_of_the_catalogue():
             assert best[aim, user].tolist() == order[:10]
 
 
-def test_parts_are_as_good_as_the_whole(asked, monkeypatch):
+@pytest.mark.parametrize(("bound", "most"), [("PAIRS", 30), ("NUMBERS", 30 * 15)])
+def test_parts_are_as_good_as_the_whole(asked, monkeypatch, bound, most):
     whole = asked.lists()
-    monkeypatch.setattr(module, "PAIRS", 30)
+    assert asked.night.material.width == 15
+    assert len(list(module._blocks(14, 12, 15))) == 1
+    monkeypatch.setattr(module, bound, most)
+    assert [len(block) for block in module._blocks(14, 12, 15)] == [2] * 7
     parts = asked.lists()
     for method in METHODS:
         assert parts[method].tolist() == whole[method].tolist()

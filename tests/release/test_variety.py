@@ -12,7 +12,6 @@ from tasks.release.variety import Variety, load, save, varieties, with_pooled
 CANDIDATES = Catalogue(
     items=np.array([4, 9, 2, 7]),
     ids=np.array([[4, 1], [9, 1], [2, 2], [7, 0]]),
-    numbers=np.zeros((4, 0), np.float32),
     newest=np.zeros(4, np.int64),
     known=11,
 )

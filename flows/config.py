@@ -18,8 +18,8 @@ from tasks.data.contract import DataConfig, Section, SegmentsConfig, StatisticsC
 from tasks.errors import InvalidConfig
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.baselines import BaselinesConfig
-from tasks.learning.networks import RankerConfig
 from tasks.learning.outer import misfit
+from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.training_config import BESIDE, TrainingConfig
 from tasks.references import Device, Place
 from tasks.release.gate import GateConfig

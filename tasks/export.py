@@ -16,7 +16,8 @@ from tasks.errors import ParityBroken
 from tasks.learning.bank import Bank
 from tasks.learning.base import save_base
 from tasks.learning.bending import Bent
-from tasks.learning.networks import RankerConfig, RankerShape
+from tasks.learning.networks import RankerShape
+from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
 from tasks.prepare import night_of_record

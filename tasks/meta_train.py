@@ -15,7 +15,7 @@ from tasks.errors import FormatUnknown
 from tasks.learning import training as learning
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base, save_base, shape_of
-from tasks.learning.networks import RankerConfig
+from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.setting import Setting
 from tasks.learning.training_config import BESIDE, TrainingConfig
 from tasks.parents import parent_base

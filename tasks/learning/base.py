@@ -20,14 +20,15 @@ from tasks.data.contract import DataConfig
 from tasks.data.vocabulary import Vocabularies
 from tasks.errors import FormatUnknown, ObjectCorrupt
 from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions
-from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.networks import Ranker, RankerShape
+from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.solvers import ObjectiveKind
 
-FORMATS = {"plain": 2, "cross layers": 3, "later parts": 4, "matching": 5}
+FORMATS = {"plain": 2, "cross layers": 3, "later parts": 4, "newest parts": 5}
 """What a base has, to the number of its format: an older version of nightrank must not take what it does not know for
 a damaged base. 2: tables of factors for every categorical candidate column, and numbers of candidates as adapter
-features. 3: cross layers. 4: list columns, what columns say of an item's factors, or adapters that bend the layers.
-5: adapters that match rows with prototypes."""
+features. 3: cross layers. 4: list columns, what columns say of an item's factors, or adapters that bend the layers. 5:
+attention over a user's history, adapters that match rows with prototypes, or weights that the request predicts."""
 WEIGHTS, DESCRIPTION = "base.safetensors", "base.json"
 
 
@@ -128,8 +129,8 @@ def save_base(base: Base, folder: Path) -> dict[str, Path]:
 
 
 def _newest_part(network: Ranker) -> str:
-    if network.matching is not None:
-        return "matching"
+    if any(part is not None for part in (network.attention, network.matching, network.prior)):
+        return "newest parts"
     later = (network.bent, network.warm_up, network.request_lists, network.candidate_lists)
     if any(part is not None for part in later):
         return "later parts"

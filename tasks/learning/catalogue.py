@@ -115,7 +115,7 @@ def ranked(
     Returns:
         Method to numbers of candidates, int64 ``[K, U, L]``.
     """
-    device, objectives = night.material.device, len(base.kinds)
+    device, objectives, history = night.material.device, len(base.kinds), base.network.config.history
     rates = torch.from_numpy(statistics.item[candidates.items, :objectives]).to(device)
     weights = torch.from_numpy(bank.weights).to(device)
     adaptation = Adaptation.of(base.network, base.adapter)
@@ -123,10 +123,10 @@ def ranked(
     same = _best(rates[None], length)
     parts: dict[str, list[I64]] = {CANDIDATE: [], ZERO_STEPS: [], POPULARITY: [], FACTORISATION: []}
     with torch.no_grad():
-        for block in _blocks(len(visits), len(candidates), night.material.width):
+        for block in _blocks(len(visits), len(candidates), night.material.width + history * base.network.config.hidden):
             some = visits.take(block)
             shape = (len(block), len(candidates), -1)
-            inputs = _inputs(night.data, night.material, statistics, candidates, some)
+            inputs = _inputs(night.data, night.material, statistics, candidates, some, history)
             logits, features = (part.reshape(shape) for part in base.network(*inputs))
             own = weights[torch.from_numpy(slots[block]).to(device)]
             adapted = logits + base.network.change(adaptation.used(features, own), own)
@@ -145,7 +145,12 @@ def _blocks(users: int, candidates: int, width: int) -> Iterator[I64]:
 
 
 def _inputs(
-    data: DataConfig, material: Material, statistics: StatisticsTables, candidates: Catalogue, visits: Visits
+    data: DataConfig,
+    material: Material,
+    statistics: StatisticsTables,
+    candidates: Catalogue,
+    visits: Visits,
+    history: int,
 ) -> tuple[Tensor, ...]:
     """What `Ranker.forward` takes for every pair of user and candidate, user by user: tensors ``[U * C, ...]``."""
     rows = material.rows
@@ -154,7 +159,7 @@ def _inputs(
     names = data.named("request", "categorical")
     cohort = [np.asarray(rows.request_ids[at, names.index(name)]) for name in statistics.cohort_columns]
     asked = statistics.features(np.asarray(rows.user)[at], candidates.items[every], cohort)
-    return material.pairs(at, candidates.newest[every], asked)
+    return material.pairs(at, candidates.newest[every], asked, history)
 
 
 def _best(scores: Tensor, length: int) -> I64:

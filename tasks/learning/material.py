@@ -5,6 +5,7 @@ Shapes: N rows, T positions, E windows, K objectives, D adapter features.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 
 from tasks.data.columns import Rows
-from tasks.data.lists import spans
+from tasks.data.lists import NOTHING, spans
+from tasks.learning.history import histories
 from tasks.learning.networks import Ranker
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
+HISTORY_NUMBERS = 1 << 24
+"""About how many numbers of histories, as they attend, rows have beside them at a time where no gradient is wanted."""
 PADDED_ROWS = 131_072
 """Most padded rows of segments handled in one batch when no gradient is wanted."""
 Scorer = Callable[[I64], tuple[Tensor, Tensor]]
@@ -156,17 +160,23 @@ class Material:
     def _tensor(self, table: npt.NDArray[np.generic], at: I64) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(table[at])).to(self.device)
 
-    def inputs(self, at: I64) -> tuple[Tensor, ...]:
-        """What `Ranker.forward` takes, for positions [T]: of lists nothing where the rows have none at all."""
-        return self.pairs(at, at, self.rows.statistics[at])
+    def inputs(self, at: I64, history: int = 0) -> tuple[Tensor, ...]:
+        """What `Ranker.forward` takes, for positions [T]: of lists nothing where the rows have none at all.
 
-    def pairs(self, requests: I64, candidates: I64, statistics: F32) -> tuple[Tensor, ...]:
+        Args:
+            at: the positions.
+            history: entries of the user's history that the network reads.
+        """
+        return self.pairs(at, at, self.rows.statistics[at], history)
+
+    def pairs(self, requests: I64, candidates: I64, statistics: F32, history: int = 0) -> tuple[Tensor, ...]:
         """What `Ranker.forward` takes for a request of one row and a candidate of another.
 
         Args:
             requests: positions of the rows that have the requests [T].
             candidates: positions of the rows that have the candidates [T].
             statistics: of the pairs, in model units [T, S].
+            history: entries of the history of the rows that have the requests.
         """
         rows, dialect = self.rows, self.dialect
         request_ids, candidate_ids = (
@@ -180,7 +190,7 @@ class Material:
         told = torch.from_numpy(np.ascontiguousarray(statistics)).to(self.device)
         plain = (request_ids, candidate_ids, *numbers, told)
         lists = (rows.request_values, rows.candidate_values, rows.request_vectors, rows.candidate_vectors)
-        if all(table is None for table in lists):
+        if all(table is None for table in lists) and not history:
             return plain
         # Tensors for all of them: functions that are mapped over batches take no None.
         given = [
@@ -193,7 +203,31 @@ class Material:
                 _translated_values(values[0], dialect.request_values, dialect.request_places),
                 _translated_values(values[1], dialect.candidate_values, dialect.candidate_places),
             ]
-        return (*plain, *values, *given[2:])
+        return (*plain, *values, *given[2:], *(self.recent(requests, history) if history else ()))
+
+    def recent(self, at: I64, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The users' recent rows before the visits that rows at positions [T] are of.
+
+        Returns:
+            Ids ``[G, H, Cc]``, labels of the first objective and gaps ``[G, H]``, and which of the G each position has
+            ``[T]``, as `Ranker.forward` takes them.
+        """
+        found = histories(self.rows, self._visits.rows.start, self._visits.first, at, length)
+        ids = self._tensor(self.rows.candidate_ids, found.at)
+        if self.dialect is not None:
+            ids = _translated(ids, self.dialect.candidate)
+        labels = self._tensor(self.rows.labels[:, 0], found.at)
+        gaps, row = (torch.from_numpy(part).to(self.device) for part in (found.gaps, found.row))
+        absent = torch.from_numpy(found.at < 0).to(self.device)
+        return ids.masked_fill(absent[..., None], NOTHING), labels.masked_fill(absent, float("nan")), gaps, row
+
+    @cached_property
+    def _visits(self) -> Visits:
+        return visits_of(self.rows)
+
+    def statistics(self, at: I64) -> Tensor:
+        """As-of statistics [T, S]."""
+        return self._tensor(self.rows.statistics, at)
 
     def labels(self, at: I64) -> Tensor:
         """Labels [T, K], NaN where missing."""
@@ -204,8 +238,19 @@ class Material:
         return self._tensor(self.rows.weights, at)
 
     def scorer(self, network: Ranker) -> Scorer:
-        """The network as a function of positions."""
-        return lambda at: network(*self.inputs(at))
+        """The network as a function of positions; of many with histories, part by part where no gradient is wanted."""
+        config, history = network.config, network.config.history
+        tokens = history + 1
+        most = max(1, HISTORY_NUMBERS // (tokens * (config.hidden + config.heads * tokens)))
+
+        def score(at: I64) -> tuple[Tensor, Tensor]:
+            if not history or len(at) <= most or torch.is_grad_enabled():
+                return network(*self.inputs(at, history))  # type: ignore[no-any-return]
+            answers = [network(*self.inputs(part, history)) for part in np.split(at, range(most, len(at), most))]
+            logits, features = (torch.cat(parts) for parts in zip(*answers, strict=True))
+            return logits, features
+
+        return score
 
 
 def remembered(scorer: Scorer, count: int, part: int = 65_536) -> Scorer:

@@ -7,75 +7,18 @@ objective.
 
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from tasks.data.contract import Section
+from tasks.learning.attention import Attention
 from tasks.learning.bending import Bent, Perceptron, mirror
 from tasks.learning.layers import Cross, Matching, Normaliser, WarmUp
 from tasks.learning.lists import ListInputs, pooled
-
-CROSS_LAYERS = 2
-"""Of `dcn`, where the config says nothing."""
-
-
-class RankerConfig(Section):
-    """The shared network."""
-
-    kind: Literal["mlp", "dcn"] = "mlp"
-    """What reads the request's and the candidate's tower together, beside a calibrated item rate. `mlp`: a multi-layer
-    perceptron over both and their product. `dcn`: cross layers, and a perceptron on what comes out of them (DCN-V2,
-    stacked); every unit of one tower then meets every unit of the other and the joint statistics."""
-    cross_layers: Annotated[int, Field(ge=1, le=8, exclude_if=lambda layers: layers == CROSS_LAYERS)] = CROSS_LAYERS
-    """Cross layers of `dcn`: how many inputs one product can have, less one. A dump leaves the default out."""
-    embedding: Annotated[int, Field(ge=1, le=512)] = 16
-    """Width of an embedding."""
-    hidden: Annotated[int, Field(ge=1, le=4096)] = 32
-    """Width of the hidden layers and of the towers' outputs."""
-    factors: Annotated[int, Field(ge=0, le=256)] = 4
-    """Adapter features that are free factors of the item, started in closed form from the history."""
-    warm_up: Annotated[bool, Field(exclude_if=lambda warm: not warm)] = False
-    """Whether an item's factors are held to what its numbers and categories say of them: a new item begins there, and
-    its own rows take over as they come. Without it factors are held to 0, and a new item has none. For catalogues whose
-    items are mostly new; a dump leaves the default out."""
-    category_factors: Annotated[int, Field(ge=0, le=256)] = 4
-    """Adapter features that are free factors of a category, for each categorical candidate column, started likewise;
-    of a `multi` column the mean of its values' factors."""
-    direct: bool = True
-    """Whether the candidate's numbers, normalised, are adapter features as they stand: what a segment likes about a
-    column is then learned from its own rows, whether or not the towers have found the column useful."""
-    features: Annotated[int, Field(ge=0, le=256)] = 0
-    """Adapter features that the candidate tower computes: tastes that are no straight line in a number, at the price
-    of weights that every segment has to learn. All these and the constant 1 are what a linear adapter's weights
-    multiply; one that bends the dense layers takes what they are given instead, and the network has none of these."""
-    prior: Annotated[bool, Field(exclude_if=lambda told: not told)] = False
-    """Whether the coarsest segments start from weights that the request's columns predict, in place of 0: what people
-    of an age or a country tend to like is then known of those who have no rows yet. A map from the request tower to the
-    weights of `direct` and `features`, learned by the outer loop; what a segment's rows say is held to it. For many
-    users whose columns tell their tastes: of few users it learns who they are. A dump leaves the default out."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Dropout of hidden units in training."""
-    request_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.8
-    """Share of rows whose request tower is silenced in training: a log has far fewer users than rows, and the tower
-    would learn them by heart."""
-    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of ids, those of lists' values among them, replaced by `unknown` in training, so that the unknown embedding
-    serves new items."""
-    user_statistics: bool = False
-    """Whether the network reads the user's as-of rate and count. A personal adapter reads the very rows that they sum
-    up, and both together count the same evidence twice; turn it on where the ladder has no user level."""
-
-    @model_validator(mode="after")
-    def _only_what_is_built(self) -> Self:
-        if self.kind != "dcn" and self.cross_layers != CROSS_LAYERS:
-            raise ValueError(
-                f"ranker.cross_layers = {self.cross_layers} belongs to ranker.kind 'dcn', and the kind is "
-                f"{self.kind!r}; remove it, or set ranker.kind to 'dcn'"
-            )
-        return self
+from tasks.learning.ranker_config import RankerConfig
 
 
 class RankerShape(Section):
@@ -177,7 +120,8 @@ class Ranker(nn.Module):
         candidates += 0 if self.candidate_lists is None else self.candidate_lists.width
         self.request_tower = nn.Sequential(nn.Linear(requests, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
         self.candidate_tower = nn.Sequential(nn.Linear(candidates, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
-        both = 2 * hidden + len(shape.joint_statistics)
+        transformer = config.kind == "transformer"
+        both = (3 if transformer else 2) * hidden + len(shape.joint_statistics)
         self.cross = Cross(both, config.cross_layers) if config.kind == "dcn" else None
         self.joint = nn.Sequential(
             nn.Linear(both if self.cross is not None else both + hidden, hidden),
@@ -224,6 +168,14 @@ class Ranker(nn.Module):
         # Zeros, which draw nothing: a network with it starts where one without it does.
         predicted = self.width - self._solved if config.prior and bent is None and not prototypes else 0
         self.prior = nn.Parameter(torch.zeros(len(shape.kinds), predicted, hidden)) if predicted else None
+        self.attention = (
+            Attention(
+                *(len(shape.candidate_vocabularies) * width, hidden, config.history),
+                *(config.heads, config.blocks, config.dropout),
+            )
+            if transformer
+            else None
+        )
         if bent is not None:
             mirror(first, last)
         if bent is not None and bent.kind == "lora":
@@ -314,6 +266,10 @@ class Ranker(nn.Module):
         candidate_values: Tensor | None = None,
         request_vectors: Tensor | None = None,
         candidate_vectors: Tensor | None = None,
+        history_ids: Tensor | None = None,
+        history_labels: Tensor | None = None,
+        history_gaps: Tensor | None = None,
+        history_row: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Score rows without an adapter.
 
@@ -328,6 +284,12 @@ class Ranker(nn.Module):
             candidate_values: of the candidate's.
             request_vectors: the `dense` columns side by side, float32, NaN where a vector is missing.
             candidate_vectors: of the candidate's.
+            history_ids: the user's recent rows, newest first: ids as the candidate's, int64 ``[G, H, Cc]``, -1 behind
+                the oldest; read by a `transformer` only, as the rest.
+            history_labels: labels of their first objective, float32 ``[G, H]``, NaN where missing.
+            history_gaps: seconds between them and the request's day, int64 ``[G, H]``.
+            history_row: which of the G each row has, int64 ``[N]``, where the rows are ``[N]``. None where rows are
+                ``[..., M]`` and histories ``[...]``: M candidates of a request have one in common.
 
         Returns:
             Logits ``[..., K]`` (for ratings: values) and adapter features ``[..., D]``; shares in D prototypes, where
@@ -345,9 +307,10 @@ class Ranker(nn.Module):
             dim=-1,
         )
         numbers = self.candidate_normaliser(candidate_numbers)
+        embedded = self._embed(self.candidate_tables, self.candidate_rows, candidate_ids)
         candidate = torch.cat(
             [
-                *self._embed(self.candidate_tables, self.candidate_rows, candidate_ids),
+                *embedded,
                 numbers,
                 _columns(normal, shape.candidate_statistics),
                 *self._listed(self.candidate_lists, candidate_values, candidate_vectors),
@@ -359,7 +322,16 @@ class Ranker(nn.Module):
             left = left * (torch.rand(left.shape[:-1], device=left.device) >= self.config.request_dropout)[..., None]
         seen = _columns(normal, shape.joint_statistics)
         if self.cross is None:
-            joint = torch.cat([left, right, left * right, seen], dim=-1)
+            parts = [left, right, left * right]
+            if self.attention is not None:
+                assert history_ids is not None
+                assert history_labels is not None
+                assert history_gaps is not None
+                items = self._embed(self.candidate_tables, self.candidate_rows, history_ids.clamp_min(0))
+                entries = (torch.cat(items, dim=-1), history_ids[..., 0] >= 0, history_labels, history_gaps)
+                read = self.attention.encode(*entries)
+                parts.append(self.attention(torch.cat(embedded, dim=-1), read, history_row))
+            joint = torch.cat([*parts, seen], dim=-1)
         else:
             joint = self.cross(torch.cat([left, right, seen], dim=-1))
         logits = _columns(statistics, shape.offsets) + self.wide(normal) + self.joint(joint)
@@ -374,9 +346,9 @@ class Ranker(nn.Module):
                 factors = torch.where(learned, factors, self.warm_up(numbers, self._categories(candidate_ids)))
             features.append(factors)
         if self.candidate_lists is not None and self.config.category_factors:
-            read = self.candidate_lists.read(candidate_values, self._known)
+            values = self.candidate_lists.read(candidate_values, self._known)
             tables = self.factor_tables[len(self.factored) :]
-            features += [pooled(table, *one) for table, one in zip(tables, read, strict=True)]
+            features += [pooled(table, *one) for table, one in zip(tables, values, strict=True)]
         if self.config.direct and shape.candidate_numbers:
             features.append(numbers[..., : shape.candidate_numbers])
         if self.head is not None:

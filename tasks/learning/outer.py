@@ -122,7 +122,7 @@ def reptile(
     downhill = vmap(grad(loss, has_aux=True), randomness="different")
     total, moved = 0.0, {name: torch.zeros_like(value) for name, value in shared.items()}
     most = max(1, PATH_NUMBERS // max(1, sum(value.numel() for value in shared.values())))
-    for chosen, inputs, labels, mass in _padded(visits, material, most):
+    for chosen, inputs, labels, mass in _padded(visits, material, most, network.config.history):
         own = {name: value.expand(len(chosen), *value.shape) for name, value in shared.items()}
         weights = begin[torch.from_numpy(chosen).to(begin.device)]
         for _ in range(config.steps):
@@ -138,16 +138,26 @@ def reptile(
     return total / len(visits), {name: value * scale for name, value in moved.items()}
 
 
-def _padded(visits: Visits, material: Material, most: int) -> Iterator[tuple[I64, tuple[Tensor, ...], Tensor, Tensor]]:
-    """Visits' numbers, inputs ``[V, S, ...]``, labels and row weights, padded to the longest; so many at once."""
+def _padded(
+    visits: Visits, material: Material, most: int, history: int
+) -> Iterator[tuple[I64, tuple[Tensor, ...], Tensor, Tensor]]:
+    """Visits' numbers, inputs ``[V, S, ...]``, labels and row weights, padded to the longest; so many at once.
+
+    The rows of a visit have one history ``[V, H, ...]``.
+    """
     for chosen in np.array_split(np.arange(len(visits)), -(-len(visits) // most)):
         rows = visits.rows.take(chosen)
         windows = Windows(rows.start, np.minimum(rows.stop, rows.start + QUERY_ROWS))
         at, window = windows.flat()
         longest = int(windows.lengths.max())
         where = tuple(torch.from_numpy(place).to(material.device) for place in (window, at - windows.start[window]))
-        tables = (*material.inputs(at), material.labels(at), material.weights(at))
+        own = material.inputs(at, history)
+        shared: tuple[Tensor, ...] = ()
+        if history:
+            *recent, row = material.recent(rows.start, history)
+            own, shared = own[: -len(recent) - 1], tuple(part[row] for part in recent)
+        tables = (*own, material.labels(at), material.weights(at))
         *inputs, labels, mass = (
             part.new_zeros(len(chosen), longest, *part.shape[1:]).index_put(where, part) for part in tables
         )
-        yield chosen, tuple(inputs), labels, mass
+        yield chosen, (*inputs, *shared), labels, mass

@@ -17,8 +17,8 @@ from pydantic import ValidationError, model_validator
 from tasks.data.contract import Section
 from tasks.errors import InvalidConfig
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.networks import RankerConfig
 from tasks.learning.outer import misfit
+from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.training_config import TrainingConfig
 
 Value = bool | int | float | str | None

@@ -3,7 +3,7 @@
 Shapes: N rows, S statistics, K objectives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ from tasks.data.contract import DataConfig
 from tasks.errors import TrainingDiverged
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.closed_form import calibrate, factorise, factorise_lists, fit_warm_up
-from tasks.learning.layers import SMALLEST_SCALE
+from tasks.learning.layers import SMALLEST_SCALE, Normaliser
 from tasks.learning.lists import VectorNormaliser
 from tasks.learning.material import I64, Material, Visits, newest_of_each
 from tasks.learning.networks import Ranker
@@ -51,11 +51,13 @@ def normalise(network: Ranker, data: DataConfig, rows: Rows, at: I64) -> None:
     Raises:
         TrainingDiverged: a column holds a number that is not finite as float32.
     """
-    tables = (
+    tables: tuple[tuple[Normaliser, F32, Sequence[str]], ...] = (
         (network.request_normaliser, rows.request_numbers, data.named("request", "numeric")),
         (network.candidate_normaliser, rows.candidate_numbers, data.named("candidate", "numeric")),
         (network.statistics_normaliser, rows.statistics, rows.statistics_names),
     )
+    if network.attention is not None:
+        tables += ((network.attention.labels, rows.labels[:, :1], (data.objectives[0].column,)),)
     for normaliser, table, names in tables:
         values = np.asarray(table[at], np.float64)
         if (infinite := np.isinf(values)).any():
@@ -108,7 +110,7 @@ def spread(network: Ranker, material: Material, at: I64) -> None:
         return
     network.eval()
     with torch.no_grad():
-        _, inputs = network(*material.inputs(at[-PART:]))
+        _, inputs = material.scorer(network)(at[-PART:])
         before = inputs @ layers.first.mT + layers.shift
         scale = before.std(dim=0, correction=0)
         # A unit that does not vary has no scale of its own, and is left alone but for its mean.
@@ -242,7 +244,6 @@ def _scores(network: Ranker, material: Material, at: I64) -> tuple[Tensor, Tenso
     """Logits [N, K] and normalised statistics [N, S] of many rows, part by part."""
     logits, normal = [], []
     for part in np.array_split(at, max(1, len(at) // PART)):
-        inputs = material.inputs(part)
-        logits.append(network(*inputs)[0])
-        normal.append(network.normal_statistics(inputs[4]))
+        logits.append(material.scorer(network)(part)[0])
+        normal.append(network.normal_statistics(material.statistics(part)))
     return torch.cat(logits), torch.cat(normal)

@@ -20,7 +20,8 @@ from onnx import TensorProto, helper
 from tasks.data.contract import DataConfig
 from tasks.errors import ParityBroken
 from tasks.learning.bending import Bent
-from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.networks import Ranker, RankerShape
+from tasks.learning.ranker_config import RankerConfig
 from tasks.release.lookups import Wires, as_model, lookup_graph, wires
 from tasks.release.scorer import PREFIX, Scorer, numbers_of, trace
 from tasks.release.tables import ServingTables

@@ -26,7 +26,8 @@ from torch.nn.functional import embedding
 from tasks.data.statistics import StatisticsTables
 from tasks.learning import bending, layers, lists, networks
 from tasks.learning.bending import Bent
-from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.networks import Ranker, RankerShape
+from tasks.learning.ranker_config import RankerConfig
 from tasks.release.lookups import IR_VERSION, OPSETS, Wires, as_model
 
 F32 = npt.NDArray[np.float32]

@@ -15,6 +15,7 @@ from tasks.learning.episodes import row_loss, score_visits
 from tasks.learning.epochs import Descent
 from tasks.learning.initialisation import Initialisation
 from tasks.learning.losses import Losses
+from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.scalars import NoScalars
 from tasks.learning.setting import Setting
 from tasks.learning.training import seed_of
@@ -128,7 +129,7 @@ def test_a_students_step_mixes_labels_and_what_each_member_says_after_its_own_ad
 class Truth(torch.nn.Module):
     """Knows what the world was made from: whether market and genre of a row go together."""
 
-    shape = SimpleNamespace(kinds=("binary",))
+    shape, config = SimpleNamespace(kinds=("binary",)), RankerConfig()
 
     def perceptron(self):
         return None

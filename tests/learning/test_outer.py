@@ -89,7 +89,7 @@ def slow(rows, visits, network, steps=3, base_weight=0.5, most=512):
         at = np.arange(visits.rows.start[number], visits.rows.stop[number])[:most]
         labels, mass = material.labels(at), material.weights(at)
         for _ in range(steps):
-            logits, features = own(*material.inputs(at))
+            logits, features = own(*material.inputs(at, network.config.history))
             scores = apply(logits, features, weights)
             adapted, base = (row_loss(said, labels, KINDS, torch.tensor([1.0, 0.3]), mass) for said in (scores, logits))
             optimiser.zero_grad()
@@ -115,6 +115,23 @@ def test_reptile_is_the_plain_loop_over_visits(episodes, steps):
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=name)
     assert max(value.abs().max() for value in found.values()) > 0.01
     assert all(torch.equal(value, before_it[name]) for name, value in episodes[2].state_dict().items())
+
+
+def test_reptile_of_a_transformer_is_the_plain_loop_over_visits_each_with_its_history(episodes):
+    rows, visits, _ = episodes
+    torch.manual_seed(0)
+    network = Ranker(
+        shape(rows, *KINDS), RankerConfig.model_validate({**dict(STILL), "kind": "transformer", "history": 3})
+    ).train()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    said, found = told(rows, visits, network, steps=2)
+    loss, expected = slow(rows, visits, network, steps=2)
+    assert said == pytest.approx(loss, rel=1e-5)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=5e-5, msg=name)
+    assert max(value.abs().max() for name, value in found.items() if name.startswith("attention")) > 0.01
 
 
 def test_reptile_of_parts_and_of_visits_in_another_order_is_the_same(monkeypatch, episodes):

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.data import vocabulary
-from tasks.data.columns import Rows
+from tasks.data.columns import Rows, microseconds
 from tasks.data.contract import DataConfig, SegmentsConfig
 from tasks.data.lists import is_list, padded, values_of
 from tasks.data.vocabulary import Vocabularies
 from tasks.errors import FormatUnknown, NightrankError, ReleaseRefused
 from tasks.learning.base import shape_of
 from tasks.learning.exams import CHAMPION, Night, column, sit_contact
+from tasks.learning.history import histories
 from tasks.learning.ladder import Ladder, learned_levels
 from tasks.learning.material import I64, Dialect, Material
 from tasks.learning.training import steady
@@ -102,11 +104,16 @@ def _nightly(
         shutil.rmtree(folder)
     names = [objective.name for objective in manifest.interface.objectives]
     with pq.ParquetFile(clean) as file:  # vectors of a whole night may not fit into memory
-        answers = [_ask(champion, pa.Table.from_batches([batch])) for batch in file.iter_batches(BATCH)]
-        users = file.read(columns=[data.user])[data.user]
-    # Clean rows are in order of time; the exam's are by user, then time.
-    user = vocabularies[data.user].encode(users)
-    order = np.argsort(user, kind="stable")
+        # Clean rows are in order of time; the exam's are by user, then time.
+        user = vocabularies[data.user].encode(file.read(columns=[data.user])[data.user])
+        order = np.argsort(user, kind="stable")
+        at = np.empty_like(order)
+        at[order] = night.at
+        answers, start = [], 0
+        for batch in file.iter_batches(BATCH):
+            past = _past(champion, data, rows, night, vocabularies, at[start : start + batch.num_rows])
+            answers.append(_ask(champion, pa.Table.from_batches([batch]), past))
+            start += batch.num_rows
     said: F32 = np.concatenate(answers)[order]
     return {
         column("nightly", CHAMPION, objective.name): said[:, names.index(objective.name)]
@@ -115,10 +122,42 @@ def _nightly(
     }
 
 
-def _ask(champion: LoadedRelease, table: pa.Table) -> F32:
-    """Scores [N, K] of rows, each as a request with one candidate."""
-    request: dict[str, object] = {}
+def _past(
+    champion: LoadedRelease, data: DataConfig, rows: Rows, night: Night, vocabularies: Vocabularies, at: I64
+) -> dict[str, npt.NDArray[np.generic]]:
+    """What the champion takes of the users' histories, as raw keys, for rows at positions [N]; by input [N, H]."""
+    specs = [spec for spec in champion.manifest.interface.inputs if spec.of is not None]
+    if not specs:
+        return {}
+    assert specs[0].values is not None
+    # The night's visits are all that these rows are of.
+    found = histories(rows, night.visits.rows.start, night.visits.first, at, specs[0].values)
+    places = found.at[found.row]
+    columns = (data.item, *data.named("candidate", "categorical"))
+    labels = [objective.column for objective in data.objectives]
+    past: dict[str, npt.NDArray[np.generic]] = {}
+    for spec in specs:
+        if spec.of in columns:
+            keys = vocabularies[spec.of].decode(np.asarray(rows.candidate_ids[places.ravel(), columns.index(spec.of)]))
+            known = keys.cast(pa.string() if spec.dtype == "string" else pa.int64())
+            values = pc.fill_null(known, spec.missing).to_numpy(zero_copy_only=False).reshape(places.shape)
+        elif spec.of in labels:
+            values = np.asarray(rows.labels[:, labels.index(spec.of)][places])
+        elif spec.of == data.time:
+            values = np.asarray(rows.time[places])
+        else:
+            raise ReleaseRefused(f"its history is of the column {spec.of!r}, which the contract no longer has")
+        fill = np.nan if spec.missing is None else spec.missing
+        past[spec.name] = np.where(places < 0, np.array(fill, values.dtype), values)
+    return past
+
+
+def _ask(champion: LoadedRelease, table: pa.Table, past: Mapping[str, npt.NDArray[np.generic]] | None = None) -> F32:
+    """Scores [N, K] of rows, each as a request with one candidate, and with what the users' histories were."""
+    request: dict[str, object] = dict(past or {})
     for spec in champion.manifest.interface.inputs:
+        if spec.of is not None:
+            continue
         if spec.name not in table.column_names:
             raise ReleaseRefused(f"it asks for the column {spec.name!r}, which the contract no longer has")
         values = table[spec.name]
@@ -130,6 +169,8 @@ def _ask(champion: LoadedRelease, table: pa.Table) -> F32:
             continue
         if spec.dtype == "float32":
             raw = pc.fill_null(values.cast(pa.float64()), float("nan")).to_numpy().astype(np.float32)
+        elif pa.types.is_timestamp(values.type):
+            raw = microseconds(values)
         elif spec.dtype == "int64":
             raw = pc.fill_null(values.cast(pa.int64()), spec.missing).to_numpy()
         else:

@@ -78,15 +78,18 @@ def export(
             LevelTable(level.columns, tuple(own.radices.tolist()), own.keys, own.slots)
             for level, own in zip(rows.levels, ship.levels, strict=True)
         )
-        tables = ServingTables(vocabularies, serving_tables(data, statistics, vocabularies, states), levels)
+        history = trained.network.config.history
+        known = serving_tables(data, statistics, vocabularies, states)
+        tables = ServingTables(vocabularies, known, levels, history)
         weights = np.zeros((*ship.weights.shape[:2], trained.network.width), np.float32)
         weights[:, :, : ship.weights.shape[2]] = ship.weights
         with steady(0, None), _says_what_to_delete(place):
             write_graphs(trained.network, weights, tables, data, release, partial(_traced, place))
             progress(1, 3, "parts")
-            requests = draw_requests(data, _some_rows(data, clean_file(place, record_of(place, validated))))
+            drawn_from = _some_rows(data, clean_file(place, record_of(place, validated)))
+            requests = draw_requests(data, drawn_from, history=history)
             golden = make_golden(trained.network, weights, tables, data, requests)
-        write_golden(data, golden, release)
+        write_golden(data, golden, release, history)
         with _says_what_to_delete(place):
             parity = check_parity(data, tables, golden, release)
         progress(2, 3, "parts")
@@ -94,7 +97,7 @@ def export(
         write_tables(tables, release)
         interface = Interface(
             night=ingested.night,
-            inputs=input_specs(data, examples(data, golden[0])),
+            inputs=input_specs(data, examples(data, golden[0], history), history),
             output=wires(data, tables).scores,
             objectives=objectives(data),
             wires=wires(data, tables).between(),

@@ -31,6 +31,8 @@ from tests.shared import made_once
 
 PIPELINE = "shop"
 NIGHT = date(2026, 3, 1)
+HISTORY = 4
+"""Entries that the release with histories reads."""
 
 
 def _column(name: str, role: str, dtype: str, kind: str | None = None) -> dict[str, Any]:
@@ -71,6 +73,16 @@ COLUMNS = {
         _column("tags", "candidate", "string", "multi") | {"max_values": 3},
         _column("look", "candidate", "float64", "dense") | {"length": 2},
         _column("voice", "candidate", "float64", "dense") | {"length": 1},
+    ],
+    # A transformer's: recent rows of the user, with a column that is called like one of them.
+    "past": [
+        _column("user", "user", "string"),
+        _column("item", "item", "int64"),
+        _column("at", "time", "timestamp"),
+        _column("stars", "label", "float64") | {"nullable": True},
+        _column("liked", "label", "int64"),
+        _column("history_item", "request", "float64", "numeric"),
+        _column("genre", "candidate", "string", "categorical"),
     ],
     # Columns that are called like tensors of ours, one rating, and cross layers.
     "clashing": [
@@ -115,6 +127,8 @@ def make_rows(data: DataConfig, count: int = 60, seed: int = 0) -> pa.Table:
     arrays = {}
     for column in data.columns:
         if column.dtype == "timestamp":
+            hours = np.arange(count, dtype=np.int64) * 7_200_000_000  # two of them
+            arrays[column.name] = pa.array(1_772_000_000_000_000 + hours, pa.timestamp("us", "UTC"))
             continue
         drawn = random.integers(12, size=count)
         absent = (random.random(count) < 1 / 8) & column.nullable
@@ -185,13 +199,8 @@ def make_parts(
     )
     torch.manual_seed(seed)
     config = RankerConfig(
-        kind="dcn" if kind == "clashing" else "mlp",
-        embedding=4,
-        hidden=8,
-        factors=2,
-        features=2,
-        warm_up=True,
-        prior=True,
+        **{"clashing": {"kind": "dcn"}, "past": {"kind": "transformer", "history": HISTORY, "blocks": 2}}.get(kind, {}),
+        **{"embedding": 4, "hidden": 8, "factors": 2, "features": 2, "warm_up": True, "prior": True},
     )
     network = Ranker(shape, config, bent, prototypes).eval()
     with torch.no_grad():  # untrained layers that begin at zero would hide what they multiply
@@ -201,7 +210,7 @@ def make_parts(
             table.weight[::3] = 0.0  # items without rows
     bank = random.normal(size=(slots, len(kinds), network.width)).astype(np.float32)
     bank[0] = 0.0
-    return data, network, bank, ServingTables(vocabularies, statistics, tuple(levels)), rows
+    return data, network, bank, ServingTables(vocabularies, statistics, tuple(levels), config.history), rows
 
 
 def describe(data: DataConfig, tables: ServingTables, golden: tuple[Golden, ...], night: date = NIGHT) -> Interface:
@@ -209,7 +218,7 @@ def describe(data: DataConfig, tables: ServingTables, golden: tuple[Golden, ...]
     names = wires(data, tables)
     return Interface(
         night=night,
-        inputs=input_specs(data, examples(data, golden[0])),
+        inputs=input_specs(data, examples(data, golden[0], tables.history), tables.history),
         output=names.scores,
         objectives=objectives(data),
         wires=names.between(),
@@ -238,8 +247,8 @@ def make_release(folder: Path, graph: bytes, kind: str = "full", seed: int = 0, 
     folder.mkdir(parents=True)
     data, network, bank, tables, rows = make_parts(kind, seed)
     export(network, bank, tables, data, folder, lambda *_: graph)
-    golden = make_golden(network, bank, tables, data, draw_requests(data, rows))
-    write_golden(data, golden, folder)
+    golden = make_golden(network, bank, tables, data, draw_requests(data, rows, history=tables.history))
+    write_golden(data, golden, folder, tables.history)
     parity = check_parity(data, tables, golden, folder)
     adapter, columns = AdapterConfig(), tuple(level.columns for level in tables.levels)
     precisions = Precisions(len(columns), len(data.objectives), adapter.width(network.width), adapter)
@@ -257,7 +266,7 @@ def next_night(made: Made, folder: Path, night: date, seed: int = 1) -> Made:
     bank[1:] = np.random.default_rng(seed).normal(size=bank[1:].shape)
     (folder / "bank.bin").write_bytes(bank.tobytes())
     golden = make_golden(made.network, bank, made.tables, made.data, [one.inputs for one in made.golden])
-    write_golden(made.data, golden, folder)
+    write_golden(made.data, golden, folder, made.tables.history)
     parity = check_parity(made.data, made.tables, golden, folder)
     interface = describe(made.data, made.tables, golden, night)
     manifest = manifest_of(folder, interface)

@@ -206,7 +206,7 @@ def _read_keys(
     """User ids, times and ties of one night's rows, in the file's order."""
     with pq.ParquetFile(path) as file:
         rows = file.read(columns=[data.user, data.item, data.time])
-    time = _microseconds(rows[data.time])
+    time = microseconds(rows[data.time])
     return (
         vocabularies[data.user].encode(rows[data.user]),
         time,
@@ -235,9 +235,10 @@ def tie_digest(user: pa.ChunkedArray, item: pa.ChunkedArray, time: I64, connecti
     return digest
 
 
-def _microseconds(time: pa.ChunkedArray) -> I64:
-    microseconds: I64 = time.cast(pa.timestamp("us", tz=time.type.tz), safe=False).cast(pa.int64()).to_numpy()
-    return microseconds
+def microseconds(time: pa.ChunkedArray) -> I64:
+    """Times of any unit as microseconds since 1970 in UTC [N]; without a zone they are UTC."""
+    found: I64 = time.cast(pa.timestamp("us", tz=time.type.tz), safe=False).cast(pa.int64()).to_numpy()
+    return found
 
 
 def _allocate(data: DataConfig, statistics: StatisticsConfig, folder: Path, rows: int) -> Tables:

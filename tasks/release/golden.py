@@ -14,11 +14,14 @@ import onnxruntime
 import pyarrow as pa
 import torch
 
+from tasks.data.columns import microseconds
 from tasks.data.contract import DataConfig
 from tasks.data.lists import padded, values_of
 from tasks.data.vocabulary import MISSING
 from tasks.errors import ParityBroken
+from tasks.learning.history import DAY
 from tasks.learning.networks import Ranker
+from tasks.release.histories import history_specs
 from tasks.release.interface import Example, InputSpec, Scalar
 from tasks.release.lookups import Request, encode, input_specs, wires
 from tasks.release.scorer import Scorer
@@ -67,13 +70,16 @@ class Parity:
     tolerance: float = TOLERANCE
 
 
-def draw_requests(data: DataConfig, rows: pa.Table, seed: int = 0) -> tuple[dict[str, npt.NDArray[np.generic]], ...]:
+def draw_requests(
+    data: DataConfig, rows: pa.Table, seed: int = 0, history: int = 0
+) -> tuple[dict[str, npt.NDArray[np.generic]], ...]:
     """Draw requests from real rows.
 
     Args:
         data: the contract.
         rows: clean interactions with at least one row; request columns and candidate columns are drawn apart.
         seed: seed of the draw.
+        history: entries of a user's history; they are rows drawn apart, from none to all of them.
 
     Returns:
         For each of `SHAPES` one request as drawn, and one in which about a third of the keys are unknown and about a
@@ -86,6 +92,7 @@ def draw_requests(data: DataConfig, rows: pa.Table, seed: int = 0) -> tuple[dict
         raise ValueError("golden requests need at least one row")
     random = np.random.default_rng(seed)
     specs = input_specs(data)
+    past = history_specs(data, history, {})
     drawn = []
     for requests, candidates in SHAPES:
         of_request = pa.array(random.integers(rows.num_rows, size=requests))
@@ -96,8 +103,37 @@ def draw_requests(data: DataConfig, rows: pa.Table, seed: int = 0) -> tuple[dict
             shape = (requests,) if spec.per == "request" else (requests, candidates)
             raw = _raw(values, spec)
             request[spec.name] = raw.reshape(*shape, *raw.shape[1:])
-        drawn += [request, {spec.name: _difficult(request[spec.name], spec, data, random) for spec in specs}]
+        if past:
+            request |= _past(rows, past, requests, random)
+        drawn += [request, {spec.name: _difficult(request[spec.name], spec, data, random) for spec in (*specs, *past)}]
     return tuple(drawn)
+
+
+def _past(rows: pa.Table, specs: Sequence[InputSpec], requests: int, random: np.random.Generator) -> Request:
+    """Histories of random rows, newest first, the first as long as it may be and the last empty; asked a little later.
+
+    Args:
+        rows: clean interactions.
+        specs: of the history; the first is when it is asked, the last the entries' times.
+        requests: how many.
+        random: draws.
+    """
+    asked, *entries = specs
+    length = entries[0].values or 0
+    at = random.integers(rows.num_rows, size=(requests, length))
+    lengths = np.r_[length, random.integers(length + 1, size=requests - 1)]
+    lengths[-1] = 0 if requests > 1 else length
+    time = microseconds(rows[asked.name])
+    at = np.take_along_axis(at, np.argsort(-time[at], axis=1, kind="stable"), axis=1)
+    past: dict[str, npt.NDArray[np.generic]] = {
+        asked.name: time[at].max(axis=1) + random.integers(10 * DAY, size=requests)
+    }
+    for spec in entries:
+        assert spec.of is not None
+        fill = np.nan if spec.missing is None else spec.missing
+        raw = time if spec.of == asked.name else _single(rows[spec.of], spec)
+        past[spec.name] = np.where(np.arange(length) < lengths[:, None], raw[at], np.array(fill, raw.dtype))
+    return past
 
 
 def _raw(values: pa.ChunkedArray, spec: InputSpec) -> npt.NDArray[np.generic]:
@@ -118,16 +154,19 @@ def _single(values: pa.Array | pa.ChunkedArray, spec: InputSpec) -> npt.NDArray[
 def _difficult(
     values: npt.NDArray[np.generic], spec: InputSpec, data: DataConfig, random: np.random.Generator
 ) -> npt.NDArray[np.generic]:
-    if spec.values is not None:
+    if spec.values is not None and spec.of is None:
         hit = np.broadcast_to(random.random((*values.shape[:-1], 1)) < 1 / 3, values.shape)
     else:
         hit = random.random(values.shape) < 1 / 3
     if spec.dtype == "float32":
         return np.where(hit, np.float32(np.nan), values)
+    if data.time in (spec.name, spec.of):  # no look-up: a time is missing, or it is one
+        return np.where(hit, np.array(spec.missing, values.dtype), values)
     is_key = spec.name in (data.user, data.item)
     unknown = hit if is_key else random.random(values.shape) < 1 / 6
     never, missing = np.array(NEVER_SEEN[spec.dtype], values.dtype), np.array(MISSING[spec.dtype], values.dtype)
     if spec.values is not None:
+        hit = hit & (spec.of != data.item)  # an entry without its item would be none
         return np.where(hit | (values == missing), missing, np.where(unknown, never, values))
     return np.where(unknown, never, np.where(hit, missing, values))
 
@@ -162,9 +201,9 @@ def make_golden(
     return golden
 
 
-def write_golden(data: DataConfig, golden: Sequence[Golden], folder: Path) -> None:
+def write_golden(data: DataConfig, golden: Sequence[Golden], folder: Path, history: int = 0) -> None:
     """Write `golden.json`: per request its columns and scores as lists, flat, in row-major order; NaN is null."""
-    specs = input_specs(data)
+    specs = input_specs(data, history=history)
     written = [
         {
             "inputs": {spec.name: _listed(one.inputs[spec.name], spec) for spec in specs},
@@ -226,16 +265,16 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def examples(data: DataConfig, golden: Golden) -> Mapping[str, Example]:
+def examples(data: DataConfig, golden: Golden, history: int = 0) -> Mapping[str, Example]:
     """The first value of every column of a golden request, for the manifest; of a list column its first list."""
     found: dict[str, Example] = {}
-    for spec in input_specs(data):
+    for spec in input_specs(data, history=history):
         values = golden.inputs[spec.name]
         if spec.values is None:
             found[spec.name] = _plain(values.ravel()[0])
             continue
         listed = [_plain(one) for one in values.reshape(-1, spec.values)[0]]
-        given = [one for one in listed if one != spec.missing]
+        given = listed if spec.of is not None else [one for one in listed if one != spec.missing]
         found[spec.name] = tuple(given) if given or spec.missing is not None else None
     return found
 

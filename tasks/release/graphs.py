@@ -99,6 +99,10 @@ def _check_fit(network: Ranker, bank: F32, tables: ServingTables) -> None:
         raise ParityBroken(f"the bank has {int((~np.isfinite(bank)).sum())} numbers that are not finite; adapt again")
     if len(tables.statistics.names) != shape.statistics:
         raise ParityBroken(f"there are {len(tables.statistics.names)} statistics, the network takes {shape.statistics}")
+    if tables.history != network.config.history:
+        raise ParityBroken(
+            f"requests carry {tables.history} entries of a history, the network reads {network.config.history}"
+        )
     for level in tables.levels:
         if len(level.slots) and (level.slots.min() < 0 or level.slots.max() >= len(bank)):
             raise ParityBroken(

@@ -27,6 +27,8 @@ class InputSpec:
         example: a value as it may stand in a request.
         values: of a list column the length of the tensor's last axis: a list of categories (`int64`, `string`) has at
             most so many values, a vector (`float32`) just so many. None where there is one value.
+        of: of a user's history the column whose values of earlier rows the input holds, newest first: at most `values`
+            of them, more are cut off. None for every other input.
     """
 
     name: str
@@ -36,6 +38,7 @@ class InputSpec:
     missing: str | int | None
     example: Example = None
     values: int | None = None
+    of: str | None = None
 
     @property
     def shape(self) -> tuple[str | int, ...]:
@@ -44,9 +47,9 @@ class InputSpec:
         return axes if self.values is None else (*axes, self.values)
 
     def as_json(self) -> Json:
-        """The input as an interface tells it: `values` of list columns only."""
+        """The input as an interface tells it: `values` of list columns only, and `of` of histories."""
         told = {**asdict(self), "shape": list(self.shape)}
-        return {name: value for name, value in told.items() if name != "values" or value is not None}
+        return {name: value for name, value in told.items() if name not in ("values", "of") or value is not None}
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def read_interface(read: Reader, value: object) -> Interface:
 
 def _input(read: Reader, value: object) -> InputSpec:
     names = ["name", "per", "dtype", "meaning", "missing", "example", "shape"]
-    names += ["values"] if isinstance(value, Mapping) and "values" in value else []
+    names += [name for name in ("values", "of") if isinstance(value, Mapping) and name in value]
     values = read.fields(value, "input", names, versioned=False)
     name = read.name(values["name"])
     per: Literal["request", "candidate"] = "request" if values["per"] == "request" else "candidate"
@@ -163,4 +166,7 @@ def _input(read: Reader, value: object) -> InputSpec:
         read.refuse(f"input {name!r} has {example!r} as an example, which is no value")
     assert isinstance(missing, str | int | None)
     shown: Example = listed if isinstance(example, list) else listed[0]
-    return InputSpec(name, per, dtype, read.text(values["meaning"], "meaning"), missing, shown, width)
+    of = read.name(values["of"]) if "of" in values else None
+    if of is not None and (width is None or per != "request"):
+        read.refuse(f"input {name!r} is of a history, and does not say how long it is")
+    return InputSpec(name, per, dtype, read.text(values["meaning"], "meaning"), missing, shown, width, of)

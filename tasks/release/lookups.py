@@ -15,13 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pyarrow as pa
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from tasks.data.contract import LISTS, DataConfig
 from tasks.data.lists import NOTHING
 from tasks.data.segments import mixed_radix
 from tasks.data.vocabulary import MISSING
+from tasks.release.histories import encode_history, history_nodes, history_specs
 from tasks.release.interface import Example, InputSpec, Objective
+from tasks.release.nodes import Graph
 from tasks.release.tables import ServingTables
 
 I64 = npt.NDArray[np.int64]
@@ -53,6 +55,9 @@ class Wires:
     candidate_values: str | None = None
     request_vectors: str | None = None
     candidate_vectors: str | None = None
+    history_ids: str | None = None
+    history_labels: str | None = None
+    history_gaps: str | None = None
 
     def between(self) -> dict[str, str]:
         """Role to name of every tensor that `lookup.onnx` gives and `score.onnx` takes."""
@@ -62,7 +67,7 @@ class Wires:
 
 def wires(data: DataConfig, tables: ServingTables) -> Wires:
     """The tensor names of a release."""
-    taken = {spec.name for spec in input_specs(data)}
+    taken = {spec.name for spec in input_specs(data, history=tables.history)}
 
     def free(name: str) -> str:
         while name in taken:
@@ -79,7 +84,12 @@ def wires(data: DataConfig, tables: ServingTables) -> Wires:
         cohort_item_row=free("cohort_item_row") if tables.statistics.cohort_columns else None,
         scores=free("scores"),
         **{role: free(role) for role, _ in _beside(data)},
+        **{role: free(role) for role in (HISTORY if tables.history else ())},
     )
+
+
+HISTORY = ("history_ids", "history_labels", "history_gaps")
+"""Roles of the tensors that hold histories."""
 
 
 def _beside(data: DataConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -93,12 +103,15 @@ def _beside(data: DataConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield role, names
 
 
-def input_specs(data: DataConfig, examples: Mapping[str, Example] | None = None) -> tuple[InputSpec, ...]:
-    """What a ranking request must hold: user, request columns, item, candidate columns.
+def input_specs(
+    data: DataConfig, examples: Mapping[str, Example] | None = None, history: int = 0
+) -> tuple[InputSpec, ...]:
+    """What a ranking request must hold: user, request columns, item, candidate columns, then the user's history.
 
     Args:
         data: the contract.
         examples: a value per column, for readers of the manifest.
+        history: entries that the network reads of a user's history.
     """
     examples = examples or {}
     specs = []
@@ -129,7 +142,7 @@ def input_specs(data: DataConfig, examples: Mapping[str, Example] | None = None)
                 values=column.width if column.kind in LISTS else None,
             )
         )
-    return tuple(specs)
+    return (*specs, *history_specs(data, history, examples))
 
 
 def objectives(data: DataConfig) -> tuple[Objective, ...]:
@@ -139,7 +152,7 @@ def objectives(data: DataConfig) -> tuple[Objective, ...]:
 
 def encode(data: DataConfig, tables: ServingTables, request: Request) -> dict[str, npt.NDArray[np.generic]]:
     """The look-up in numpy: role (a field of `Wires`) to array. Absent roles are absent here, too."""
-    ids = {name: _ids(tables, name, request[name]) for name in data.vocabularies}
+    ids = {name: tables.ids(name, request[name]) for name in data.vocabularies}
     user, item = ids[data.user], ids[data.item]
     encoded: dict[str, npt.NDArray[np.generic]] = {
         "candidate_ids": np.stack([item, *(ids[n] for n in data.named("candidate", "categorical"))], axis=-1),
@@ -165,12 +178,7 @@ def encode(data: DataConfig, tables: ServingTables, request: Request) -> dict[st
         key = mixed_radix([*cohort, item], statistics.cohort_radices, "cohort x item")
         rows = np.arange(1, len(statistics.cohort_item_keys) + 1)
         encoded["cohort_item_row"] = _find(statistics.cohort_item_keys, rows, key, 0)
-    return encoded
-
-
-def _ids(tables: ServingTables, name: str, values: npt.NDArray[np.generic]) -> I64:
-    keys = tables.vocabularies[name]
-    return keys.encode(pa.array(values.ravel(), keys.keys.type)).reshape(values.shape)
+    return encoded | (encode_history(data, tables, request) if tables.history else {})
 
 
 def _listed(
@@ -199,11 +207,15 @@ def lookup_graph(data: DataConfig, tables: ServingTables, names: Wires) -> onnx.
         tables: vocabularies, cohort keys and slots; they become attributes of LabelEncoder nodes.
         names: what the outputs are called.
     """
-    graph = _Graph()
-    specs = input_specs(data)
+    graph = Graph()
+    specs = input_specs(data, history=tables.history)
     ids = {
-        name: graph.encoder(name, f"lookup/ids/{name}", *_entries(data, tables, name), 0) for name in data.vocabularies
+        name: graph.encoder(name, f"lookup/ids/{name}", *_entries(data, tables, name), 0)
+        for name in data.vocabularies
+        if not tables.history or name not in (data.item, *data.named("candidate", "categorical"))
     }
+    if tables.history:
+        ids |= history_nodes(data, tables, graph, [names.between()[role] for role in HISTORY])
     user, item = ids[data.user], ids[data.item]
     graph.node("Identity", [user], names.user_row)
     graph.stack([item, *(ids[n] for n in data.named("candidate", "categorical"))], names.candidate_ids)
@@ -248,6 +260,9 @@ def lookup_graph(data: DataConfig, tables: ServingTables, names: Wires) -> onnx.
         axes: list[str | int] = ["requests"] if role.startswith("request") else ["requests", "candidates"]
         kind = TensorProto.INT64 if role.endswith("values") else TensorProto.FLOAT
         shapes[role] = kind, [*axes, sum(data.column(name).width for name in columns)]
+    entries: list[str | int] = ["requests", tables.history]
+    shapes["history_ids"] = TensorProto.INT64, [*entries, 1 + len(data.named("candidate", "categorical"))]
+    shapes["history_labels"], shapes["history_gaps"] = (TensorProto.FLOAT, entries), (TensorProto.INT64, entries)
     inputs = [helper.make_tensor_value_info(spec.name, _TYPES[spec.dtype], list(spec.shape)) for spec in specs]
     outputs = [helper.make_tensor_value_info(name, *shapes[role]) for role, name in names.between().items()]
     return as_model(helper.make_graph(graph.nodes, "lookup", inputs, outputs, list(graph.constants.values())))
@@ -265,62 +280,3 @@ def _entries(data: DataConfig, tables: ServingTables, name: str) -> tuple[Sequen
     if column.kind == "multi":  # what fills a list up is no unknown value
         return [*keys, MISSING[column.dtype]], np.append(ids, NOTHING)
     return keys, ids
-
-
-class _Graph:
-    """Nodes and constants of a graph under construction."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[str, onnx.TensorProto] = {}
-
-    def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: int | onnx.TensorProto) -> str:
-        name = f"lookup/{kind}{len(self.nodes)}"
-        node = helper.make_node(kind, list(inputs), [output], name=name)
-        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
-        self.nodes.append(node)
-        return output
-
-    def number(self, value: int, axis: bool = False) -> str:
-        name = f"lookup/{'axis' if axis else 'number'}{value}"
-        self.constants[name] = numpy_helper.from_array(np.array([value] if axis else value, np.int64), name)
-        return name
-
-    def stack(self, columns: Sequence[str], output: str) -> str:
-        axis = self.number(-1, axis=True)
-        parts = [self.node("Unsqueeze", [one, axis], f"{output}/{position}") for position, one in enumerate(columns)]
-        return self.node("Concat", parts, output, axis=-1)
-
-    def mixed_radix(self, columns: Sequence[str], radices: Sequence[int], output: str) -> str:
-        key = columns[0]
-        for position, (column, radix) in enumerate(zip(columns[1:], radices[1:], strict=True)):
-            scaled = self.node("Mul", [key, self.number(radix)], f"{output}/scaled{position}")
-            key = self.node("Add", [scaled, column], f"{output}/key{position}")
-        return key
-
-    def encoder(
-        self, column: str, output: str, keys: Sequence[int] | Sequence[str] | I64, values: I64, default: int
-    ) -> str:
-        """A look-up node; without keys it is a constant, since the operator wants at least one."""
-        listed = keys.tolist() if isinstance(keys, np.ndarray) else list(keys)
-        kind = "strings" if listed and isinstance(listed[0], str) else "int64s"
-        if not listed:
-            return self._nothing(column, output, default)
-        name = f"lookup/LabelEncoder{len(self.nodes)}"
-        node = helper.make_node("LabelEncoder", [column], [output], name=name, domain="ai.onnx.ml")
-        attribute = node.attribute.add(name=f"keys_{kind}")
-        if kind == "strings":
-            attribute.type = onnx.AttributeProto.STRINGS
-            attribute.strings.extend(str(key).encode() for key in listed)
-        else:
-            attribute.type = onnx.AttributeProto.INTS
-            attribute.ints.extend(listed)
-        node.attribute.add(name="values_int64s", type=onnx.AttributeProto.INTS).ints.extend(values.tolist())
-        node.attribute.append(helper.make_attribute("default_int64", default))
-        self.nodes.append(node)
-        return output
-
-    def _nothing(self, column: str, output: str, default: int) -> str:
-        shape = self.node("Shape", [column], f"{output}/shape")
-        value = numpy_helper.from_array(np.array([default], np.int64))
-        return self.node("ConstantOfShape", [shape], output, value=value)

@@ -16,7 +16,7 @@ from pathlib import Path
 from tasks.errors import ReleaseRefused
 from tasks.release.interface import InputSpec as InputSpec  # serving imports from here alone
 from tasks.release.interface import Interface, Json, read_interface
-from tasks.release.strict_json import LISTS_VERSION, SCHEMA_VERSION, Reader, canonical
+from tasks.release.strict_json import HISTORY_VERSION, LISTS_VERSION, SCHEMA_VERSION, Reader, canonical
 
 CONTENT = frozenset(
     {
@@ -76,6 +76,8 @@ class Manifest:
     @property
     def schema_version(self) -> int:
         """The oldest version whose readers know all that the interface says."""
+        if any(spec.of is not None for spec in self.interface.inputs):
+            return HISTORY_VERSION
         lists = any(spec.values is not None for spec in self.interface.inputs)
         return LISTS_VERSION if lists else SCHEMA_VERSION
 
@@ -109,7 +111,7 @@ class Manifest:
         read = Reader(f"manifest of release {release[:12]}")
         found = read.document(data, LARGEST_MANIFEST)
         names = ("pipeline", "release", "files", "interface", "parity", "metrics", "provenance")
-        values = read.fields(found, "manifest", names, versions=(SCHEMA_VERSION, LISTS_VERSION))
+        values = read.fields(found, "manifest", names, versions=(SCHEMA_VERSION, LISTS_VERSION, HISTORY_VERSION))
         if values["pipeline"] != pipeline:
             read.refuse(f"it belongs to pipeline {values['pipeline']!r}, not {pipeline!r}")
         if values["release"] != release:

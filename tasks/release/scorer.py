@@ -4,7 +4,7 @@ A graph depends on the network's layers and on what goes in, not on a weight nor
 there are: it is traced from a blank network once, and filled with each night's numbers. The exporter's metadata (stack
 traces with source paths) is stripped, so that equal layers give equal bytes wherever they are traced.
 
-Shapes: R requests, M candidates, K objectives, D numbers of an adapter per objective.
+Shapes: R requests, M candidates, H entries of a history, K objectives, D numbers of an adapter per objective.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from tasks.data.statistics import StatisticsTables
-from tasks.learning import bending, layers, lists, networks
+from tasks.learning import attention, bending, layers, lists, networks
 from tasks.learning.bending import Bent
 from tasks.learning.networks import Ranker, RankerShape
 from tasks.learning.ranker_config import RankerConfig
@@ -39,7 +39,7 @@ VOCABULARIES = (
 )
 """Fields of a shape that say how many rows tables have, which no graph says."""
 # Read with the modules: what lies on the disk later may be newer than what runs.
-_FILES = (bending.__file__, layers.__file__, lists.__file__, networks.__file__, __file__)
+_FILES = (attention.__file__, bending.__file__, layers.__file__, lists.__file__, networks.__file__, __file__)
 _CODE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in _FILES)).hexdigest()
 
 
@@ -82,6 +82,9 @@ class Scorer(nn.Module):
         candidate_values: Tensor | None = None,
         request_vectors: Tensor | None = None,
         candidate_vectors: Tensor | None = None,
+        history_ids: Tensor | None = None,
+        history_labels: Tensor | None = None,
+        history_gaps: Tensor | None = None,
     ) -> Tensor:
         """Score candidates.
 
@@ -98,6 +101,10 @@ class Scorer(nn.Module):
             candidate_values: of candidate columns [R, M, V].
             request_vectors: `dense` request columns side by side [R, L], NaN where a vector is missing.
             candidate_vectors: of candidate columns [R, M, L].
+            history_ids: vocabulary ids of the user's recent rows, as the candidate's, newest first [R, H, 1 + Cc], -1
+                behind the oldest. A request's are encoded once, whatever the number of its candidates.
+            history_labels: labels of their first objective [R, H], NaN where missing.
+            history_gaps: seconds between them and the request's day [R, H].
 
         Returns:
             Probabilities (binary) or values (rating), float32 [R, M, K].
@@ -124,6 +131,9 @@ class Scorer(nn.Module):
             candidate_values,
             None if request_vectors is None else spread(request_vectors),
             candidate_vectors,
+            history_ids,
+            history_labels,
+            history_gaps,
         )
         adapter = embedding(slot, self.bank).reshape(requests, self.objectives, self.features)
         values = logits + self.network.change(features, adapter)
@@ -223,6 +233,7 @@ def _example(scorer: Scorer, names: Wires) -> tuple[dict[str, Tensor], dict[str,
     requests, candidates = 2, 3
     shape = scorer.shape
     ids, numbers = torch.int64, torch.float32
+    entries = (requests, scorer.network.config.history)
     sizes = {
         "candidate_ids": ((requests, candidates, len(shape.candidate_vocabularies)), ids),
         "slot": ((requests,), ids),
@@ -235,6 +246,9 @@ def _example(scorer: Scorer, names: Wires) -> tuple[dict[str, Tensor], dict[str,
         "candidate_values": ((requests, candidates, sum(shape.candidate_values)), ids),
         "request_vectors": ((requests, sum(shape.request_vectors)), numbers),
         "candidate_vectors": ((requests, candidates, sum(shape.candidate_vectors)), numbers),
+        "history_ids": ((*entries, len(shape.candidate_vocabularies)), ids),
+        "history_labels": (entries, numbers),
+        "history_gaps": (entries, ids),
     }
     roles = names.between()
     example = {role: torch.zeros(*size, dtype=dtype) for role, (size, dtype) in sizes.items() if role in roles}

@@ -12,6 +12,8 @@ SCHEMA_VERSION = 1
 """Of manifest, pointer and golden requests."""
 LISTS_VERSION = 2
 """Of a manifest whose release reads list columns; every other one keeps the number that older readers know."""
+HISTORY_VERSION = 3
+"""Of a manifest whose release reads the user's history."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -73,7 +75,7 @@ class Reader:
         """The value, if it is an object with exactly these fields (and one of the schema versions)."""
         found = self.mapping(value, what)
         if versioned and (version := found.get("schema_version")) not in versions:
-            known = " and ".join(map(str, versions))
+            known = ", ".join(map(str, versions))
             self.refuse(f"its schema version is {version!r}, this reader knows {known}: update the reader")
         expected = {*names, "schema_version"} if versioned else set(names)
         if odd := sorted(expected ^ set(found)):

@@ -52,11 +52,18 @@ class ServingTables:
         vocabularies: column to vocabulary, the ship vocabulary.
         statistics: the as-of statistics after the release's night.
         levels: the ladder, finest level first; slot 0 of the bank is the base below the last.
+        history: entries of a user's history that a request carries.
     """
 
     vocabularies: Mapping[str, Vocabulary]
     statistics: StatisticsTables
     levels: tuple[LevelTable, ...]
+    history: int = 0
+
+    def ids(self, name: str, values: npt.NDArray[np.generic]) -> I64:
+        """Ids of a column's raw values, in their shape; 0 where they are unknown or missing."""
+        keys = self.vocabularies[name]
+        return keys.encode(pa.array(values.ravel(), keys.keys.type)).reshape(values.shape)
 
 
 def write_tables(tables: ServingTables, folder: Path) -> None:
@@ -86,6 +93,8 @@ def write_tables(tables: ServingTables, folder: Path) -> None:
         "cohort_radices": list(statistics.cohort_radices),
         "levels": [{"columns": list(level.columns), "radices": list(level.radices)} for level in tables.levels],
     }
+    if tables.history:
+        described["history"] = tables.history
     _write_json(described, folder / "tables.json")
 
 
@@ -121,7 +130,8 @@ def read_tables(data: DataConfig, folder: Path) -> ServingTables:
             LevelTable(tuple(one["columns"]), tuple(one["radices"]), keys[level == position], slots[level == position])
             for position, one in enumerate(described["levels"])
         )
-        return ServingTables(vocabulary.load(data, folder / "vocabulary.parquet"), statistics, levels)
+        vocabularies = vocabulary.load(data, folder / "vocabulary.parquet")
+        return ServingTables(vocabularies, statistics, levels, described.get("history", 0))
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise ObjectCorrupt(
             f"the tables of the release in {folder} cannot be read: {error!r}; fetch the release again"

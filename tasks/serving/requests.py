@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> t
     becomes the column's missing marker (NaN for numbers). Of list columns a value is a list: of categories as many as
     there are, none of them missing, or the whole vector; None is an empty list or a missing vector. An array of list
     columns may be padded by the missing marker already.
+
+    Of the user's history a value is a list with one value per entry, newest first, None where it is missing; of longer
+    ones the newest entries are taken, and None is no history.
 
     Args:
         specs: the inputs of the release.
@@ -44,6 +48,7 @@ def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> t
     if extra := sorted(str(name) for name in request.keys() - names):
         raise RequestRejected(f"the request holds {', '.join(extra)}, which the release does not know; leave it out")
     arrays = {spec.name: _column(spec, request[spec.name]) for spec in specs}
+    _same_entries({spec.name: request[spec.name] for spec in specs if spec.of is not None})
     first = {per: next(spec.name for spec in specs if spec.per == per) for per in ("request", "candidate")}
     requests, candidates = arrays[first["candidate"]].shape
     for spec in specs:
@@ -60,6 +65,8 @@ def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> t
 def _column(spec: InputSpec, values: object) -> npt.NDArray[np.generic]:
     if spec.values is None:
         return _single(spec, values)
+    if spec.of is not None:
+        return _entries(spec, values)
     if isinstance(values, np.ndarray) and values.ndim == len(spec.shape):
         return _vectors(spec, _padded(spec, _single(spec, values)))
     axes = len(spec.shape) - 1
@@ -70,6 +77,35 @@ def _column(spec: InputSpec, values: object) -> npt.NDArray[np.generic]:
             f"[{', '.join(map(str, spec.shape[:-1]))}], each a list"
         )
     return _vectors(spec, _from_lists(spec, cells))
+
+
+def _entries(spec: InputSpec, values: object) -> npt.NDArray[np.generic]:
+    """A column of histories, cut to the newest entries or filled up behind the oldest."""
+    assert spec.values is not None
+    if isinstance(values, np.ndarray) and values.ndim == 2:
+        return _padded(spec, _single(spec, values[:, : spec.values]))
+    cells = _cells(spec, values, 1)
+    lists = [() if cell is None else cell for cell in cells.ravel().tolist()]
+    for odd in (cell for cell in lists if not isinstance(cell, list | tuple | np.ndarray)):
+        raise RequestRejected(f"column {spec.name!r} holds {odd!r:.80} of type {type(odd).__name__}, expected a list")
+    newest = [[*cell[: spec.values], *[None] * (spec.values - len(cell))] for cell in lists]
+    return _single(spec, newest) if newest else np.zeros((0, spec.values), spec.dtype.replace("string", "object"))
+
+
+def _same_entries(columns: Mapping[str, object]) -> None:
+    """Refuse histories whose columns do not have a value for each entry: labels would be those of other items."""
+    lengths = {
+        name: [0 if cell is None else len(cell) for cell in values]
+        for name, values in columns.items()
+        if isinstance(values, list | tuple | np.ndarray)
+    }
+    for (one, known), (other, found) in pairwise(lengths.items()):
+        for at, (expected, count) in enumerate(zip(known, found, strict=False)):
+            if count != expected:
+                raise RequestRejected(
+                    f"the history of request {at} has {expected} entries in {one!r} and {count} in {other!r}; give "
+                    f"each column one value per entry, None where it is missing"
+                )
 
 
 def _cells(spec: InputSpec, values: object, axes: int) -> npt.NDArray[np.object_]:
@@ -115,7 +151,7 @@ def _from_lists(spec: InputSpec, cells: npt.NDArray[np.object_]) -> npt.NDArray[
 def _fits(spec: InputSpec, lengths: npt.NDArray[np.int64]) -> None:
     """Refuse lists of lengths that the column does not have."""
     assert spec.values is not None
-    vector = spec.dtype == "float32"
+    vector = spec.dtype == "float32" and spec.of is None
     wrong = lengths[lengths != spec.values] if vector else lengths[lengths > spec.values]
     if len(wrong):
         allowed = f"{spec.values}" if vector else f"at most {spec.values}"

@@ -63,7 +63,7 @@ def first_file(**changes: object) -> Callable[[dict[str, Any]], object]:
 
 HOSTILE = ["../model.onnx", "/etc/passwd", "a/b", "", ".", "model.onnx\x00", "C:\\x", "𝕞odel.onnx", "m" * 5000, "-rf"]
 ODD: dict[str, Callable[[dict[str, Any]], object]] = {
-    "unknown schema version": lambda found: found.update(schema_version=3),
+    "unknown schema version": lambda found: found.update(schema_version=4),
     "schema version of lists without any": lambda found: found.update(schema_version=2),
     "no schema version": lambda found: found.pop("schema_version"),
     "true as schema version": lambda found: found.update(schema_version="1"),

@@ -262,7 +262,7 @@ DAMAGE: dict[str, Callable[[ObjectStore, Made], object]] = {
         s, m, lambda found: found["interface"]["objectives"].reverse()
     ),
     "another night": lambda s, m: manifest_of(s, m, lambda found: found["interface"].update(night="2026-03-09")),
-    "unknown schema": lambda s, m: manifest_of(s, m, lambda found: found.update(schema_version=3)),
+    "unknown schema": lambda s, m: manifest_of(s, m, lambda found: found.update(schema_version=4)),
 }  # fmt: skip
 
 

@@ -64,8 +64,8 @@ class RankerConfig(Section):
     """Share of rows whose request tower is silenced in training: a log has far fewer users than rows, and the tower
     would learn them by heart."""
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of ids, those of lists' values among them, replaced by `unknown` in training, so that the unknown embedding
-    serves new items."""
+    """Share of ids, those of lists' values and of histories among them, replaced by `unknown` in training, so that the
+    unknown embedding serves new items."""
     user_statistics: bool = False
     """Whether the network reads the user's as-of rate and count. A personal adapter reads the very rows that they sum
     up, and both together count the same evidence twice; turn it on where the ladder has no user level."""

@@ -247,6 +247,20 @@ def test_many_rows_are_scored_part_by_part(monkeypatch):
     assert (max(sizes), sum(sizes)) == (7, len(rows))
 
 
+def test_in_training_ids_of_entries_are_dropped_as_others_are(monkeypatch):
+    rows = opposed(nights=3, users=9)
+    network, seen = ranker(rows, SMALL.model_copy(update={"id_dropout": 0.5})).train(), []
+    encode = network.attention.encode
+    monkeypatch.setattr(network.attention, "encode", lambda items, *rest: seen.append(items) or encode(items, *rest))
+    network(*Material(rows).inputs(np.arange(len(rows)), LENGTH))
+    ids = Material(rows).recent(np.arange(len(rows)), LENGTH)[0]
+    there = ids[..., 0] > 0
+    dropped = (seen[0][..., :3] == network.candidate_tables[0].weight[0]).all(dim=-1)[there]
+    kept = (seen[0][..., :3] == network.candidate_tables[0].weight[ids[..., 0].clamp_min(0)]).all(dim=-1)[there]
+    assert 0.35 < dropped.float().mean() < 0.65
+    assert (dropped | kept).all()
+
+
 def of_night_and_later_changed(rows, night):
     """Other items, labels and categories on a night and after it."""
     random, later = np.random.default_rng(0), rows.night >= night

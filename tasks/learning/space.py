@@ -34,6 +34,9 @@ FIXED = {
 """Settings that are not searched, and why."""
 BELONGS: dict[str, tuple[str, Collection[Value]]] = {
     "ranker.cross_layers": ("ranker.kind", ("dcn",)),
+    "ranker.history": ("ranker.kind", ("transformer",)),
+    "ranker.heads": ("ranker.kind", ("transformer",)),
+    "ranker.blocks": ("ranker.kind", ("transformer",)),
     "adapter.rank": ("adapter.kind", ("lora",)),
     "adapter.bends": ("adapter.kind", ("gradient",)),
     "adapter.prototypes": ("adapter.kind", ("matching",)),

@@ -19,6 +19,7 @@ from tasks.learning.ladder import Ladder
 from tasks.learning.material import Dialect, Material, visits_of
 from tasks.learning.networks import Ranker
 from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.setting import Setting
 from tasks.learning.training import meta_train
 from tasks.learning.training_config import TrainingConfig
 from tests.learning.small_rows import DAY, FIRST, LADDER, contract, ladder_of, opposed, shape, table
@@ -336,9 +337,8 @@ def test_what_only_the_order_of_a_user_s_rows_tells_is_learned_from_them():
         none = {"factors": 0, "category_factors": 0, "dropout": 0.0, "request_dropout": 0.0}
         ranker = RankerConfig(kind=kind, embedding=4, hidden=8, **none, **history)
         sections = (contract(), ladder_of(), ranker, AdapterConfig(kind="none"), config)
-        losses[kind] = min(
-            point[2] for point in meta_train(*sections, rows, shape(rows), date.fromordinal(FIRST + 7)).curve
-        )
+        setting = Setting(*sections, rows, shape(rows), date.fromordinal(FIRST + 7), "cpu")
+        losses[kind] = min(point[2] for point in meta_train(setting).curve)
     assert losses["mlp"] > 0.6
     assert losses["transformer"] < 0.1
 

@@ -7,6 +7,7 @@ Shapes: N rows, S statistics, K objectives, F factors, I items, U users, C categ
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -75,20 +76,44 @@ def calibrate(
     return solution
 
 
-def factorise(
-    users: Tensor,
-    items: Tensor,
-    offsets: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    kind: ObjectiveKind,
-    user_count: int,
-    factors: Tensor,
-    strength: float = 4.0,
-    bias_strength: float = 4.0,
-    sweeps: int = 10,
-    mean: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
+@dataclass(frozen=True)
+class Rated:
+    """Rows of users whose residuals factors are solved from, and how strongly all that is solved is held.
+
+    Attributes:
+        users: dense user index of each row, int64 ``[N]``.
+        offsets: ``[N]``.
+        labels: ``[N]``, NaN where missing.
+        weights: ``[N]``.
+        kind: kind of the objective.
+        count: U.
+        strength: precision of every factor, in rows.
+        bias_strength: precision of the users' bias, in rows.
+        sweeps: passes over both sides.
+    """
+
+    users: Tensor
+    offsets: Tensor
+    labels: Tensor
+    weights: Tensor
+    kind: ObjectiveKind
+    count: int
+    strength: float = 4.0
+    bias_strength: float = 4.0
+    sweeps: int = 10
+
+    def residuals(self) -> tuple[Tensor, Tensor]:
+        """Weighted residuals of the offsets, and curvatures, ``[N]``."""
+        return weighted_residual(self.offsets.double(), self.labels.double(), self.weights.double(), self.kind)
+
+    def held(self, width: int) -> Tensor:
+        """Precisions of a user's bias and of factors ``[1 + F]``."""
+        prior = torch.full((width + 1,), self.strength, dtype=torch.float64, device=self.users.device)
+        prior[0] = self.bias_strength
+        return prior
+
+
+def factorise(rated: Rated, items: Tensor, factors: Tensor, mean: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Item factors by alternating least squares on the residuals of the offsets.
 
     Each row is weighted by its curvature, so a sweep is one Newton step of the logistic model per side (for ratings,
@@ -96,33 +121,24 @@ def factorise(
     Implicit Feedback Datasets, 2008; Zhou et al., Large-scale Parallel Collaborative Filtering, 2008.
 
     Args:
-        users: dense user index of each row, int64 ``[N]``.
+        rated: the rows.
         items: item id of each row, int64 ``[N]``; item 0 stands for unknown and stays 0.
-        offsets: ``[N]``.
-        labels: ``[N]``, NaN where missing.
-        weights: ``[N]``.
-        kind: kind of the objective.
-        user_count: U.
         factors: where to start from, ``[I, F]``; row 0 is not read.
-        strength: precision of every factor, in rows.
-        bias_strength: precision of the users' bias, in rows.
-        sweeps: passes over both sides.
         mean: from the item factors of the sweep before ``[I, F]`` to what each is held to ``[I, F]``; None for 0.
 
     Returns:
         Item factors ``[I, F]``.
     """
-    residual, curvature = weighted_residual(offsets.double(), labels.double(), weights.double(), kind)
+    users, (residual, curvature) = rated.users, rated.residuals()
     factors = factors.double().clone()
     factors[torch.bincount(items, minlength=len(factors)) == 0] = 0.0
     factors[0] = 0.0
     width = factors.shape[1]
     if width == 0:
         return factors.float()
-    prior = torch.full((width + 1,), strength, dtype=torch.float64, device=factors.device)
-    prior[0] = bias_strength
-    for _ in range(sweeps):
-        tastes = _one_side(users, user_count, residual, curvature, prior, factors, items, constant=True)
+    prior = rated.held(width)
+    for _ in range(rated.sweeps):
+        tastes = _one_side(users, rated.count, residual, curvature, prior, factors, items, constant=True)
         rest = torch.cat([residual[part] - curvature[part] * tastes[users[part], 0] for part in _chunks(len(users))])
         towards = 0.0 if mean is None else mean(factors)
         factors = _one_side(
@@ -175,20 +191,7 @@ def _embeddings(warm_up: WarmUp) -> list[nn.Embedding]:
     return [table for table in warm_up.tables if isinstance(table, nn.Embedding)]
 
 
-def factorise_lists(
-    users: Tensor,
-    rows: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    kind: ObjectiveKind,
-    user_count: int,
-    factors: Tensor,
-    strength: float = 4.0,
-    bias_strength: float = 4.0,
-    sweeps: int = 10,
-) -> Tensor:
+def factorise_lists(rated: Rated, rows: Tensor, values: Tensor, factors: Tensor) -> Tensor:
     """Factors of values, where a row has a list of them and what it has to do with a taste is their mean.
 
     As `factorise`, to which it comes down where every list has one value. A list ties its values' solutions together;
@@ -200,39 +203,30 @@ def factorise_lists(
     the joint solution. Separable surrogates: De Pierro, A modified expectation maximization algorithm, 1995.
 
     Args:
-        users: dense user index of each row, int64 ``[N]``.
+        rated: the rows.
         rows: the row of each value, ascending, int64 ``[T]``.
         values: id of each value, int64 ``[T]``; 0 stands for unknown and stays 0.
-        offsets: ``[N]``.
-        labels: ``[N]``, NaN where missing.
-        weights: ``[N]``.
-        kind: kind of the objective.
-        user_count: U.
         factors: where to start from, ``[I, F]``; row 0 is not read.
-        strength: precision of every factor, in rows.
-        bias_strength: precision of the users' bias, in rows.
-        sweeps: passes over both sides.
 
     Returns:
         Factors of the values ``[I, F]``.
     """
-    residual, curvature = weighted_residual(offsets.double(), labels.double(), weights.double(), kind)
+    users, (residual, curvature) = rated.users, rated.residuals()
     factors = factors.double().clone()
     factors[0] = 0.0
     width = factors.shape[1]
     if width == 0:
         return factors.float()
-    prior = torch.full((width + 1,), strength, dtype=torch.float64, device=factors.device)
-    prior[0] = bias_strength
+    prior = rated.held(width)
     each = torch.arange(len(users), device=users.device)
     share = 1.0 / torch.bincount(rows, minlength=len(users)).clamp_min(1).double()
     owner, part = users[rows], share[rows]
     mass = part * curvature[rows]
-    for _ in range(sweeps):
+    for _ in range(rated.sweeps):
         mean = factors.new_zeros(len(users), width)
         for some in _chunks(len(rows)):
             mean.index_add_(0, rows[some], factors[values[some]] * part[some, None])
-        tastes = _one_side(users, user_count, residual, curvature, prior, mean, each, constant=True)
+        tastes = _one_side(users, rated.count, residual, curvature, prior, mean, each, constant=True)
         said = [(tastes[users[some], 1:] * mean[some]).sum(dim=1) for some in _chunks(len(users))]
         left = residual - curvature * (tastes[users, 0] + torch.cat(said))
         own = [(tastes[owner[some], 1:] * factors[values[some]]).sum(dim=1) for some in _chunks(len(rows))]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tasks.learning.adapters import Adaptation, AdapterConfig
-from tasks.learning.closed_form import factorise
+from tasks.learning.closed_form import Rated, factorise
 from tasks.learning.episodes import score_visits
 from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import I64, Material, Scorer, Visits
@@ -128,16 +128,15 @@ class Factorisation:
         sweeps: int,
     ) -> Tensor:
         users, user = np.unique(np.asarray(self.material.rows.user)[at], return_inverse=True)
-        return factorise(
-            torch.from_numpy(user.astype(np.int64)).to(self.material.device),
-            self._items(at, len(start)),
-            item_rate(self.material, at, len(self.kinds))[:, objective],
-            self.material.labels(at)[:, objective],
-            self.material.weights(at),
-            self.kinds[objective],
-            len(users),
-            torch.from_numpy(start).to(self.material.device),
+        rated = Rated(
+            users=torch.from_numpy(user.astype(np.int64)).to(self.material.device),
+            offsets=item_rate(self.material, at, len(self.kinds))[:, objective],
+            labels=self.material.labels(at)[:, objective],
+            weights=self.material.weights(at),
+            kind=self.kinds[objective],
+            count=len(users),
             strength=strength,
             bias_strength=strength,
             sweeps=sweeps,
         )
+        return factorise(rated, self._items(at, len(start)), torch.from_numpy(start).to(self.material.device))

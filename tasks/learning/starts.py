@@ -9,13 +9,13 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tasks.data.columns import F32, Rows
 from tasks.data.contract import DataConfig
 from tasks.errors import TrainingDiverged
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.closed_form import calibrate, factorise, factorise_lists, fit_warm_up
+from tasks.learning.closed_form import Rated, calibrate, factorise, factorise_lists, fit_warm_up
 from tasks.learning.layers import SMALLEST_SCALE, Normaliser
 from tasks.learning.lists import VectorNormaliser
 from tasks.learning.material import I64, Material, Visits, newest_of_each
@@ -158,55 +158,47 @@ def solve_start(
         wide.bias.copy_(solution[:, -1])
         scores = scores + wide(normal)
         users, user = np.unique(np.asarray(material.rows.user)[at], return_inverse=True)
-        ids = np.asarray(material.rows.candidate_ids)[at]
-        of_ids, of_values = (
-            network.factor_tables[: len(network.factored)],
-            network.factor_tables[len(network.factored) :],
+        rated = Rated(
+            users=torch.from_numpy(user.astype(np.int64)).to(scores.device),
+            offsets=scores[:, 0],
+            labels=labels[:, 0],
+            weights=weights,
+            kind=kinds[0],
+            count=len(users),
+            strength=adapter.precision,
+            bias_strength=adapter.precision,
+            sweeps=sweeps,
         )
-        for column, module in zip(network.factored, of_ids, strict=True):
-            table = module.weight
-            assert isinstance(table, Tensor)
+        ids = np.asarray(material.rows.candidate_ids)[at]
+        tables = [_weight(module) for module in network.factor_tables]
+        of_ids, of_values = tables[: len(network.factored)], tables[len(network.factored) :]
+        for column, table in zip(network.factored, of_ids, strict=True):
             keys = torch.from_numpy(np.ascontiguousarray(ids[:, column])).to(table.device)
             tell = _teller(network, material, at) if column == 0 else None
-            begin = table if table.abs().sum() > 0 else torch.randn_like(table) * 0.1
-            factors = factorise(
-                torch.from_numpy(user.astype(np.int64)).to(table.device),
-                torch.where(keys < len(table), keys, torch.zeros_like(keys)),
-                scores[:, 0],
-                labels[:, 0],
-                weights,
-                kinds[0],
-                len(users),
-                begin,
-                strength=adapter.precision,
-                bias_strength=adapter.precision,
-                sweeps=sweeps,
-                mean=tell,
-            )
+            factors = factorise(rated, _within(table, keys), _begin(table), tell)
             table.copy_(factors)
             if tell is not None:
                 tell(factors)
-        for column, module in enumerate(of_values):
+        for column, table in enumerate(of_values):
             assert network.candidate_lists is not None
-            table = module.weight
-            assert isinstance(table, Tensor)
             row, value = _values_of(material, at, network.candidate_lists.value_places[column])
-            value = value.to(table.device)
-            factors = factorise_lists(
-                torch.from_numpy(user.astype(np.int64)).to(table.device),
-                row.to(table.device),
-                torch.where(value < len(table), value, torch.zeros_like(value)),
-                scores[:, 0],
-                labels[:, 0],
-                weights,
-                kinds[0],
-                len(users),
-                table if table.abs().sum() > 0 else torch.randn_like(table) * 0.1,
-                strength=adapter.precision,
-                bias_strength=adapter.precision,
-                sweeps=sweeps,
-            )
-            table.copy_(factors)
+            keys = _within(table, value.to(table.device))
+            table.copy_(factorise_lists(rated, row.to(table.device), keys, _begin(table)))
+
+
+def _weight(table: nn.Module) -> Tensor:
+    assert isinstance(table, nn.Embedding)
+    return table.weight
+
+
+def _within(table: Tensor, keys: Tensor) -> Tensor:
+    """Keys that a table has a row for, 0 for the others."""
+    return torch.where(keys < len(table), keys, torch.zeros_like(keys))
+
+
+def _begin(table: Tensor) -> Tensor:
+    """Where the solution of a table begins: where it is, or at random where it is nothing yet."""
+    return table if table.abs().sum() > 0 else torch.randn_like(table) * 0.1
 
 
 def _teller(network: Ranker, material: Material, at: I64) -> Callable[[Tensor], Tensor] | None:

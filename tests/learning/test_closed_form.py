@@ -7,7 +7,7 @@ from scipy import optimize
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from tasks.learning import closed_form
-from tasks.learning.closed_form import HELD, calibrate, factorise, fit_warm_up
+from tasks.learning.closed_form import HELD, Rated, calibrate, factorise, fit_warm_up
 from tasks.learning.layers import WarmUp
 
 SEEDS = range(3)
@@ -102,10 +102,9 @@ def planted(seed, users=60, items=25, factors=2, each=15, noise=0.1):
 def run(user, item, labels, start, kind, sweeps=10, strength=1.0, bias=2.0, weights=None, offsets=None, mean=None):
     weights = np.ones(len(user)) if weights is None else weights
     offsets = np.zeros(len(user)) if offsets is None else offsets
-    return factorise(
-        *tensors(user, item, offsets, labels, weights), kind, int(user.max()) + 1, torch.from_numpy(start),
-        strength, bias, sweeps, mean,
-    )  # fmt: skip
+    users, items, *rest = tensors(user, item, offsets, labels, weights)
+    rated = Rated(users, *rest, kind, int(user.max()) + 1, strength, bias, sweeps)
+    return factorise(rated, items, torch.from_numpy(start), mean)
 
 
 def best_tastes(user, item, residual, curve, factors, strength, bias):

@@ -15,7 +15,7 @@ from tasks.data.vocabulary import Vocabulary
 from tasks.learning import starts
 from tasks.learning.adapters import AdapterConfig, Precisions
 from tasks.learning.base import Base, grow, load_base, save_base, shape_of
-from tasks.learning.closed_form import factorise, factorise_lists
+from tasks.learning.closed_form import Rated, factorise, factorise_lists
 from tasks.learning.descent import optimiser_of
 from tasks.learning.ladder import Ladder
 from tasks.learning.lists import VectorNormaliser, pooled
@@ -269,9 +269,9 @@ def test_factors_of_lists_of_one_are_the_factors_of_items():
     item = torch.from_numpy(np.random.default_rng(1).integers(0, 8, len(user)))
     rows, none = torch.arange(len(user)), torch.zeros(len(user))
     for kind, labels in (("rating", label), ("binary", (label > 0).double())):
-        shared = {"strength": 2.0, "bias_strength": 3.0, "sweeps": 4}
-        expected = factorise(user, item, none, labels, weight, kind, 30, start, **shared)
-        found = factorise_lists(user, rows, item, none, labels, weight, kind, 30, start, **shared)
+        rated = Rated(user, none, labels, weight, kind, 30, strength=2.0, bias_strength=3.0, sweeps=4)
+        expected = factorise(rated, item, start)
+        found = factorise_lists(rated, rows, item, start)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -296,9 +296,8 @@ def test_factors_of_lists_lower_the_joint_loss_with_every_sweep_and_end_where_it
     found, losses = start.clone(), []
     found[0] = 0.0
     for sweeps in (1, 1, 1, 300):
-        found = factorise_lists(
-            *(user, row, value, torch.zeros(len(user)), label, weight, "rating", 30, found, 3.0, 5.0, sweeps)
-        ).double()
+        rated = Rated(user, torch.zeros(len(user)), label, weight, "rating", 30, 3.0, 5.0, sweeps)
+        found = factorise_lists(rated, row, value, found).double()
         losses.append(float(loss(found)))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.8 * losses[0]

@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from tasks.learning import starts
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.closed_form import calibrate, factorise, fit_warm_up
+from tasks.learning.closed_form import Rated, calibrate, factorise, fit_warm_up
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import Ranker, RankerConfig
 from tasks.learning.solvers import solve
@@ -121,10 +121,10 @@ def test_every_table_is_the_factorisation_of_its_own_column(history, column):
     told = partial(fit_warm_up, copy.deepcopy(network.warm_up), **described(network, history)) if column == 0 else None
     starts.solve_start(network, material, at, AdapterConfig(precision=3.0), 2)
     users = torch.from_numpy(np.unique(history.user, return_inverse=True)[1])
-    expected = factorise(
-        *(users, torch.from_numpy(history.candidate_ids[:, column].copy()), scores, material.labels(at)[:, 0]),
-        *(material.weights(at), "binary", int(users.max()) + 1, before[column], 3.0, 3.0, 2, told),
+    rated = Rated(
+        *(users, scores, material.labels(at)[:, 0], material.weights(at), "binary", int(users.max()) + 1, 3.0, 3.0, 2)
     )
+    expected = factorise(rated, torch.from_numpy(history.candidate_ids[:, column].copy()), before[column], told)
     torch.testing.assert_close(network.factor_tables[column].weight.detach(), expected, rtol=1e-3, atol=1e-4)
 
 

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from tasks.data.contract import DataConfig, Section, SegmentsConfig, StatisticsConfig
 from tasks.errors import InvalidConfig
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import AdapterConfig, unheard
 from tasks.learning.baselines import BaselinesConfig
 from tasks.learning.outer import misfit
 from tasks.learning.ranker_config import RankerConfig
@@ -88,22 +88,8 @@ class RetrainConfig(Section):
             )
         if (fault := misfit(self.training.outer, self.adapter)) is not None:
             yield fault
-        told_in_numbers = data.named("candidate", "numeric")
-        told = (*told_in_numbers, *data.named("candidate", "categorical"))
-        linear = self.adapter.kind in ("ridge", "gradient") and self.adapter.bent is None
-        weighs = linear or self.adapter.kind == "matching"
-        if self.ranker.warm_up and not (self.ranker.factors and weighs and told):
-            yield (
-                "ranker.warm_up: it tells an adapter the factors of items without rows, and needs adapter.kind "
-                "'ridge', 'matching', or 'gradient' on the head, ranker.factors above 0, and a numeric or categorical "
-                "candidate column (lists and vectors do not tell them); remove it, or change what is missing"
-            )
-        if self.ranker.prior and not (linear and (self.ranker.features or (self.ranker.direct and told_in_numbers))):
-            yield (
-                "ranker.prior: it predicts an adapter's weights of candidates' numbers and tower features, and needs "
-                "adapter.kind 'ridge' or 'gradient' on the head, and ranker.features above 0 or ranker.direct with a "
-                "numeric candidate column; remove it, or change what is missing"
-            )
+        numeric, categorical = data.named("candidate", "numeric"), data.named("candidate", "categorical")
+        yield from unheard(self.ranker, self.adapter, bool(numeric), bool(categorical))
         try:
             ZoneInfo(data.time_zone)
         except (ZoneInfoNotFoundError, ValueError):

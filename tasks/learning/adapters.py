@@ -9,6 +9,7 @@ Shapes: B segments, S support rows (padded), T rows, K objectives, D adapter fea
 where they match (`AdapterConfig.matching`), features are a row's shares in D prototypes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self
 
@@ -22,6 +23,7 @@ from tasks.errors import InvalidConfig
 from tasks.learning.bending import Bent, Perceptron
 from tasks.learning.material import I64, Windows, batches
 from tasks.learning.networks import Ranker
+from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.solvers import ObjectiveKind, descend, descend_through, match, solve
 
 SMALLEST_PRECISION = 1e-2
@@ -286,6 +288,33 @@ def apply(logits: Tensor, features: Tensor, solution: Tensor) -> Tensor:
         Adapted scores ``[..., K]``, before the sigmoid.
     """
     return logits + torch.einsum("...d,...kd->...k", features, solution)
+
+
+def unheard(
+    ranker: RankerConfig, adapter: AdapterConfig, numeric: bool = True, categorical: bool = True
+) -> Iterator[str]:
+    """What a ranker is to tell its adapters and these do not hear, each with the remedy.
+
+    Args:
+        ranker: the network.
+        adapter: its adapters.
+        numeric: whether there are numeric candidate columns.
+        categorical: whether there are categorical ones.
+    """
+    linear = adapter.kind in ("ridge", "gradient") and adapter.bent is None
+    weighs = linear or adapter.kind == "matching"
+    if ranker.warm_up and not (ranker.factors and weighs and (numeric or categorical)):
+        yield (
+            "ranker.warm_up: it tells an adapter the factors of items without rows, and needs adapter.kind 'ridge', "
+            "'matching', or 'gradient' on the head, ranker.factors above 0, and a numeric or categorical candidate "
+            "column (lists and vectors do not tell them); remove it, or change what is missing"
+        )
+    if ranker.prior and not (linear and (ranker.features or (ranker.direct and numeric))):
+        yield (
+            "ranker.prior: it predicts an adapter's weights of candidates' numbers and tower features, and needs "
+            "adapter.kind 'ridge' or 'gradient' on the head, and ranker.features above 0 or ranker.direct with a "
+            "numeric candidate column; remove it, or change what is missing"
+        )
 
 
 def check_width(config: AdapterConfig, features: int) -> None:

@@ -16,7 +16,7 @@ from pydantic import ValidationError, model_validator
 
 from tasks.data.contract import Section
 from tasks.errors import InvalidConfig
-from tasks.learning.adapters import AdapterConfig
+from tasks.learning.adapters import AdapterConfig, unheard
 from tasks.learning.outer import misfit
 from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.training_config import TrainingConfig
@@ -25,11 +25,14 @@ Value = bool | int | float | str | None
 Settings = dict[str, Value]
 """Values by name, such as `training.learning_rate`."""
 
+BALANCE = "it serves small lakes and markets at the cost of large ones, and a search counts rows as they come"
 FIXED = {
     "training.seed": "a seed that was chosen by its luck says nothing about other nights",
     "training.threads": "it changes no quality",
     "training.checkpoint_seconds": "it changes no quality",
     "training.tensorboard": "it changes no quality",
+    "training.even": BALANCE,
+    "training.evenness": BALANCE,
 }
 """Settings that are not searched, and why."""
 BELONGS: dict[str, tuple[str, Collection[Value]]] = {
@@ -37,6 +40,8 @@ BELONGS: dict[str, tuple[str, Collection[Value]]] = {
     "ranker.history": ("ranker.kind", ("transformer",)),
     "ranker.heads": ("ranker.kind", ("transformer",)),
     "ranker.blocks": ("ranker.kind", ("transformer",)),
+    "ranker.prior": ("adapter.kind", ("ridge", "gradient")),
+    "ranker.warm_up": ("adapter.kind", ("ridge", "gradient", "matching")),
     "adapter.rank": ("adapter.kind", ("lora",)),
     "adapter.bends": ("adapter.kind", ("gradient",)),
     "adapter.prototypes": ("adapter.kind", ("matching",)),
@@ -51,8 +56,8 @@ _NO_FEATURES: dict[str, Collection[Value]] = {
 UNREAD: dict[str, dict[str, Collection[Value]]] = {
     "ranker.factors": _NO_FEATURES,
     "ranker.category_factors": _NO_FEATURES,
-    "ranker.warm_up": _NO_FEATURES,
-    "ranker.prior": {**_NO_FEATURES, "adapter.kind": ("none", "bias", "film", "lora", "matching")},
+    "ranker.warm_up": {"adapter.bends": ("dense",)},
+    "ranker.prior": {"adapter.bends": ("dense",)},
     "ranker.direct": _NO_FEATURES,
     "ranker.features": _NO_FEATURES,
     "adapter.precision": {"adapter.kind": ("none",)},
@@ -154,8 +159,9 @@ class Sections:
             except ValidationError as error:
                 raise InvalidConfig("; ".join(_said(fault["msg"]) for fault in error.errors())) from error
         sections = Sections(**made)  # type: ignore[arg-type]
-        if (fault := misfit(sections.training.outer, sections.adapter)) is not None:
-            raise InvalidConfig(fault)
+        fault = misfit(sections.training.outer, sections.adapter)
+        for why in (*filter(None, [fault]), *unheard(sections.ranker, sections.adapter)):
+            raise InvalidConfig(why)
         return sections
 
     def section(self, name: str, settings: Settings) -> Section:
@@ -257,8 +263,12 @@ def _misfits(name: str, space: Space, now: Sections) -> Iterator[str]:
         return
     beside = beside or {}
     for value in space[name].extremes:
+        # A kind may need what belongs to it, as a transformer its history: all that is drawn with it.
+        drawn_with = {
+            one: space[one].extremes[0] for one in BELONGS if one in space and now.applies(one, {**beside, name: value})
+        }
         try:
-            now.section(name.split(".")[0], {**beside, name: value})
+            now.section(name.split(".")[0], {**beside, **drawn_with, name: value})
         except ValidationError as error:
             yield f"{name}: {value!r} is not allowed: {_said(error.errors()[0]['msg'])}"
             return

@@ -106,7 +106,8 @@ def test_all_settings_that_a_config_refuses_beside_its_kind_are_known_to_belong_
                 NOW.changed({f"{name}.{field}": other(about)})
             except InvalidConfig as error:
                 refused[f"{name}.{field}"] = str(error)
-    assert {setting for setting, said in refused.items() if "belongs to" in said} == BELONGS.keys()
+    beside = {"ranker.prior", "ranker.warm_up"}  # they go with the adapter that is there
+    assert {setting for setting, said in refused.items() if "belongs to" in said} == BELONGS.keys() - beside
     for setting, (switch, values) in BELONGS.items():
         section, field = setting.split(".")
         value = other(type(getattr(NOW, section)).model_fields[field])
@@ -115,7 +116,8 @@ def test_all_settings_that_a_config_refuses_beside_its_kind_are_known_to_belong_
         made = NOW.changed({switch: next(iter(values)), **needed, setting: value})
         assert made.value(setting) == value
         # Where another kind is drawn it is as if nothing had been said of it.
-        assert made.changed({switch: NOW.value(switch)}).value(setting) == NOW.value(setting)
+        if NOW.value(switch) not in values:
+            assert made.changed({switch: NOW.value(switch)}).value(setting) == NOW.value(setting)
 
 
 @pytest.mark.parametrize("name", [f"ranker.{name}" for name in ("factors", "category_factors", "direct", "features")])
@@ -167,3 +169,26 @@ def test_a_kind_and_what_belongs_to_it_stand_in_one_space():
         read_space({"adapter.rank": ranks, "adapter.kind": others}, NOW, "s")
     with pytest.raises(InvalidConfig, match=r"ranker\.factors: is not read with adapter\.bends 'head'; remove it"):
         read_space({"ranker.factors": ranks, "adapter.kind": others}, NOW, "s")
+
+
+def test_what_a_kind_needs_is_tried_beside_it():
+    told = {
+        "ranker.kind": {"type": "choice", "choices": ["mlp", "transformer"]},
+        "ranker.history": {"type": "int", "low": 5, "high": 10},
+        "ranker.heads": {"type": "choice", "choices": [1, 4]},
+    }
+    assert set(read_space(told, NOW, "space")) == set(told)
+    with pytest.raises(InvalidConfig, match=r"ranker.kind: 'transformer' is not allowed: .*ranker.history is 0"):
+        read_space({"ranker.kind": told["ranker.kind"]}, NOW, "space")
+
+
+@pytest.mark.parametrize("own", [{"prior": True}, {"warm_up": True}])
+def test_no_trial_has_settings_that_a_config_would_refuse(own: dict[str, bool]):
+    """With an adapter that does not hear it, what the ranker would tell it is off."""
+    now = replace(NOW, ranker=RankerConfig(**own))
+    (name,) = own
+    assert not now.changed({"adapter.kind": "film"}).value(f"ranker.{name}")
+    assert now.changed({"adapter.kind": "gradient"}).value(f"ranker.{name}")
+    assert not now.changed({"adapter.kind": "gradient", "adapter.bends": "dense"}).value(f"ranker.{name}")
+    with pytest.raises(InvalidConfig, match=f"ranker.{name}: it "):
+        now.changed({"ranker.factors": 0, "ranker.direct": False})

@@ -12,7 +12,7 @@ from prefect import flow
 from flows.config import RetrainConfig
 from flows.nightly import NightResult, nightly_retrain, resolve
 from tasks.data.contract import Section
-from tasks.data.lakes import nights
+from tasks.data.lakes import nights_by_lake, why_absent
 from tasks.errors import DataRejected, InvalidConfig, NotEnoughHistory
 from tasks.ingest import lake
 from tasks.releases import releases
@@ -76,15 +76,15 @@ def plan(config: RetrainConfig, start: date, end: date, promote: bool) -> tuple[
     """
     if start > end:
         raise InvalidConfig(f"backfill from {start} to {end}: start lies after end; allowed: start on or before end")
-    present = set(nights(config.data, lake(config.data)))
+    found = nights_by_lake(config.data, lake(config.data))
     done = [row for row in releases(config.place()) if row.config == config.digest()]
     finished = {row.night: row for row in done}
     champion = max((row.night for row in done if row.champion), default=date.min)
 
     def look_at(night: date) -> PlannedNight:
         row = finished.get(night)
-        if night not in present:
-            return PlannedNight(night=night, runs=False, why="the lake has no such night")
+        if absent := why_absent(config.data, found, night):
+            return PlannedNight(night=night, runs=False, why=absent)
         if row is None:
             return PlannedNight(night=night, runs=True, why="has no release of this config yet")
         if promote and row.go and night > champion:

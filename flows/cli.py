@@ -247,17 +247,17 @@ def _releases(options: argparse.Namespace, console: "Console") -> None:
 
 def _doctor(options: argparse.Namespace, console: "Console") -> None:
     from flows.config import load_config
-    from tasks.data.lakes import nights
+    from tasks.data.lakes import nights_by_lake
     from tasks.ingest import lake
     from tasks.steps import device_of, store_of
     from tasks.tensorboard import check
 
     config = load_config(options.config)
     console.print(f"config  {options.config}: fits, pipeline {config.pipeline}")
-    present = nights(config.data, lake(config.data))
-    span = f"{len(present)} nights, {present[0]} to {present[-1]}" if present else "no nights yet"
-    where = ", ".join(one.source for one in config.data.every_lake)
-    console.print(f"lake    {where}: {span}")
+    for name, found in nights_by_lake(config.data, lake(config.data)).items():
+        where = next(one.source for one in config.data.every_lake if one.name == name)
+        span = f"{len(found)} nights, {min(found)} to {max(found)}" if found else "no nights yet"
+        console.print(f"lake    {where}: {span}")
     store_of(config.place()).check()
     console.print(f"store   {config.store}: writable, honours conditions")
     console.print(f"device  {device_of(config.place())}")
@@ -289,3 +289,7 @@ def _rank(options: argparse.Namespace, console: "Console") -> None:
 
 def _say_equal(console: "Console", deployment: str, parameters: dict[str, object]) -> None:
     console.print(f"[dim]the same by deployment: {prefect_command(deployment, parameters)}[/dim]", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ from tasks.data import states, vocabulary
 from tasks.data.columns import build_rows
 from tasks.data.contract import DataConfig, SegmentsConfig, StatisticsConfig
 from tasks.data.lakes import nights as nights_of
+from tasks.data.lakes import nights_by_lake, why_absent
 from tasks.errors import DataRejected, NotEnoughHistory
 from tasks.ingest import frozen_before, lake, thawed
 from tasks.parents import VOCABULARY, parent_file
@@ -85,7 +86,9 @@ def _brought_in(
 def _history(place: Place, data: DataConfig, night: date, replayed: bool) -> tuple[list[StepRecord], dict[str, str]]:
     """Validations of the window's nights before this one, oldest first, and why some are left out."""
     begin = night - timedelta(days=data.window_nights)
-    present = [one for one in nights_of(data, lake(data)) if begin <= one < night]
+    found = nights_by_lake(data, lake(data))
+    span = [begin + timedelta(days=number) for number in range(data.window_nights)]
+    present = [one for one in span if not why_absent(data, found, one)]
     records: list[StepRecord] = []
     left_out: dict[str, str] = {}
     with quietly("history") as progress:
@@ -96,11 +99,10 @@ def _history(place: Place, data: DataConfig, night: date, replayed: bool) -> tup
             except DataRejected as error:
                 left_out[one.isoformat()] = f"{type(error).__name__}: {error}"
             progress(done, len(present), "nights")
-    absent = (begin + timedelta(days=number) for number in range(data.window_nights))
-    first = min(present, default=night)
-    for one in absent:
-        if one > first and one not in present:
-            left_out[one.isoformat()] = "NightMissing: the lake has no such night"
+    first = min((one for own in found.values() for one in own if one >= begin), default=night)
+    for one in span:
+        if one >= first and (absent := why_absent(data, found, one)):
+            left_out[one.isoformat()] = f"NightMissing: {absent}"
     return records, dict(sorted(left_out.items()))
 
 
@@ -111,7 +113,8 @@ def _too_early(data: DataConfig, night: date, found: int, left_out: dict[str, st
     span = timedelta(days=data.window_nights)
     first = next((one for at, one in enumerate(usable) if at >= needed and one - usable[at - needed] <= span), None)
     when = f"the first night that can run is {first}" if first else f"no night of the lake has {needed} before it"
-    broken = f"; left out: {', '.join(sorted(left_out)[:5])}" if left_out else ""
+    told = [f"{one} ({why})" for one, why in sorted(left_out.items())[:5]]
+    broken = f"; left out: {', '.join(told)}" if told else ""
     return (
         f"night {night} has {found} clean nights in the {data.window_nights} nights before it, and "
         f"data.min_history_nights is {needed}; {when}{broken}"

@@ -139,7 +139,7 @@ class LakeConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
     """What `data.lake_column` says in its rows."""
-    source: Annotated[str, Field(min_length=1)]
+    source: Annotated[str, Field(pattern=r"\S")]
     """Directory or `s3://bucket/prefix` that holds the partitions."""
     partition: str = PARTITION
     """Folder of one night below `source`; `{night}` is the ISO date."""
@@ -175,7 +175,8 @@ class DataConfig(Section):
     requests do. Name it in `segments.levels` for adapters per lake, and in `training.even` for even episodes."""
     own_keys: tuple[ColumnName, ...] = Field((), exclude_if=lambda names: not names)
     """String columns whose values mean something else in each lake: users, items or categories that are not shared.
-    `17` of the lake `books` is read as `books/17`, and has to be called so in requests."""
+    `17` of the lake `books` is read as `books/17`, and has to be called so in requests; an empty one stays empty. Where
+    users, items and times are shared, rows that agree in all three are conflicting duplicates, whatever their lakes."""
     time_zone: str = "UTC"
     """The zone whose calendar days are the nights (IANA name)."""
     columns: Annotated[tuple[ColumnConfig, ...], Field(min_length=4)]
@@ -232,6 +233,11 @@ class DataConfig(Section):
         names = [lake.name for lake in self.lakes]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             yield f"lakes are named twice: {', '.join(doubled)}"
+        places = [(lake.source.strip().rstrip("/"), lake.partition.strip("/")) for lake in self.lakes]
+        if doubled := sorted({source for source, partition in places if places.count((source, partition)) > 1}):
+            yield f"lakes have the same source and partition, and each row would be there twice: {', '.join(doubled)}"
+        if len(set(self.own_keys)) < len(self.own_keys):
+            yield f"own_keys: {list(self.own_keys)!r} names a column twice; remove one"
         if self.lake_column is None:
             yield "lakes need lake_column: the request column that says which of them a row is from"
         for field, told in (("lake_column", (self.lake_column,)), ("own_keys", self.own_keys)):

@@ -4,7 +4,7 @@ Keys below the source begin with the lake's name where there are several.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -79,15 +79,29 @@ def nights(data: DataConfig, source: Source) -> tuple[date, ...]:
         data: the contract; its lakes' `partition` says how a night's folder is called.
         source: the lake, or all of them.
     """
-    found = {lake.name: _nights_of(lake, _below(data, lake), source) for lake in data.every_lake}
+    found = nights_by_lake(data, source)
+    return tuple(night for night in sorted(set().union(*found.values())) if not why_absent(data, found, night))
 
-    def whole(night: date) -> bool:
-        begun = [lake for lake in data.every_lake if lake.first_night is None or lake.first_night <= night]
-        return all(night in found[lake.name] or lake.optional for lake in begun) and any(
-            night in found[lake.name] for lake in begun
-        )
 
-    return tuple(sorted(filter(whole, set().union(*found.values()))))
+def nights_by_lake(data: DataConfig, source: Source) -> dict[str, frozenset[date]]:
+    """The nights that each lake has visible files of, by the lake's name."""
+    return {lake.name: frozenset(_nights_of(lake, _below(data, lake), source)) for lake in data.every_lake}
+
+
+def why_absent(data: DataConfig, found: Mapping[str, Collection[date]], night: date) -> str:
+    """Why a night is not there, by the lakes that it needs; empty if it is.
+
+    Args:
+        data: the contract.
+        found: from `nights_by_lake`.
+        night: the night.
+    """
+    begun = [lake for lake in data.every_lake if lake.first_night is None or lake.first_night <= night]
+    without = [lake for lake in begun if night not in found[lake.name]]
+    if len(without) == len(begun):
+        return f"the {'lakes have' if data.lakes else 'lake has'} no such night"
+    short = [lake.name for lake in without if not lake.optional]
+    return f"nothing of {', '.join(short)}" if short else ""
 
 
 def _below(data: DataConfig, lake: LakeConfig) -> str:

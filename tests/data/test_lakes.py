@@ -11,7 +11,7 @@ import pytest
 
 from tasks.data.contract import DataConfig, LakeConfig
 from tasks.data.interactions import freeze, thaw
-from tasks.data.lakes import Joined, lake_of, listing, nights
+from tasks.data.lakes import Joined, lake_of, listing, nights, nights_by_lake, why_absent
 from tasks.errors import NightMissing, SchemaBroken
 from tests.data.nights import NIGHT, SCHEMA, Folder, contract, row, write
 
@@ -75,6 +75,7 @@ def lakes(tmp_path: Path) -> Path:
 
 
 BOOKS, FILMS = LakeConfig(name="books", source="b"), LakeConfig(name="films", source="f", first_night=SECOND)
+AGAIN = LakeConfig(name="again", source="b/")
 FREE = LakeConfig(name="free", source="x")
 TOYS = LakeConfig(name="toys", source="t", partition="of/{night}/all", optional=True)
 
@@ -86,6 +87,17 @@ def test_a_night_is_there_when_every_lake_that_it_needs_is(lakes: Path) -> None:
     assert nights(of_lakes(FILMS, TOYS), source) == (SECOND,)
     assert nights(of_lakes(TOYS), source) == (THIRD,)
     assert nights(of_lakes(BOOKS, TOYS), source) == (FIRST, SECOND, THIRD)
+
+
+def test_why_a_night_is_not_there_is_told_by_lake(lakes: Path) -> None:
+    data = of_lakes(BOOKS, FILMS, TOYS)
+    found = nights_by_lake(data, joined(lakes, "books", "films", "toys"))
+    assert {name: sorted(own) for name, own in found.items()} == {
+        "books": [FIRST, SECOND, THIRD], "films": [SECOND], "toys": [THIRD],
+    }  # fmt: skip
+    assert [why_absent(data, found, night) for night in (FIRST, SECOND, THIRD)] == ["", "", "nothing of films"]
+    assert why_absent(data, found, THIRD + timedelta(days=1)) == "the lakes have no such night"
+    assert why_absent(contract(), {"lake": [FIRST]}, SECOND) == "the lake has no such night"
 
 
 def test_the_files_of_a_night_are_those_of_its_lakes(lakes: Path, tmp_path: Path) -> None:
@@ -143,6 +155,8 @@ def test_a_lake_without_rows_is_missing_and_one_that_says_the_lake_itself_is_ref
         ({"lakes": (BOOKS,), "source": "x", "lake_column": "plan"}, "source and partition speak of a single lake"),
         ({"lakes": (BOOKS,), "source": ""}, "lakes need lake_column"),
         ({"lakes": (BOOKS, BOOKS), "source": "", "lake_column": "plan"}, "lakes are named twice: books"),
+        ({"lakes": (BOOKS, AGAIN), "source": "", "lake_column": "plan"}, "lakes have the same source and partition"),
+        ({"lakes": (FREE,), "source": "", "lake_column": "plan", "own_keys": ("item", "item")}, "a column twice"),
         ({"lakes": (BOOKS,), "source": "", "lake_column": "age"}, "lake_column: 'age' is no string column"),
         ({"lakes": (BOOKS,), "source": "", "lake_column": "cinema"}, "lake_column: 'cinema' is no string column"),
         ({"lakes": (BOOKS,), "source": "", "lake_column": "plan"}, "books is not among the allowed values of 'plan'"),

@@ -130,12 +130,13 @@ def _past(
     if not specs:
         return {}
     assert specs[0].values is not None
-    # The night's visits are all that these rows are of.
+    # The night's visits are all that these rows are of, and each is asked for when it began.
+    visit = np.searchsorted(night.visits.rows.start, at, side="right") - 1
+    past: dict[str, npt.NDArray[np.generic]] = {data.time: np.asarray(rows.time)[night.visits.rows.start[visit]]}
     found = histories(rows, night.visits.rows.start, night.visits.first, at, specs[0].values)
     places = found.at[found.row]
     columns = (data.item, *data.named("candidate", "categorical"))
     labels = [objective.column for objective in data.objectives]
-    past: dict[str, npt.NDArray[np.generic]] = {}
     for spec in specs:
         if spec.of in columns:
             keys = vocabularies[spec.of].decode(np.asarray(rows.candidate_ids[places.ravel(), columns.index(spec.of)]))
@@ -156,7 +157,7 @@ def _ask(champion: LoadedRelease, table: pa.Table, past: Mapping[str, npt.NDArra
     """Scores [N, K] of rows, each as a request with one candidate, and with what the users' histories were."""
     request: dict[str, object] = dict(past or {})
     for spec in champion.manifest.interface.inputs:
-        if spec.of is not None:
+        if spec.name in request:
             continue
         if spec.name not in table.column_names:
             raise ReleaseRefused(f"it asks for the column {spec.name!r}, which the contract no longer has")

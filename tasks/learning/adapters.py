@@ -53,9 +53,9 @@ class AdapterConfig(Section):
     adapter features. `lora`: an update of low rank to the perceptron's first layer, `rank` times `ranker.hidden`
     numbers; where segments have hundreds of rows, such as markets and cohorts, and combine the towers differently.
     Both take gradient steps and keep the constant of `bias` beside their own numbers. `matching`: attention over the
-    segment's support; a row hears most of the rows that are like it in the adapter features. It has a number for each
-    of `prototypes`, and no system to solve; where segments like what is near to what they liked, in ways that are no
-    sum of the adapter features."""
+    segment's support; a row hears the rows that share its prototypes, which are kinds of rows by their adapter
+    features. It has a number for each of `prototypes`, and no system to solve; where segments like what is near to what
+    they liked, in ways that are no sum of the adapter features."""
     bends: Literal["head", "dense"] = Field("head", exclude_if=lambda what: what == "head")
     """What `gradient` steps move. `head`: the weights on the adapter features. `dense`: every weight of the joint
     perceptron, MAML's own choice; for few segments with thousands of rows each, as each has `ranker.hidden` times the

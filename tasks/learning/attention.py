@@ -63,6 +63,9 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """What candidates find in a user's history.
 
+    An entry tells how long ago it was, in classes of the gap's logarithm, as it tells its item and its label: a bias
+    alone only moves attention between entries, and gaps would hardly be learned while all entries say the same.
+
     The bias of an attention score is learned, per head: one number for how many places apart two tokens are, and one
     for how much time lies between them, in classes of its logarithm (Zhai et al., Actions Speak Louder than Words,
     2024, whose bias is of the same two parts).
@@ -88,6 +91,7 @@ class Attention(nn.Module):
         self.labels = Normaliser(1)
         self.enter = nn.Linear(embedded + 2, width)
         self.beginning = nn.Parameter(torch.randn(width) * 0.05)
+        self.gap_table = nn.Parameter(torch.randn(GAP_CLASSES, width) * 0.05)
         self.place_bias = nn.Parameter(torch.zeros(length + 1, heads))
         self.gap_bias = nn.Parameter(torch.zeros(GAP_CLASSES, heads))
         self.encoder = nn.ModuleList(Block(width, heads, dropout) for _ in range(blocks))
@@ -113,6 +117,7 @@ class Attention(nn.Module):
             Tokens ``[..., T, W]``, the last is the learned one, and the bias ``[..., heads, 1, T]``.
         """
         entries = self.enter(torch.cat([items, self.labels(labels.unsqueeze(-1))], dim=-1))
+        entries = entries + embedding(self._classes(gaps), self.gap_table)
         begin = self.beginning.expand(*entries.shape[:-2], 1, -1)
         tokens = torch.cat([entries, begin], dim=-2)
         towards = self._bias(gaps.unsqueeze(-2), self.places[:1], given)

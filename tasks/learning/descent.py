@@ -74,14 +74,21 @@ def optimiser_of(
 ) -> torch.optim.Optimizer:
     """AdamW with its own decay for embeddings; factors and precisions are held by the solve, not by decay.
 
-    Nor are prototypes: smaller ones would tell rows apart less and less. Parameters that want no gradient are left out:
-    decay would move what is frozen. Every group names the highest learning rate that it may have as `peak`.
+    Nor are prototypes: smaller ones would tell rows apart less and less; nor what attention adds or scales by.
+    Parameters that want no gradient are left out: decay would move what is frozen. Every group names the highest
+    learning rate that it may have as `peak`.
     """
+    # Norms, biases, and the tables of places and gaps.
+    undecayed = {
+        name
+        for name, one in network.named_parameters()
+        if name.startswith("attention.") and (one.ndim == 1 or name.endswith(("_bias", "_table")))
+    }
     groups: dict[str, list[nn.Parameter]] = {"embeddings": [], "factors": [], "layers": []}
     for name, parameter in network.named_parameters():
         kind = (
             "factors"
-            if name.startswith(("factor_tables", "warm_up", "matching"))
+            if name.startswith(("factor_tables", "warm_up", "matching")) or name in undecayed
             else "embeddings"
             if "_tables." in name
             else "layers"

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tasks.data.columns import Rows
 
 I64 = npt.NDArray[np.int64]
-DAY, SECOND = 86_400_000_000, 1_000_000
+SECOND = 1_000_000
 """Microseconds."""
 
 
@@ -25,8 +25,7 @@ class Histories:
 
     Attributes:
         at: positions of the entries, newest first, -1 behind the oldest [G, H].
-        gaps: seconds between each entry and the midnight (UTC) that the request's day began with; 0 where it is later,
-            as in zones west of Greenwich, and where there is no entry [G, H].
+        gaps: seconds between each entry and the first row of the visit; 0 where there is no entry [G, H].
         row: which history each position has [T].
     """
 
@@ -45,17 +44,12 @@ def histories(rows: Rows, start: I64, first: I64, at: I64, length: int) -> Histo
         at: positions of the rows that are asked about [T].
         length: most entries: H.
     """
-    day = np.asarray(rows.time[at]) // DAY
-    visit = np.searchsorted(start, at, side="right") - 1
-    # A night that is no day in UTC has two; a request of tomorrow's release knows its day, and no night.
-    days = int(day.max(initial=0) - day.min(initial=0)) + 1
-    _, one, row = np.unique(visit * days + (day - day.min(initial=0)), return_index=True, return_inverse=True)
-    visit, day = visit[one], day[one]
+    visit, row = np.unique(np.searchsorted(start, at, side="right") - 1, return_inverse=True)
     places = start[visit][:, None] - 1 - np.arange(length)
     there = places >= first[visit][:, None]
     places = np.where(there, places, 0)
     tonight = np.asarray(rows.night[start[visit]])[:, None]
     there &= (np.asarray(rows.night[places]) < tonight) & (np.asarray(rows.item[places]) > 0)
     there &= np.asarray(rows.user[start[visit]])[:, None] > 0
-    gaps = np.maximum(day[:, None] * DAY - np.asarray(rows.time[places]), 0) // SECOND
+    gaps = (np.asarray(rows.time[start[visit]])[:, None] - np.asarray(rows.time[places])) // SECOND
     return Histories(np.where(there, places, -1), np.where(there, gaps, 0), row.astype(np.int64))

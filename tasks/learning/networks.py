@@ -287,7 +287,7 @@ class Ranker(nn.Module):
             history_ids: the user's recent rows, newest first: ids as the candidate's, int64 ``[G, H, Cc]``, -1 behind
                 the oldest; read by a `transformer` only, as the rest.
             history_labels: labels of their first objective, float32 ``[G, H]``, NaN where missing.
-            history_gaps: seconds between them and the request's day, int64 ``[G, H]``.
+            history_gaps: seconds between them and the request, int64 ``[G, H]``.
             history_row: which of the G each row has, int64 ``[N]``, where the rows are ``[N]``. None where rows are
                 ``[..., M]`` and histories ``[...]``: M candidates of a request have one in common.
 

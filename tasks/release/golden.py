@@ -19,7 +19,6 @@ from tasks.data.contract import DataConfig
 from tasks.data.lists import padded, values_of
 from tasks.data.vocabulary import MISSING
 from tasks.errors import ParityBroken
-from tasks.learning.history import DAY
 from tasks.learning.networks import Ranker
 from tasks.release.histories import history_specs
 from tasks.release.interface import Example, InputSpec, Scalar
@@ -28,6 +27,8 @@ from tasks.release.scorer import Scorer
 from tasks.release.strict_json import SCHEMA_VERSION, canonical
 from tasks.release.tables import ServingTables
 
+TEN_DAYS = 10 * 86_400_000_000
+"""Microseconds; how long after the newest entry of a history a golden request is asked at most."""
 F32 = npt.NDArray[np.float32]
 TOLERANCE = 1e-5
 """Largest difference between the network's scores and a graph's, absolute for probabilities, relative to 1 + the
@@ -126,7 +127,7 @@ def _past(rows: pa.Table, specs: Sequence[InputSpec], requests: int, random: np.
     time = microseconds(rows[asked.name])
     at = np.take_along_axis(at, np.argsort(-time[at], axis=1, kind="stable"), axis=1)
     past: dict[str, npt.NDArray[np.generic]] = {
-        asked.name: time[at].max(axis=1) + random.integers(10 * DAY, size=requests)
+        asked.name: time[at].max(axis=1) + random.integers(TEN_DAYS, size=requests)
     }
     for spec in entries:
         assert spec.of is not None

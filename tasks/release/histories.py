@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tasks.data.contract import DataConfig
 from tasks.data.lists import NOTHING
 from tasks.data.vocabulary import MISSING
-from tasks.learning.history import DAY, SECOND
+from tasks.learning.history import SECOND
 from tasks.release.interface import Example, InputSpec
 from tasks.release.nodes import Graph
 from tasks.release.tables import ServingTables
@@ -32,6 +32,7 @@ def history_columns(data: DataConfig) -> dict[str, str]:
     def free(name: str) -> str:
         while name in taken:
             name += "_"
+        taken.add(name)
         return name
 
     columns = (data.item, *data.named("candidate", "categorical"), data.objectives[0].column, data.time)
@@ -57,7 +58,7 @@ def history_specs(data: DataConfig, history: int, examples: Mapping[str, Example
         data.objectives[0].column: f"labels of the same rows, as in {data.objectives[0].column}, newest first",
         data.time: f"times of the same rows, {unit}, newest first",
     }
-    asked = f"when the ranking is asked for, {unit}; gaps count from the midnight (UTC) before"
+    asked = f"when the user's visit began, or the ranking is asked for, {unit}"
     specs = [InputSpec(data.time, "request", "int64", asked, MISSING["int64"], examples.get(data.time))]
     for column, name in history_columns(data).items():
         keyed = column not in (data.objectives[0].column, data.time)
@@ -88,7 +89,7 @@ def encode_history(
     asked, time = (np.asarray(request[name], np.int64) for name in (data.time, names[data.time]))
     unknown = (asked == MISSING["int64"])[:, None] | (time == MISSING["int64"])
     asked, time = (values.clip(-FARTHEST, FARTHEST) for values in (asked, time))
-    gaps = np.maximum((asked - asked % DAY)[:, None] - time, 0) // SECOND
+    gaps = np.maximum(asked[:, None] - time, 0) // SECOND
     return {
         "history_ids": np.stack(ids, axis=-1),
         "history_labels": np.asarray(request[names[data.objectives[0].column]], np.float32),
@@ -126,15 +127,19 @@ def history_nodes(data: DataConfig, tables: ServingTables, graph: Graph, names: 
     graph.stack(entries, names[0])
     graph.node("Identity", [inputs[data.objectives[0].column]], names[1])
 
+    # By comparing: onnxruntime's Max of int64 takes 0 for the greater of 0 and a number between 2^31 and 2^32.
+    def at_least(name: str, least: int, result: str) -> str:
+        low = graph.number(least)
+        return graph.node("Where", [graph.node("Less", [name, low], f"{result}/less"), low, name], result)
+
     def near(name: str) -> str:
-        low = graph.node("Max", [name, graph.number(-FARTHEST)], f"lookup/late/{name}")
-        return graph.node("Min", [low, graph.number(FARTHEST)], f"lookup/near/{name}")
+        late, high = at_least(name, -FARTHEST, f"lookup/late/{name}"), graph.number(FARTHEST)
+        beyond = graph.node("Greater", [late, high], f"lookup/beyond/{name}")
+        return graph.node("Where", [beyond, high, late], f"lookup/near/{name}")
 
     asked, time, missing = near(data.time), near(inputs[data.time]), graph.number(int(MISSING["int64"]))
-    into = graph.node("Mod", [asked, graph.number(DAY)], "lookup/into")
-    day = graph.node("Sub", [asked, into], "lookup/day")
-    gap = graph.node("Sub", [graph.node("Unsqueeze", [day, axis], "lookup/midnight"), time], "lookup/gap")
-    gap = graph.node("Max", [gap, graph.number(0)], "lookup/gap/past")
+    gap = graph.node("Sub", [graph.node("Unsqueeze", [asked, axis], "lookup/asked"), time], "lookup/gap")
+    gap = at_least(gap, 0, "lookup/gap/past")
     gap = graph.node("Div", [gap, graph.number(SECOND)], "lookup/gap/seconds")
     undated = graph.node("Equal", [inputs[data.time], missing], "lookup/undated")
     timeless = graph.node("Equal", [data.time, missing], "lookup/timeless")

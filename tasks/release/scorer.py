@@ -104,7 +104,7 @@ class Scorer(nn.Module):
             history_ids: vocabulary ids of the user's recent rows, as the candidate's, newest first [R, H, 1 + Cc], -1
                 behind the oldest. A request's are encoded once, whatever the number of its candidates.
             history_labels: labels of their first objective [R, H], NaN where missing.
-            history_gaps: seconds between them and the request's day [R, H].
+            history_gaps: seconds between them and the request [R, H].
 
         Returns:
             Probabilities (binary) or values (rating), float32 [R, M, K].

@@ -1,6 +1,6 @@
 """Ranking requests: what a caller may pass, turned into exactly the tensors that a release takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -48,7 +48,12 @@ def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> t
     if extra := sorted(str(name) for name in request.keys() - names):
         raise RequestRejected(f"the request holds {', '.join(extra)}, which the release does not know; leave it out")
     arrays = {spec.name: _column(spec, request[spec.name]) for spec in specs}
-    _same_entries({spec.name: request[spec.name] for spec in specs if spec.of is not None})
+    past = [spec for spec in specs if spec.of is not None]
+    _same_entries({spec.name: request[spec.name] for spec in past})
+    asked = {spec.name for spec in specs if spec.per == "request"}
+    for spec in past:
+        if spec.of in asked:  # when it was: the only one of these columns that is also the request's own
+            _newest_first(spec, arrays[spec.name])
     first = {per: next(spec.name for spec in specs if spec.per == per) for per in ("request", "candidate")}
     requests, candidates = arrays[first["candidate"]].shape
     for spec in specs:
@@ -84,21 +89,15 @@ def _entries(spec: InputSpec, values: object) -> npt.NDArray[np.generic]:
     assert spec.values is not None
     if isinstance(values, np.ndarray) and values.ndim == 2:
         return _padded(spec, _single(spec, values[:, : spec.values]))
-    cells = _cells(spec, values, 1)
-    lists = [() if cell is None else cell for cell in cells.ravel().tolist()]
-    for odd in (cell for cell in lists if not isinstance(cell, list | tuple | np.ndarray)):
-        raise RequestRejected(f"column {spec.name!r} holds {odd!r:.80} of type {type(odd).__name__}, expected a list")
+    _lengths(spec.name, values)
+    lists = [() if cell is None else cell for cell in _cells(spec, values, 1).ravel().tolist()]
     newest = [[*cell[: spec.values], *[None] * (spec.values - len(cell))] for cell in lists]
     return _single(spec, newest) if newest else np.zeros((0, spec.values), spec.dtype.replace("string", "object"))
 
 
 def _same_entries(columns: Mapping[str, object]) -> None:
     """Refuse histories whose columns do not have a value for each entry: labels would be those of other items."""
-    lengths = {
-        name: [0 if cell is None else len(cell) for cell in values]
-        for name, values in columns.items()
-        if isinstance(values, list | tuple | np.ndarray)
-    }
+    lengths = {name: _lengths(name, values) for name, values in columns.items()}
     for (one, known), (other, found) in pairwise(lengths.items()):
         for at, (expected, count) in enumerate(zip(known, found, strict=False)):
             if count != expected:
@@ -106,6 +105,37 @@ def _same_entries(columns: Mapping[str, object]) -> None:
                     f"the history of request {at} has {expected} entries in {one!r} and {count} in {other!r}; give "
                     f"each column one value per entry, None where it is missing"
                 )
+
+
+def _lengths(name: str, values: object) -> list[int]:
+    """Entries of each request's history."""
+    scalar = isinstance(values, np.ndarray) and values.ndim == 0
+    if scalar or isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise RequestRejected(
+            f"column {name!r} is {values!r:.80} of type {type(values).__name__}, expected a list per request, or None "
+            "for one without a history"
+        )
+    cells = list(values)
+    for at, cell in enumerate(cells):
+        if cell is not None and not (
+            isinstance(cell, list | tuple) or (isinstance(cell, np.ndarray) and cell.ndim == 1)
+        ):
+            raise RequestRejected(
+                f"column {name!r} holds {cell!r:.80} of type {type(cell).__name__} for request {at}, expected a list"
+            )
+    return [0 if cell is None else len(cell) for cell in cells]
+
+
+def _newest_first(spec: InputSpec, time: npt.NDArray[np.generic]) -> None:
+    """Refuse histories that are not in order: of longer ones the oldest entries would be read."""
+    known = time != spec.missing
+    wrong = known[:, 1:] & known[:, :-1] & (time[:, 1:] > time[:, :-1])  # type: ignore[operator]
+    if wrong.any():
+        request, entry = np.argwhere(wrong)[0]
+        raise RequestRejected(
+            f"column {spec.name!r} has {time[request, entry + 1]} behind {time[request, entry]} in the history of "
+            f"request {request}; give the newest entry first, in every column"
+        )
 
 
 def _cells(spec: InputSpec, values: object, axes: int) -> npt.NDArray[np.object_]:

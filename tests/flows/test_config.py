@@ -54,6 +54,17 @@ def test_factors_by_columns_are_refused_where_they_would_do_nothing(
     refuse(tmp_path, tree, change, "ranker.warm_up: it tells an adapter the factors of items without rows")
 
 
+@pytest.mark.parametrize("kind", ["ridge", "gradient", "matching"])
+def test_adapters_of_features_are_refused_where_there_are_none(tmp_path: Path, tree: dict[str, Any], kind: str) -> None:
+    tree["adapter"] = {"kind": kind}
+    tree["ranker"] = {"factors": 0, "category_factors": 0, "features": 0, "direct": False}
+    assert f"adapter.kind: '{kind}' weighs adapter features, and the ranker has none" in refusal(tmp_path, tree)
+    for one in ("factors", "category_factors", "features"):
+        assert RetrainConfig.model_validate({**tree, "ranker": {**tree["ranker"], one: 1}})
+    assert RetrainConfig.model_validate({**tree, "ranker": {**tree["ranker"], "direct": True}})
+    assert RetrainConfig.model_validate({**tree, "adapter": {"kind": "film"}})
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -58,8 +58,8 @@ def test_a_history_is_what_a_loop_over_the_user_s_rows_of_earlier_nights_finds(s
             if rows.user[other] == rows.user[at] > 0 and rows.night[other] < rows.night[at]
         ][:LENGTH]
         mine += [-1] * (LENGTH - len(mine))
-        midnight = rows.time[at] // DAY * DAY
-        gaps = [max(int(midnight - rows.time[other]), 0) // 1_000_000 for other in mine]
+        began = min(rows.time[(rows.user == rows.user[at]) & (rows.night == rows.night[at])])
+        gaps = [int(began - rows.time[other]) // 1_000_000 for other in mine]
         known = [other >= 0 and rows.item[other] > 0 for other in mine]
         assert found.at[row].tolist() == [other if there else -1 for other, there in zip(mine, known, strict=True)]
         assert found.gaps[row].tolist() == [gap if there else 0 for gap, there in zip(gaps, known, strict=True)]
@@ -126,6 +126,9 @@ def by_hand(attention, items, there, labels, gaps, candidate):
         told = [0.0, 1.0] if np.isnan(label) else [(label - 0.4) / 0.5, 0.0]
         return dense("enter", np.r_[item, told])
 
+    def class_of(gap):
+        return 0 if gap < 60 else min(int(np.log2(gap // 60)) + 1, 23)
+
     def step(name, x, read, bias):
         """`read` are tokens, `bias` [heads] of each."""
         query = dense(f"{name}.query", norm(f"{name}.before", x))
@@ -140,11 +143,10 @@ def by_hand(attention, items, there, labels, gaps, candidate):
         return x + dense(f"{name}.dense.3", np.maximum(dense(f"{name}.dense.0", norm(f"{name}.between", x)), 0))
 
     def bias(apart, gap):
-        classes = 0 if gap < 60 else min(int(np.log2(gap // 60)) + 1, 23)
-        return w["place_bias"][apart] + w["gap_bias"][classes]
+        return w["place_bias"][apart] + w["gap_bias"][class_of(gap)]
 
     mine = [number for number in range(LENGTH) if there[number]]
-    tokens = {number: enter(items[number], labels[number]) for number in mine}
+    tokens = {number: enter(items[number], labels[number]) + w["gap_table"][class_of(gaps[number])] for number in mine}
     begin = w["beginning"]
     for block in ("encoder.0", "encoder.1"):
         after = {}
@@ -341,6 +343,34 @@ def test_what_only_the_order_of_a_user_s_rows_tells_is_learned_from_them():
         losses[kind] = min(point[2] for point in meta_train(setting).curve)
     assert losses["mlp"] > 0.6
     assert losses["transformer"] < 0.1
+
+
+def test_how_long_ago_the_last_visit_was_is_learned():
+    """Who was here last night likes everything, and who was away for some nights likes nothing."""
+    random = np.random.default_rng(0)
+    user, night, labels = [], [], []
+    for who in range(60):
+        at = int(random.integers(3))
+        while at < 12:
+            away = int(random.choice([1, 4]))
+            at += away
+            user += [who + 1] * 4
+            night += [at] * 4
+            labels += [float(away == 1)] * 4
+    rows = table(user, night, item=random.integers(1, 9, len(user)), labels=np.array(labels))
+    config = TrainingConfig(epochs=4, steps_per_epoch=20, visits_per_step=60, stop_nights=2, min_stop_rows=10,
+                            learning_rate=1e-2, average=0.8)  # fmt: skip
+    losses = {}
+    for kind, history in (("mlp", {}), ("transformer", {"history": 3})):
+        none = {"factors": 0, "category_factors": 0, "dropout": 0.0, "request_dropout": 0.0}
+        ranker = RankerConfig(kind=kind, embedding=4, hidden=8, **none, **history)
+        setting = Setting(
+            contract(), ladder_of(), ranker, AdapterConfig(kind="none"), config, rows, shape(rows),
+            date.fromordinal(FIRST + 12), "cpu",
+        )  # fmt: skip
+        losses[kind] = min(point[2] for point in meta_train(setting).curve)
+    assert losses["mlp"] > 0.55
+    assert losses["transformer"] < 0.3
 
 
 # What is stored, and what is refused

@@ -77,10 +77,26 @@ def test_ids_and_gaps_are_those_worked_out_by_hand(parts):
     assert found["candidate_ids"][..., 1].tolist() == [[1, 0]] * 3
     assert found["history_ids"][..., 0].tolist() == [[2, 0, 1, -1], [3, -1, -1, -1], [-1] * 4]
     assert found["history_ids"][..., 1].tolist() == [[2, 0, 0, 0], [1, 0, 0, 0], [0] * 4]
-    # Of the same day none is past; two seconds and a bit before midnight; a day and a half; nobody knows.
-    farthest = (FARTHEST - FARTHEST % DAY + FARTHEST) // 1_000_000
-    assert found["history_gaps"].tolist() == [[0, 2, 3 * 43_200, 0], [0] * 4, [farthest] * 4]
+    # Not a second; half a day, two seconds and a bit; two days; nobody knows.
+    farthest = 2 * FARTHEST // 1_000_000
+    assert found["history_gaps"].tolist() == [[0, 43_202, 2 * 86_400, 0], [0] * 4, [farthest] * 4]
     np.testing.assert_array_equal(found["history_labels"], request["history_stars"])
+
+
+def test_gaps_of_every_length_are_exact(parts):
+    """A minute, an hour and years, on both sides of every power of two of microseconds."""
+    data, _, _, tables, rows = parts
+    names = wires(data, tables)
+    graph = lookup_graph(data, tables, names).SerializeToString()
+    request = dict(draw_requests(data, rows, history=HISTORY)[-1])
+    count = len(request["at"])
+    gaps = np.array([(1 << power) + off for power in range(1, 60) for off in (-1, 0, 12_345_678)], np.int64)
+    request["at"] = np.full(count, NOON)
+    for start in range(0, len(gaps), count * HISTORY):
+        some = np.resize(gaps[start:], (count, HISTORY))
+        request["history_at"] = NOON - some
+        found = run(graph, request)[names.between()["history_gaps"]]
+        np.testing.assert_array_equal(found, np.maximum(some, 0) // 1_000_000)
 
 
 def test_tables_say_how_long_histories_are_and_a_network_of_other_ones_is_refused(parts, tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tasks.errors import ReleaseRefused, RequestRejected
@@ -68,8 +69,12 @@ def test_no_requests_have_no_histories():
     ("column", "values", "told"),
     [
         ("history_liked", [[1], [1], None], "request 0 has 5 entries in 'history_genre' and 1 in 'history_liked'; giv"),
-        ("history_item", [7, [7], None], "'history_item' holds 7 of type int, expected a list"),
-        ("history_item", "seven", "'history_item' has 0 axes|expected a list"),
+        ("history_item", [7, [7], None], "'history_item' holds 7 of type int for request 0, expected a list"),
+        ("history_item", [np.array(7), [7], None], "'history_item' holds array.7. of type ndarray for request 0"),
+        ("history_item", None, "'history_item' is None of type NoneType, expected a list per request"),
+        ("history_item", np.array(None), "'history_item' is array.* expected a list per request"),
+        ("history_item", pd.Series([[7], [7], None]), "request 0 has 1 entries in 'history_item' and 5 in"),
+        ("history_item", "seven", "'history_item' is 'seven' of type str, expected a list per request"),
         ("history_item", [["7"] * 5, [7], None], "'history_item' holds '7' of type str, expected int64"),
         ("history_item", [[[7]] * 5, [7], None], "'history_item'"),
         ("history_item", [[7] * 5], r"'history_item' has shape \[1, 3\], expected \[3, 3\]"),
@@ -100,3 +105,14 @@ def test_an_interface_that_says_odd_things_of_histories_is_refused(change):
     del found["inputs"][3]["values"]
     with pytest.raises(ReleaseRefused):
         read_interface(Reader("it"), found)
+
+
+def test_histories_in_the_wrong_order_are_refused():
+    """Of a longer one the oldest entries would be read as the newest."""
+    specs = (*SPECS, InputSpec("history_at", "request", "int64", "", LEAST, None, 3, "at"))
+    told = {**REQUEST, "history_at": [[9, 7, None, 5, 4], [8], None]}
+    found = read_request(specs, told)[0]["history_at"]
+    assert found.tolist() == [[9, 7, LEAST], [8, LEAST, LEAST], [LEAST] * 3]
+    for wrong in ([7, 9, None, 5, 4], [9, 7, 8, 5, 4]):
+        with pytest.raises(RequestRejected, match=r"'history_at' has \d behind \d in the history of request 0; give"):
+            read_request(specs, {**told, "history_at": [wrong, [8], None]})

@@ -10,19 +10,21 @@ import torch
 
 from tasks.learning import history as module
 from tasks.learning import material as materials
-from tasks.learning.adapters import AdapterConfig, Precisions
+from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions
 from tasks.learning.attention import Attention
 from tasks.learning.base import Base, load_base, save_base
 from tasks.learning.catalogue import _inputs, catalogue
+from tasks.learning.episodes import draw, score_visits
 from tasks.learning.exams import Night
 from tasks.learning.ladder import Ladder
+from tasks.learning.losses import Losses
 from tasks.learning.material import Dialect, Material, visits_of
 from tasks.learning.networks import Ranker
 from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.setting import Setting
 from tasks.learning.training import meta_train
 from tasks.learning.training_config import TrainingConfig
-from tests.learning.small_rows import DAY, FIRST, LADDER, contract, ladder_of, opposed, shape, table
+from tests.learning.small_rows import DAY, FIRST, LADDER, contract, ladder_of, one_aim, opposed, shape, table
 from tests.learning.test_catalogue import tables
 
 LENGTH = 5
@@ -371,6 +373,70 @@ def test_how_long_ago_the_last_visit_was_is_learned():
         losses[kind] = min(point[2] for point in meta_train(setting).curve)
     assert losses["mlp"] > 0.55
     assert losses["transformer"] < 0.3
+
+
+DENSE = AdapterConfig(kind="gradient", bends="dense")
+LINEAR = [AdapterConfig(kind=kind) for kind in ("bias", "ridge", "matching", "gradient")]
+BENT = [AdapterConfig(kind="film"), AdapterConfig(kind="lora"), DENSE]
+
+
+@pytest.mark.parametrize(
+    ("outer", "adapter"),
+    [
+        *(("second_order", adapter) for adapter in (*LINEAR, *BENT)),
+        ("first_order", BENT[0]),
+        ("first_order", LINEAR[3]),
+    ],
+)
+def test_attention_is_trained_with_every_adapter(outer, adapter):
+    rows = one_aim(opposed(nights=5, users=10, each=5))
+    config = TrainingConfig(outer=outer, epochs=1, steps_per_epoch=2, visits_per_step=8, stop_nights=1,
+                            min_stop_rows=5, average=0.0, patience=9)  # fmt: skip
+    setting = Setting(
+        contract(), ladder_of(), SMALL, adapter, config, rows, shape(rows), date.fromordinal(FIRST + 5), "cpu"
+    )  # fmt: skip
+    trained = meta_train(setting)
+    assert np.isfinite([point[2] for point in trained.curve]).all()
+    network, precisions = trained.base.network, trained.base.precisions
+    torch.manual_seed(0)
+    with torch.no_grad():  # layers that begin at zero would hide what they multiply
+        for weight in network.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    loss = Losses(setting).of_step(network, precisions, *draw(setting.visits, 8, np.random.default_rng(1)))[1]
+    slopes = torch.autograd.grad(loss, [network.attention.target.query.weight, network.attention.gap_table])
+    assert all(slope.isfinite().all() and slope.abs().max() > 1e-6 for slope in slopes)
+
+
+@pytest.mark.parametrize("adapter", [AdapterConfig(), AdapterConfig(kind="film")], ids=["ridge", "film"])
+def test_the_meta_gradient_through_attention_is_that_of_finite_differences(adapter):
+    rows = one_aim(opposed(nights=4, users=5, each=6))
+    torch.manual_seed(0)
+    network = Ranker(shape(rows), SMALL, adapter.bent).eval().double()
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    ladder, material = Ladder(rows, ladder_of(), "shopper"), Material(rows)
+    visits = visits_of(rows).of_nights(FIRST + 2, FIRST + 3)
+    after = np.full(len(visits), 3)
+    precisions = torch.full((2, 1, adapter.width(network.width)), 3.0, dtype=torch.float64)
+    names = ("attention.target.query.weight", "attention.enter.bias", "attention.gap_bias")
+    moved = [dict(network.named_parameters())[name].detach().clone() for name in names]
+    moved[2] = moved[2][10:14].clone()  # classes of hours and days
+
+    def loss(query, enter, gaps):
+        table = torch.cat([network.attention.gap_bias[:10], gaps, network.attention.gap_bias[14:]])
+        own = dict(zip(names, (query, enter, table), strict=True))
+
+        def scorer(at):
+            inputs = [part.double() if part.is_floating_point() else part for part in material.inputs(at, LENGTH)]
+            return torch.func.functional_call(network, own, tuple(inputs))
+
+        adaptation = Adaptation.of(network, adapter)
+        scores = score_visits(ladder, visits, after, scorer, material, precisions, adaptation)
+        labels = material.labels(scores.rows).double()
+        return torch.nn.functional.binary_cross_entropy_with_logits(scores.adapted, labels)
+
+    assert torch.autograd.gradcheck(loss, [one.requires_grad_() for one in moved], eps=1e-6, atol=1e-7)
 
 
 # What is stored, and what is refused

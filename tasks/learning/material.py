@@ -23,6 +23,8 @@ HISTORY_NUMBERS = 1 << 24
 """About how many numbers of histories, as they attend, rows have beside them at a time where no gradient is wanted."""
 PADDED_ROWS = 131_072
 """Most padded rows of segments handled in one batch when no gradient is wanted."""
+FEW_ROWS = 1_024
+"""Padded rows that are one batch whatever their lengths: a second batch would take longer than the padding."""
 Scorer = Callable[[I64], tuple[Tensor, Tensor]]
 """Positions [T] to logits [T, K] and adapter features [T, D]: a network, or a baseline that plays its part."""
 
@@ -293,6 +295,9 @@ def batches(segments: I64, lengths: I64, unknowns: int, row: int = 1) -> list[I6
         unknowns: numbers solved per segment, K x D; a segment's system has D of them in each of its rows.
         row: what a padded row counts.
     """
+    longest = int(lengths.max(initial=0))
+    if 0 < len(segments) * max(row * longest, unknowns) <= min(FEW_ROWS, PADDED_ROWS):
+        return [segments]
     # A batch that ends with a segment of length n holds at most PADDED_ROWS // n segments; cutting by the class of the
     # length (its power of two) keeps the loop over classes, and batches, never over segments.
     classes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)

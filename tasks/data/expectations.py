@@ -6,6 +6,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import date
 from functools import cache, lru_cache
@@ -139,6 +140,29 @@ class _GreatExpectations:
     context: Any
 
 
+_DESCRIBED: ContextVar[dict[int, tuple[Any, Any]] | None] = ContextVar("described", default=None)
+"""Expectations that are being judged and what each is configured by, by identity; None while nothing is judged."""
+
+
+def _describe_once(kind: Any) -> None:
+    """Let expectations make their `configuration` once per judgement.
+
+    They make it anew for every word of it that is read, dozens of times each: a third of what judging a small night
+    takes. Nothing changes them while they are judged.
+    """
+    anew = kind.configuration.fget
+
+    def configuration(self: Any) -> Any:
+        described = _DESCRIBED.get()
+        if described is None:
+            return anew(self)
+        if id(self) not in described:
+            described[id(self)] = self, anew(self)
+        return described[id(self)][1]
+
+    kind.configuration = property(configuration)
+
+
 @cache
 def _gx() -> _GreatExpectations:
     with warnings.catch_warnings():
@@ -147,8 +171,10 @@ def _gx() -> _GreatExpectations:
         from great_expectations.core.batch import Batch
         from great_expectations.execution_engine.sqlalchemy_batch_data import SqlAlchemyBatchData
         from great_expectations.execution_engine.sqlalchemy_execution_engine import SqlAlchemyExecutionEngine
+        from great_expectations.expectations.expectation import Expectation
         from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
         from great_expectations.validator.validator import Validator
+    _describe_once(Expectation)
     # what it logs comes back as exception_info, which is raised as ValidatorBroken
     logging.getLogger("great_expectations").setLevel(logging.CRITICAL)
     context = gx.get_context(mode="ephemeral", project_config=_project())
@@ -204,9 +230,13 @@ def _graph(validator: Any, numbered: Sequence[tuple[int, Check]], result_format:
     """Results by number of a few checks, evaluated together."""
     configurations = [_configured(check, number) for number, check in numbered]
     runtime = {"catch_exceptions": True, "result_format": result_format}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = validator.graph_validate(configurations, runtime_configuration=runtime)
+    described = _DESCRIBED.set({})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = validator.graph_validate(configurations, runtime_configuration=runtime)
+    finally:
+        _DESCRIBED.reset(described)
     for result in found:
         if message := _exception(result.exception_info):
             kind, kwargs = result.expectation_config.type, result.expectation_config.kwargs

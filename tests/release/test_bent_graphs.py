@@ -16,10 +16,9 @@ from tests.release.test_graphs import ask
 from tests.releases import make_graph, make_parts
 
 KINDS = {
-    # A whole night publishes a release of `film`; three traced graphs here are long enough.
+    # Whole nights publish releases of `film` and of `matching`; two traced graphs here are long enough.
     "lora": ("full", AdapterConfig(kind="lora", rank=2)),
     "dense": ("clashing", AdapterConfig(kind="gradient", bends="dense")),
-    "matching": ("full", AdapterConfig(kind="matching", prototypes=3)),
 }
 
 
@@ -27,11 +26,11 @@ KINDS = {
 def test_a_batch_of_many_segments_says_what_the_learning_code_says(kind: str, tmp_path: Path) -> None:
     """Every request under its own adapter; those of slot 0 are the base's, to the last digit of parity."""
     release, adapter = KINDS[kind]
-    data, network, bank, tables, rows = make_parts(release, bent=adapter.bent, prototypes=adapter.matching)
+    data, network, bank, tables, rows = make_parts(release, bent=adapter.bent)
     assert bank.shape[2] == network.width == adapter.width(network.width)
     bank *= np.float32(0.5)
     bank[1] = 0.0
-    graph = make_graph(release, adapter.bent, adapter.matching)
+    graph = make_graph(release, adapter.bent)
     export(network, bank, tables, data, tmp_path, lambda *_: graph)
     golden = make_golden(network, bank, tables, data, draw_requests(data, rows))
     assert check_parity(data, tables, golden, tmp_path).scores > 0

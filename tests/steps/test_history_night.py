@@ -1,4 +1,5 @@
-"""A whole night whose ranker attends to users' recent rows: from the lake to the ranker that answers."""
+"""Whole nights whose ranker attends to users' recent rows and whose adapters bend its layers: from the lake to the
+ranker that answers, from a champion of another kind on, then from its own."""
 
 import json
 from datetime import datetime
@@ -8,8 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from flows.config import RetrainConfig
+from flows.nightly import NightResult
 from tasks.champion import _nightly
 from tasks.data.vocabulary import load as words
+from tasks.learning.bank import Bank
 from tasks.learning.base import load_base
 from tasks.learning.exams import Night
 from tasks.learning.ladder import Ladder
@@ -64,7 +67,13 @@ def padded(name: str, given: list[Any]) -> np.ndarray:
     return values.astype(object if missing == "" else np.int64 if missing == LEAST else np.float32)
 
 
-def test_a_night_with_a_transformer(damageable: Finished) -> None:
+def report_of(made: Finished, night: NightResult) -> dict[str, dict[str, str]]:
+    """What the night's report says."""
+    run = json.loads(made.store.get(f"tiny/releases/{night.published.release}/run.json").data)
+    return dict(run["report"])
+
+
+def test_two_nights_with_a_transformer_and_film(damageable: Finished) -> None:
     """The champion before is an `mlp`; the release answers as its network does; histories are told from the lake.
 
     Adapters bend the layers that read what attention finds, so that the little training of a test lets it matter.
@@ -81,8 +90,17 @@ def test_a_night_with_a_transformer(damageable: Finished) -> None:
         return record_of(place, next(ref for ref in night.steps if ref.step == step))
 
     folder = open_workspace(place).folder(record("export"), "release")
+    told = report_of(damageable, night)["provenance"]
+    assert "the parent's base does not fit" in told["training"]
+    assert "precisions as configured" in told["training"]
+    assert "was compared in both exams" in told["champion"]
     network = load_base({name: folder / name for name in ("base.safetensors", "base.json")}).network
     assert network.attention is not None
+    assert json.loads((folder / "base.json").read_text())["format"] == 5
+    weights = Bank.load(open_workspace(place).file(record("adapt-ship"), "bank.safetensors")).weights
+    assert weights.shape[1:] == (1, 1 + 2 * 8)
+    assert len(weights) > 10
+    assert np.abs(weights[1:, :, 1:]).max() > 1e-3
     bank = np.fromfile(folder / "bank.bin", np.float32).reshape(-1, 1, network.width)
 
     def said_by_the_network(request: dict[str, np.ndarray]) -> np.ndarray:
@@ -133,3 +151,14 @@ def test_a_night_with_a_transformer(damageable: Finished) -> None:
     assert lengths == {0, LENGTH}
     expected = said_by_the_network({name: padded(name, values) for name, values in request.items()})
     np.testing.assert_allclose(replayed, expected[:, 0, 0], rtol=1e-5, atol=1e-5)
+
+    following = damageable.world.nights[damageable.world.nights.index(damageable.next_night) + 1]
+    second = plain_night(config, following, override="the tests want it served")
+    told = report_of(damageable, second)["provenance"]
+    assert "the parent's base" in told["training"]
+    assert "does not fit" not in told["training"]
+    assert f"release {night.published.release[:12]} was compared in both exams" in told["champion"]
+    exams = record_of(place, second.verdict).notes["exams"][0]
+    assert exams["nightly"]["champion"]["rows"] == second.validated.clean
+    with Ranker(damageable.world.config["store"], "tiny", device="cpu") as served:
+        assert served.release == second.published.release

@@ -1,4 +1,7 @@
-"""A night whose items have tags and vectors, and whose requests have codes and vectors: from the lake to the ranker."""
+"""A night whose items have tags and vectors, and whose requests have codes and vectors: from the lake to the ranker.
+
+Its segments match their support with prototypes, so that a whole night of that adapter is here too.
+"""
 
 import json
 from dataclasses import dataclass, replace
@@ -50,7 +53,7 @@ class Night:
 @pytest.fixture(scope="module")
 def night(tmp_path_factory: pytest.TempPathFactory) -> Night:
     world = write_world(tmp_path_factory.mktemp("lists"), nights=5, users=24, lists=True)
-    config = RetrainConfig.model_validate(world.config)
+    config = RetrainConfig.model_validate(world.config | {"adapter": {"kind": "matching"}})
     result = plain_night(config, world.nights[4])
     export = next(step for step in result.steps if step.step == "export")
     folder = open_workspace(config.place()).folder(record_of(config.place(), export), "release")

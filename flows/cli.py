@@ -254,10 +254,11 @@ def _doctor(options: argparse.Namespace, console: "Console") -> None:
 
     config = load_config(options.config)
     console.print(f"config  {options.config}: fits, pipeline {config.pipeline}")
-    for name, found in nights_by_lake(config.data, lake(config.data)).items():
-        where = next(one.source for one in config.data.every_lake if one.name == name)
+    nights = nights_by_lake(config.data, lake(config.data))
+    for one in config.data.every_lake:
+        found, called = nights[one.name], f"{one.name}, " if config.data.lakes else ""
         span = f"{len(found)} nights, {min(found)} to {max(found)}" if found else "no nights yet"
-        console.print(f"lake    {where}: {span}")
+        console.print(f"lake    {called}{one.source}: {span}")
     store_of(config.place()).check()
     console.print(f"store   {config.store}: writable, honours conditions")
     console.print(f"device  {device_of(config.place())}")

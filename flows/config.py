@@ -90,16 +90,7 @@ class RetrainConfig(Section):
             yield fault
         numeric, categorical = data.named("candidate", "numeric"), data.named("candidate", "categorical")
         listed = data.named("candidate", "multi")
-        told = (
-            *(self.ranker.factors, self.ranker.features, self.ranker.category_factors and (categorical or listed)),
-            self.ranker.direct and numeric,
-        )
-        if self.adapter.kind in ("ridge", "gradient", "matching") and self.adapter.bent is None and not any(told):
-            yield (
-                f"adapter.kind: {self.adapter.kind!r} weighs adapter features, and the ranker has none but the "
-                "constant; set ranker.factors to 1 or more, or adapter.kind to 'bias'"
-            )
-        yield from unheard(self.ranker, self.adapter, bool(numeric), bool(categorical))
+        yield from unheard(self.ranker, self.adapter, bool(numeric), bool(categorical), bool(listed))
         try:
             ZoneInfo(data.time_zone)
         except (ZoneInfoNotFoundError, ValueError):

@@ -88,7 +88,8 @@ def _history(place: Place, data: DataConfig, night: date, replayed: bool) -> tup
     begin = night - timedelta(days=data.window_nights)
     found = nights_by_lake(data, lake(data))
     span = [begin + timedelta(days=number) for number in range(data.window_nights)]
-    present = [one for one in span if not why_absent(data, found, one)]
+    absent = {one: why_absent(data, found, one) for one in span}
+    present = [one for one, why in absent.items() if not why]
     records: list[StepRecord] = []
     left_out: dict[str, str] = {}
     with quietly("history") as progress:
@@ -100,9 +101,7 @@ def _history(place: Place, data: DataConfig, night: date, replayed: bool) -> tup
                 left_out[one.isoformat()] = f"{type(error).__name__}: {error}"
             progress(done, len(present), "nights")
     first = min((one for own in found.values() for one in own if one >= begin), default=night)
-    for one in span:
-        if one >= first and (absent := why_absent(data, found, one)):
-            left_out[one.isoformat()] = f"NightMissing: {absent}"
+    left_out |= {one.isoformat(): f"NightMissing: {why}" for one, why in absent.items() if why and one >= first}
     return records, dict(sorted(left_out.items()))
 
 

@@ -56,12 +56,10 @@ def validate_night(
     Raises:
         ExpectationsFailed: as `validate`; the rejection itself is remembered.
     """
-    lakes = [lake_of(data, file.path) for file in frozen.files]
 
     def work(folder: Path, progress: Progress) -> Product:
-        files = thaw(frozen, data, Path(place.scratch), lake(data))
         try:
-            found = expectations.validate(data, frozen.night, files, folder, lakes)
+            found = _judged(place, data, frozen, folder)
         except DataRejected as error:
             bad = folder / QUARANTINE
             message = str(error).replace(str(bad), f"{{{QUARANTINE}}}")
@@ -90,6 +88,13 @@ def validate_night(
     return record, shared
 
 
+def _judged(place: Place, data: DataConfig, frozen: FrozenNight, folder: Path) -> Validated:
+    """The verdict on a frozen night's files, with clean and bad rows in the folder."""
+    files = thaw(frozen, data, Path(place.scratch), lake(data))
+    lakes = [lake_of(data, file.path) for file in frozen.files]
+    return expectations.validate(data, frozen.night, files, folder, lakes)
+
+
 def expected_section(data: DataConfig) -> dict[str, object]:
     """What of the contract a validation depends on."""
     kept = data.model_dump(mode="json", exclude={"source", "partition", "lakes", "window_nights", "min_history_nights"})
@@ -108,14 +113,9 @@ def _build_docs(
 
     They show the validation that was just made; where it was remembered, the night is judged once more for them.
     """
-    lakes = [lake_of(data, file.path) for file in frozen.files]
 
     def work(folder: Path, progress: Progress) -> Product:
-        if made:
-            found = made[-1]
-        else:
-            files = thaw(frozen, data, Path(place.scratch), lake(data))
-            found = expectations.validate(data, frozen.night, files, folder, lakes)
+        found = made[-1] if made else _judged(place, data, frozen, folder)
         site = folder / "data_docs"
         expectations.data_docs(found, site)
         pages = {

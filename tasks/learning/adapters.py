@@ -291,18 +291,28 @@ def apply(logits: Tensor, features: Tensor, solution: Tensor) -> Tensor:
 
 
 def unheard(
-    ranker: RankerConfig, adapter: AdapterConfig, numeric: bool = True, categorical: bool = True
+    ranker: RankerConfig,
+    adapter: AdapterConfig,
+    numeric: bool = True,
+    categorical: bool = True,
+    listed: bool = True,
 ) -> Iterator[str]:
-    """What a ranker is to tell its adapters and these do not hear, each with the remedy.
+    """What a ranker is to tell its adapters and these do not hear, or adapters would weigh and nobody tells.
+
+    Each comes with its remedy.
 
     Args:
         ranker: the network.
         adapter: its adapters.
         numeric: whether there are numeric candidate columns.
         categorical: whether there are categorical ones.
+        listed: whether there are lists of categories.
     """
     linear = adapter.kind in ("ridge", "gradient") and adapter.bent is None
     weighs = linear or adapter.kind == "matching"
+    grouped = ranker.category_factors and (categorical or listed)
+    if weighs and not (ranker.factors or ranker.features or grouped or (ranker.direct and numeric)):
+        yield _untold(adapter)
     if ranker.warm_up and not (ranker.factors and weighs and (numeric or categorical)):
         yield (
             "ranker.warm_up: it tells an adapter the factors of items without rows, and needs adapter.kind 'ridge', "
@@ -317,6 +327,13 @@ def unheard(
         )
 
 
+def _untold(config: AdapterConfig) -> str:
+    return (
+        f"adapter.kind: {config.kind!r} weighs adapter features, and the ranker has none but the constant; set "
+        "ranker.factors to 1 or more, or adapter.kind to 'bias'"
+    )
+
+
 def check_width(config: AdapterConfig, features: int) -> None:
     """Refuse a linear head, or matching, that has no features but the constant.
 
@@ -328,8 +345,4 @@ def check_width(config: AdapterConfig, features: int) -> None:
         InvalidConfig: `ridge`, `gradient` or `matching` over a ranker without adapter features.
     """
     if config.kind in ("ridge", "gradient", "matching") and features < 2:
-        raise InvalidConfig(
-            f"adapter.kind is {config.kind!r}, but the ranker has no adapter features (no factors, no numbers of "
-            "candidates): there is nothing to bend but the constant; set ranker.factors to 1 or more, or adapter.kind "
-            "to 'bias'"
-        )
+        raise InvalidConfig(_untold(config))

@@ -168,19 +168,7 @@ def sit(night: Night, base: Base, bank: Bank, baselines: Baselines) -> dict[str,
     Returns:
         Column name to predictions [N], NaN where the row is not query.
     """
-    scorer, kinds = night.material.scorer(base.network), base.kinds
-    weights = torch.from_numpy(bank.weights).to(night.material.device)
-    parents = np.arange(len(bank.weights), dtype=np.int64)
-    for own in bank.levels:
-        parents[own.slots] = own.parent
-
-    def nightly(visits: Visits) -> Scores:
-        at = visits.rows.flat()[0]
-        logits, features = scorer(at)
-        slots = bank.slots_of(night.ladder.rows, at)
-        own, above = (base.adaptation.scores(logits, features, weights, use) for use in (slots, parents[slots]))
-        said = {CANDIDATE: own, PARENT: above, ZERO_STEPS: logits}
-        return {name: (at, probability(scores, kinds)) for name, scores in said.items()}
+    nightly = _from_bank(night, base, bank, CANDIDATE, PARENT, ZERO_STEPS)
 
     def after(support: int) -> Callable[[Visits], Scores]:
         def contacts(visits: Visits) -> Scores:
@@ -209,16 +197,31 @@ def sit_nightly(night: Night, base: Base, bank: Bank, method: str) -> dict[str, 
         bank: everybody's weights from earlier nights.
         method: what to call it.
     """
+    return gather(night, "nightly", _from_bank(night, base, bank, method))
+
+
+def _from_bank(
+    night: Night, base: Base, bank: Bank, adapted: str, parent: str | None = None, zero_steps: str | None = None
+) -> Callable[[Visits], Scores]:
+    """What visits are scored by under everybody's weights, under those of one level up, and under none, by name."""
     scorer = night.material.scorer(base.network)
     weights = torch.from_numpy(bank.weights).to(night.material.device)
+    above = np.arange(len(bank.weights), dtype=np.int64)
+    for level in bank.levels:
+        above[level.slots] = level.parent
 
     def score(visits: Visits) -> Scores:
         at = visits.rows.flat()[0]
         logits, features = scorer(at)
-        scores = base.adaptation.scores(logits, features, weights, bank.slots_of(night.ladder.rows, at))
-        return {method: (at, probability(scores, base.kinds))}
+        slots = bank.slots_of(night.ladder.rows, at)
+        said = {adapted: base.adaptation.scores(logits, features, weights, slots)}
+        if parent is not None:
+            said[parent] = base.adaptation.scores(logits, features, weights, above[slots])
+        if zero_steps is not None:
+            said[zero_steps] = logits
+        return {name: (at, probability(scores, base.kinds)) for name, scores in said.items()}
 
-    return gather(night, "nightly", score)
+    return score
 
 
 def sit_contact(night: Night, base: Base, method: str, zero_steps: str | None = None) -> dict[str, F32]:

@@ -154,8 +154,8 @@ def _padded(
         own = material.inputs(at, history)
         shared: tuple[Tensor, ...] = ()
         if history:
-            *recent, row = material.recent(rows.start, history)
-            own, shared = own[: -len(recent) - 1], tuple(part[row] for part in recent)
+            recent, visit = own[-4:-1], own[-1][torch.from_numpy(np.cumsum(windows.lengths) - 1).to(material.device)]
+            own, shared = own[:-4], tuple(part[visit] for part in recent)
         tables = (*own, material.labels(at), material.weights(at))
         *inputs, labels, mass = (
             part.new_zeros(len(chosen), longest, *part.shape[1:]).index_put(where, part) for part in tables

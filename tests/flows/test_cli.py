@@ -188,6 +188,21 @@ def test_doctor_looks_at_config_lake_store_and_device(config: str, capsys: pytes
     assert lines[3].split() == ["device", "cpu"]
 
 
+def test_doctor_tells_lakes_apart(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = yaml.safe_load(Path(config).read_text())
+    source, columns = tree["data"].pop("source"), tree["data"].pop("columns")
+    (tmp_path / "empty").mkdir()
+    lakes = [{"name": "shop", "source": source}, {"name": "blog", "source": str(tmp_path / "empty"), "optional": True}]
+    told = tmp_path / "lakes.yaml"
+    told.write_text(
+        yaml.safe_dump(tree | {"data": {**tree["data"], "columns": columns, "lakes": lakes, "lake_column": "market"}})
+    )
+    cli.main(["doctor", "--config", str(told)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"lake shop, {source}: 8 nights, 2026-03-01 to 2026-03-08" in said
+    assert f"lake blog, {tmp_path / 'empty'}: no nights yet" in said
+
+
 def test_doctor_looks_at_the_directory_for_tensorboard(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

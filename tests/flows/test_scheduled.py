@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -67,8 +67,15 @@ class House:
     def ask(self, path: str, body: dict[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = Request(f"{self.api}{path}", data, {"Content-Type": "application/json"})
-        with urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or "null")
+        for _ in range(20):
+            try:
+                with urlopen(request, timeout=30) as answer:
+                    return json.loads(answer.read() or "null")
+            except HTTPError as error:
+                if error.code != 503:  # its database is busy, nothing was done, and it says when to ask again
+                    raise
+                time.sleep(float(error.headers.get("Retry-After", 1)))
+        raise AssertionError(f"{path}: the server was busy twenty times")
 
     def prefect(self, *words: str) -> str:
         done = subprocess.run(

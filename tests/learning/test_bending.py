@@ -378,7 +378,7 @@ def test_the_config_says_what_is_bent_and_refuses_what_belongs_to_another_kind()
     ):
         with pytest.raises(ValidationError, match=said):
             AdapterConfig(**wrong)
-    with pytest.raises(InvalidConfig, match="nothing to bend but the constant"):
+    with pytest.raises(InvalidConfig, match="has none but the constant"):
         check_width(AdapterConfig(kind="gradient"), 1)
     for kind in ("ridge", "gradient", "film", "lora"):
         assert AdapterConfig(kind=kind).model_dump().keys() == {"kind", "precision", "coarse_precision", "steps"}

@@ -80,6 +80,11 @@ def test_settings_replace_those_of_the_config_and_have_to_fit_together():
         NOW.changed({"training.outer": "reptile"})
     with pytest.raises(InvalidConfig, match=r"^ranker\.cross_layers = 4 belongs to .* 'dcn'"):
         NOW.changed({"ranker.cross_layers": 4})
+    silent = {"ranker.factors": 0, "ranker.category_factors": 0, "ranker.features": 0, "ranker.direct": False}
+    with pytest.raises(
+        InvalidConfig, match=r"^adapter\.kind: 'ridge' weighs adapter features, and the ranker has none"
+    ):
+        NOW.changed(silent)
 
 
 def test_what_is_beside_a_training_is_not_searched():

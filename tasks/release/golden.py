@@ -263,6 +263,7 @@ def _difference(data: DataConfig, expected: F32, answer: F32) -> float:
 def _session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = 1  # golden requests are small, and threads of three sessions would spin
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

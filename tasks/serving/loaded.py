@@ -117,6 +117,8 @@ def _load(folder: Path, manifest: Manifest, device: Literal["cpu", "cuda"]) -> L
 def _session(path: Path, device: Literal["cpu", "cuda"]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # Threads that wait for a next request by spinning take the cores of whoever asks it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(path, options, providers=wanted)
     if (given := session.get_providers()[0]) != wanted[0]:

@@ -23,7 +23,9 @@ ROWS = ("request_vocabularies", "candidate_vocabularies")
 
 
 def ask(folder: Path, name: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    session = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, inputs)[0])
 
 

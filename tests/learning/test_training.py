@@ -481,7 +481,7 @@ def test_one_night_is_too_little_history(history, nights):
 
 
 def test_a_ridge_over_nothing_is_refused(history):
-    with pytest.raises(InvalidConfig, match="nothing to bend"):
+    with pytest.raises(InvalidConfig, match="has none but the constant"):
         train(
             history,
             ranker=SMALL.model_copy(update={"factors": 0, "category_factors": 0, "direct": False, "features": 0}),

@@ -143,7 +143,7 @@ def test_the_config_says_which_way_is_taken():
     assert AdapterConfig(kind="bias").in_closed_form.kind == "bias"
     dense = AdapterConfig(kind="gradient", bends="dense")
     assert dense.in_closed_form == dense
-    with pytest.raises(InvalidConfig, match=r"adapter\.kind is 'gradient'"):
+    with pytest.raises(InvalidConfig, match=r"adapter\.kind: 'gradient' weighs"):
         check_width(GRADIENT, 1)
 
 

@@ -355,7 +355,7 @@ def test_the_config_refuses_what_belongs_to_another_kind():
             AdapterConfig(**wrong)
     assert AdapterConfig(kind="matching").model_dump().keys() == {"kind", "precision", "coarse_precision", "steps"}
     assert MATCHING.model_dump()["prototypes"] == 5
-    with pytest.raises(InvalidConfig, match=r"adapter\.kind is 'matching'"):
+    with pytest.raises(InvalidConfig, match=r"adapter\.kind: 'matching' weighs"):
         check_width(MATCHING, 1)
     for outer in ("second_order", "joint"):
         check_outer(outer, MATCHING)

@@ -26,7 +26,7 @@ from tasks.release.cost import Spent
 from tasks.release.segment_gate import LevelHarm
 from tasks.steps import Product, Progress, carry_out, device_name, device_of, open_workspace, recalled, record_of, verb
 
-VERSION = 2
+VERSION = 3
 
 
 @verb

@@ -67,7 +67,7 @@ from tasks.release.retention import against_parent
 from tasks.release.segment_gate import decide_segments
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
 
-VERSION, JUDGE_VERSION = 3, 5
+VERSION, JUDGE_VERSION = 4, 5
 TABLE = "exam.parquet"
 ANSWERS = "champion.parquet"
 

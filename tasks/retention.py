@@ -25,7 +25,7 @@ from tasks.release.gate import GateConfig
 from tasks.release.retention import Chosen, drawn, golden_nights, gone, in_words, retained
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, store_of, verb
 
-VERSION = 1
+VERSION = 2
 TABLE = "golden.parquet"
 
 

@@ -117,7 +117,7 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     """`fsync` does nothing in this process, where a night asks for it three hundred times.
 
     It is about a power cut, which no test makes: they end processes. What has to follow from its failure is tested by
-    failing it, and the processes that tests start wait for the disk as users' do.
+    failing it, and programs that tests start wait for the disk as users' do.
     """
     patch = pytest.MonkeyPatch()
     patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
@@ -127,7 +127,7 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def one_registry_of_operators() -> None:
-    """The exporter reads its table of operators once per process, not for every graph: a fifth of the time of one."""
+    """The exporter's table of operators is kept once it is loaded, not read for every graph: a sixth of one's time."""
     exporter = sys.modules.get("torch.onnx._internal.exporter._registration")
     if exporter is not None and not hasattr(exporter.ONNXRegistry.from_torchlib, "cache_info"):
         exporter.ONNXRegistry.from_torchlib = staticmethod(cache(exporter.ONNXRegistry.from_torchlib))

@@ -144,7 +144,7 @@ def make_rows(data: DataConfig, count: int = 60, seed: int = 0) -> pa.Table:
 
 
 def make_parts(
-    kind: str, seed: int = 0, bent: Bent | None = None
+    kind: str, seed: int = 0, bent: Bent | None = None, prototypes: int = 0
 ) -> tuple[DataConfig, Ranker, npt.NDArray[np.float32], ServingTables, pa.Table]:
     """Contract, network, bank, tables and rows of a kind of release; nothing exported yet."""
     data, random = contract(kind), np.random.default_rng(seed)
@@ -202,7 +202,7 @@ def make_parts(
         **{"clashing": {"kind": "dcn"}, "past": {"kind": "transformer", "history": HISTORY, "blocks": 2}}.get(kind, {}),
         **{"embedding": 4, "hidden": 8, "factors": 2, "features": 2, "warm_up": True, "prior": True},
     )
-    network = Ranker(shape, config, bent).eval()
+    network = Ranker(shape, config, bent, prototypes).eval()
     with torch.no_grad():  # untrained layers that begin at zero would hide what they multiply
         for parameter in network.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)

@@ -64,9 +64,8 @@ class House:
     def __init__(self, api: str, environment: dict[str, str], logs: Path) -> None:
         self.api, self.environment, self.logs = api, environment, logs
 
-    def ask(self, path: str, body: dict[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = Request(f"{self.api}{path}", data, {"Content-Type": "application/json"})
+    def ask(self, path: str, body: dict[str, Any]) -> Any:
+        request = Request(f"{self.api}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
         for _ in range(20):
             try:
                 with urlopen(request, timeout=30) as answer:
@@ -198,9 +197,8 @@ def test_its_night_is_the_scheduled_local_date_less_the_lag(scheduled: dict[str,
 @pytest.mark.usefixtures("scheduled")
 def test_a_backfill_runs_by_deployment(house: House, world: World) -> None:
     start, end = world.nights[-2], world.nights[-1]  # the scheduled one, and the one after
-    deployment = house.ask("/deployments/name/backfill/backfill", None)["id"]
-    nights = {"start": start.isoformat(), "end": end.isoformat()}
-    house.ask(f"/deployments/{deployment}/create_flow_run", {"parameters": nights, "state": {"type": "SCHEDULED"}})
+    parameters = [f"{name}={json.dumps(value.isoformat())}" for name, value in (("start", start), ("end", end))]
+    house.prefect("deployment", "run", "backfill/backfill", *(word for one in parameters for word in ("--param", one)))
     run = until("the backfill to end", 240, lambda: house.ended("backfill"), house.logs)[0]
     assert run["state_type"] == "COMPLETED", (house.logs / "worker.log").read_text()[-4000:]
     made = {row.night: row for row in releases(RetrainConfig.model_validate(world.config).place())}

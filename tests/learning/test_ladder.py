@@ -148,28 +148,25 @@ def test_batches_hold_every_segment_once_and_little_padding(monkeypatch):
         assert len(read) == 1 or lengths[np.concatenate(read)].sum() <= 64
 
 
-def test_a_few_rows_are_one_batch_and_the_same_answer(monkeypatch):
-    lengths, segments = np.array([1, 1, 2, 5, 64]), np.arange(5)
-    assert [len(batch) for batch in module.batches(segments, lengths, 9)] == [5]
-    assert [len(batch) for batch in module.batches(segments, lengths, 1, row=4)] == [
-        2,
-        1,
-        1,
-        1,
-    ]  # 1,280 of a row's size
-    assert [len(batch) for batch in module.batches(segments, lengths, 300)] == [2, 1, 1, 1]
-    assert module.batches(segments[:0], lengths[:0], 9) == []
+@pytest.mark.parametrize("kind", ["ridge", "bias", "gradient", "matching"])
+def test_a_few_rows_are_one_batch_and_the_same_answer(monkeypatch, kind):
     rows, segments, scorer, precisions = world(0), ladder_of(THREE), told(world(0)), precisions_of(3)
-    visits = visits_of(rows)
+    visits, how = visits_of(rows), Adaptation(KINDS, AdapterConfig(kind=kind))
     after = np.ones(len(visits), np.int64)
-    together, apart = (
+    answers = []
+    for few in (module.FEW_ROWS, 0):
         monkeypatch.setattr(module, "FEW_ROWS", few)
-        or score_visits(
-            Ladder(rows, segments, "shopper"), visits, after, scorer, Material(rows), precisions, RIDGE
-        ).adapted
-        for few in (1_024, 0)
-    )
-    torch.testing.assert_close(together, apart, rtol=1e-10, atol=1e-12)
+        ladder = Ladder(rows, segments, "shopper")
+        answers.append(score_visits(ladder, visits, after, scorer, Material(rows), precisions, how).adapted)
+    torch.testing.assert_close(*answers, rtol=1e-10, atol=1e-12)
+
+
+def test_few_are_counted_with_their_padding_and_by_what_a_row_or_a_system_takes():
+    lengths, segments = np.array([1, 1, 2, 5, 64]), np.arange(5)
+    assert [len(batch) for batch in module.batches(segments, lengths, 9)] == [5]  # 320 padded rows
+    assert [len(batch) for batch in module.batches(segments, lengths, 1, row=4)] == [2, 1, 1, 1]  # 1,280
+    assert [len(batch) for batch in module.batches(segments, lengths, 300)] == [2, 1, 1, 1]  # 1,500
+    assert module.batches(segments[:0], lengths[:0], 9) == []
 
 
 @pytest.mark.parametrize("limits", [{}, {"min_support": 3}, {"max_support": 4}])

@@ -75,6 +75,9 @@ def test_it_answers_as_the_network_does(store: ObjectStore, tonight: Made):
         for golden in tonight.golden:
             np.testing.assert_allclose(ranker.score(golden.inputs), golden.scores, rtol=1e-5, atol=1e-5)
         assert (ranker.night, ranker.device, ranker.refusal) == (NIGHT, "cpu", None)
+        for session in ranker._loaded.sessions:
+            options = session.get_session_options()
+            assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
         assert ranker.manifest == tonight.manifest
 
 

@@ -33,13 +33,16 @@ def test_lake_and_store_in_s3_give_the_release_that_directories_give(
     places = {"store": f"{bucket}/store", "scratch": str(tmp_path / "elsewhere")}
     config = RetrainConfig.model_validate(tree | places | {"data": tree["data"] | {"source": f"{bucket}/lake"}})
     store = open_store(config.store)
-    for key in finished.store.list(f"{config.pipeline}/work/graph/"):  # to trace the same one again is not the point
+    traced = sorted(finished.store.list(f"{config.pipeline}/work/graph/"))  # to trace the same again is not the point
+    assert traced
+    for key in traced:
         assert store.put_if_absent(key, finished.store.get(key).data)
 
     remote = plain_night(config, local.night)
 
     assert remote.published.release == local.published.release
     assert [step.digest for step in remote.steps[:-1]] == [step.digest for step in local.steps[:-1]]
+    assert sorted(store.list(f"{config.pipeline}/work/graph/")) == traced
     pointer = read_pointer(store, config.pipeline)
     assert pointer is not None
     assert (pointer.release, pointer.generation) == (local.published.release, 1)

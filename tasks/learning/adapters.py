@@ -47,7 +47,7 @@ class AdapterConfig(Section):
     """`none`: the base serves everybody. `bias`: one number per segment and objective. `ridge`: a linear head on the
     ranker's adapter features, solved in closed form on the residuals of its parent's scores; the first choice.
     `gradient`: the same head, reached by a few gradient steps with learned rates; to train as first-order MAML or
-    Reptile do, or where features are so many that a closed form, cubic in them, is too slow; or all dense layers, see
+    Reptile do, or where features are so many that a closed form, cubic in them, is too slow; or the joint layers, see
     `bends`. `film`: a scale and a shift for every hidden unit of the joint perceptron, twice `ranker.hidden` numbers;
     where segments have tens of rows and weigh what the towers have found differently, in ways that are no sum of the
     adapter features. `lora`: an update of low rank to the perceptron's first layer, `rank` times `ranker.hidden`
@@ -58,9 +58,10 @@ class AdapterConfig(Section):
     they liked, in ways that are no sum of the adapter features."""
     bends: Literal["head", "dense"] = Field("head", exclude_if=lambda what: what == "head")
     """What `gradient` steps move. `head`: the weights on the adapter features. `dense`: every weight of the joint
-    perceptron, MAML's own choice; for few segments with thousands of rows each, as each has `ranker.hidden` times the
-    perceptron's inputs numbers (3,000 and more with the default ranker, millions with hundreds of hidden units), and
-    the bank has them for every segment. A dump leaves the default out."""
+    perceptron, as MAML does with all layers, but not the towers, cross layers and attention below it; for few segments
+    with thousands of rows each, as each has `ranker.hidden` times the perceptron's inputs numbers (3,000 and more with
+    the default ranker, millions with hundreds of hidden units), and the bank has them for every segment. A dump leaves
+    the default out."""
     rank: Annotated[int, Field(ge=1, le=64)] = Field(RANK, exclude_if=lambda rank: rank == RANK)
     """Of `lora`: in how many directions of the perceptron's inputs segments differ. A dump leaves the default out."""
     prototypes: Annotated[int, Field(ge=1, le=256)] = Field(PROTOTYPES, exclude_if=lambda count: count == PROTOTYPES)

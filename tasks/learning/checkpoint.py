@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tasks.learning.adapters import Precisions
 from tasks.learning.networks import Ranker
 
-FORMAT = 1
+FORMAT = 2
 _DIGEST = 64
 """Hexadecimal digits of the SHA-256 that goes before the tensors."""
 _STATE, _RANDOM = "state", "generator"
@@ -64,6 +64,7 @@ class TrainingState:
         random: draws the episodes.
         curve: per epoch: number, mean training loss, stop loss.
         how: what there is to say about the start.
+        setbacks: how often it had to go back to the best, because an epoch left the finite numbers.
     """
 
     weights: Weights
@@ -73,6 +74,7 @@ class TrainingState:
     random: np.random.Generator
     curve: list[Point]
     how: str
+    setbacks: int = 0
 
     @property
     def epoch(self) -> int:
@@ -88,6 +90,14 @@ class TrainingState:
         """Copy the average if the last epoch did best."""
         if self.kept == self.epoch:
             self.best = copy.deepcopy(self.average)
+
+    def set_back(self, optimiser: torch.optim.Optimizer) -> None:
+        """Go back to the best, with an optimiser that remembers nothing of what came after."""
+        for later in (self.weights, self.average):
+            for module, good in zip(later, self.best, strict=True):
+                module.load_state_dict(good.state_dict())
+        self.optimiser = optimiser
+        self.setbacks += 1
 
     def dump(self) -> bytes:
         """The state as bytes, equal for equal states."""
@@ -107,6 +117,7 @@ class TrainingState:
             "format": FORMAT,
             "curve": self.curve,
             "how": self.how,
+            "setbacks": self.setbacks,
             "random": self.random.bit_generator.state,
         }
         flat = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -135,7 +146,7 @@ class TrainingState:
             groups["state"] = {number: _below(tensors, f"optimiser.{number}.") for number in numbers}
             self.optimiser.load_state_dict(groups)
             self.curve = [(int(epoch), trained, stop) for epoch, trained, stop in state["curve"]]
-            self.how = state["how"]
+            self.how, self.setbacks = state["how"], int(state["setbacks"])
             self.random.bit_generator.state = state["random"]
             torch.set_rng_state(tensors[f"{_RANDOM}.cpu"])
             if f"{_RANDOM}.cuda" in tensors:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from tasks.errors import TrainingDiverged
 from tasks.learning.adapters import Precisions
@@ -29,6 +30,9 @@ from tasks.learning.starts import SOLVED
 
 Report = Callable[[float, float | None, str], None]
 """Called as ``report(done, total or None, unit)``."""
+
+MOST_SETBACKS, SLOWER = 3, 0.1
+"""How often a descent goes back to its best epoch before it ends there, and how much slower it goes on each time."""
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +94,10 @@ class Descent:
             plan: what to start from, train on and stop on.
             seed: of the episodes.
 
+        An epoch that leaves the finite numbers is taken back: the descent goes on from the best one, slower.
+
         Raises:
-            TrainingDiverged: a loss is not finite.
+            TrainingDiverged: the loss that it starts with is not finite.
         """
         random, config = np.random.default_rng(seed), self.setting.training
         state = self._resumed(random)
@@ -99,41 +105,60 @@ class Descent:
         if state is None:
             state = self.initialisation.begun(plan, random)
         self._tell_start(state, fresh)
-        (network, precisions), average = state.weights, state.average
         chances = self.setting.chances(plan.fit)
         saved, saved_epoch = time.monotonic(), -1 if fresh else state.epoch
-        while state.epoch < config.epochs and state.epoch - max(state.kept, 0) < config.patience:
-            losses: list[float] = []
-            norms: list[float] = []
-            begun = time.monotonic()
-            for step in range(state.epoch * config.steps_per_epoch, (state.epoch + 1) * config.steps_per_epoch):
-                for group in state.optimiser.param_groups:
-                    group["lr"] = group["peak"] * min(1.0, (step + 1) / config.steps_per_epoch)
-                loss, norm = self._step(network, precisions, state.optimiser, plan.fit, chances, random)
-                losses.append(loss)
-                norms.append(norm)
-                if plan.start is not None and config.pull > 0:
-                    pull_back(network, plan.start.network, config.pull, SOLVED)
-                keep = share_kept(config, step)
-                blend(average[0], network, keep)
-                blend(average[1], precisions, keep)
-            epoch = state.epoch + 1
-            state.curve.append((epoch, sum(losses) / len(losses), self.losses.of_stop(*average, plan.stop)))
-            state.keep_best()
-            told = {
-                "learning rate": state.optimiser.param_groups[0]["lr"],
-                "gradient norm": sum(norms) / len(norms),
-                "seconds": time.monotonic() - begun,
-            }
-            self.scalars.write(epoch, _losses_at(state.curve[-1]) | told)
+        while (
+            state.epoch < config.epochs
+            and state.epoch - max(state.kept, 0) < config.patience
+            and state.setbacks <= MOST_SETBACKS
+        ):
+            try:
+                told = self._epoch(state, plan, chances)
+            except (TrainingDiverged, LinAlgError) as error:
+                logger.warning("epoch %s of night %s is taken back: %s", state.epoch + 1, self.setting.night, error)
+                state.set_back(self.initialisation.optimiser(*state.weights))
+                continue
+            self.scalars.write(state.epoch, _losses_at(state.curve[-1]) | told)
             if time.monotonic() - saved >= config.checkpoint_seconds:
                 self.checkpoint.save(state.dump())
-                saved, saved_epoch = time.monotonic(), epoch
-            self.report(epoch, config.epochs, "epochs")
+                saved, saved_epoch = time.monotonic(), state.epoch
+            self.report(state.epoch, config.epochs, "epochs")
         if self.keep_end and saved_epoch < state.epoch:
             self.checkpoint.save(state.dump())
         self.report(config.epochs, config.epochs, "epochs")
-        return Descended(state.best, tuple(state.curve), state.kept, state.how, plan.through)
+        return Descended(state.best, tuple(state.curve), state.kept, state.how + _taken_back(state), plan.through)
+
+    def _epoch(self, state: TrainingState, plan: Plan, chances: npt.NDArray[np.float64] | None) -> dict[str, float]:
+        """One epoch, with its point of the curve; what else there is to tell of it.
+
+        Raises:
+            TrainingDiverged: a loss or a gradient is not finite.
+            LinAlgError: an adapter's system of equations is not.
+        """
+        config, begun = self.setting.training, time.monotonic()
+        (network, precisions), average = state.weights, state.average
+        losses: list[float] = []
+        norms: list[float] = []
+        for step in range(state.epoch * config.steps_per_epoch, (state.epoch + 1) * config.steps_per_epoch):
+            for group in state.optimiser.param_groups:
+                ramp = min(1.0, (step + 1) / config.steps_per_epoch)
+                group["lr"] = group["peak"] * SLOWER**state.setbacks * ramp
+            loss, norm = self._step(network, precisions, state.optimiser, plan.fit, chances, state.random)
+            losses.append(loss)
+            norms.append(norm)
+            if plan.start is not None and config.pull > 0:
+                pull_back(network, plan.start.network, config.pull, SOLVED)
+            keep = share_kept(config, step)
+            blend(average[0], network, keep)
+            blend(average[1], precisions, keep)
+        stop = self.losses.of_stop(*average, plan.stop)
+        state.curve.append((state.epoch + 1, sum(losses) / len(losses), stop))
+        state.keep_best()
+        return {
+            "learning rate": state.optimiser.param_groups[0]["lr"],
+            "gradient norm": sum(norms) / len(norms),
+            "seconds": time.monotonic() - begun,
+        }
 
     def _tell_start(self, state: TrainingState, fresh: bool) -> None:
         self.scalars.begin(state.curve[0][0] if fresh else state.epoch + 1)
@@ -194,12 +219,23 @@ class Descent:
         if precisions.logarithm.grad is not None:
             for name in FITTED.intersection(network.parts):
                 precisions.logarithm.grad[:, :, network.parts[name]] = 0.0
-        norm = nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+        norm = float(nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0))
+        if not np.isfinite(norm):
+            raise TrainingDiverged(f"the gradient of night {setting.night} has the length {norm}")
         optimiser.step()
-        return told, float(norm)
+        return told, norm
 
 
 def _losses_at(point: Point) -> dict[str, float]:
     """A point of the curve by name."""
     _, trained, stop = point
     return {"stop loss": stop} | ({} if trained is None else {"training loss": trained})
+
+
+def _taken_back(state: TrainingState) -> str:
+    if not state.setbacks:
+        return ""
+    ended = ", and it ended with the best before" if state.setbacks > MOST_SETBACKS else ""
+    return (
+        f"; {state.setbacks} epoch(s) left the finite numbers and were taken back{ended}; lower training.learning_rate"
+    )

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from datetime import date, timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -489,10 +490,40 @@ def test_a_ridge_over_nothing_is_refused(history):
 
 
 @pytest.mark.parametrize("rate", [1e6, 1e30])
-def test_a_huge_learning_rate_diverges_by_name(history, rate):
+def test_a_huge_learning_rate_ends_with_what_was_best_before(history, rate):
     config = SHORT.model_copy(update={"learning_rate": rate, "epochs": 9})
-    with pytest.raises(TrainingDiverged, match=r"training\.learning_rate|extreme numbers"):
-        train(history, config=config)
+    made, start = train(history, config=config), train(history, config=config.model_copy(update={"epochs": 0}))
+    assert "4 epoch(s) left the finite numbers and were taken back, and it ended with the best before" in made.why
+    assert (made.epoch, made.curve[0]) == (0, start.curve[0])
+    assert all(np.isfinite(stop) for _, _, stop in made.curve)
+    after, before = made.base.network.state_dict(), start.base.network.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_an_epoch_that_leaves_the_finite_numbers_is_taken_back_and_the_next_is_slower(history, monkeypatch):
+    """Its second step sees a loss that is no number; the next step starts where the epoch before ended."""
+    seen, rates, real = [], [], Losses.of_step
+
+    def of_step(self, network, *rest):
+        seen.append(copy.deepcopy(network.state_dict()))
+        adapted, loss = real(self, network, *rest)
+        return (adapted * torch.nan, loss * torch.nan) if len(seen) == 10 else (adapted, loss)
+
+    def told(epoch, numbers):
+        rates.append(numbers.get("learning rate"))
+
+    monkeypatch.setattr(Losses, "of_step", of_step)
+    falling = iter(range(99, 0, -1))
+    monkeypatch.setattr(Losses, "of_stop", lambda *given: float(next(falling)))
+    config = SHORT.model_copy(update={"epochs": 4, "steps_per_epoch": 4, "average": 0.0})
+    made = train(history, config=config, scalars=SimpleNamespace(begin=lambda first: None, write=told))
+    assert [epoch for epoch, _, _ in made.curve] == [0, 1, 2, 3, 4]
+    assert made.epoch == 4
+    assert "; 1 epoch(s) left the finite numbers and were taken back;" in made.why
+    assert len(seen) == 2 * 4 + 2 + 2 * 4
+    assert all(torch.equal(value, seen[8][name]) for name, value in seen[10].items())
+    assert any(not torch.equal(value, seen[8][name]) for name, value in seen[9].items())
+    assert rates == pytest.approx([None, 0.005, 0.005, 0.0005, 0.0005])
 
 
 @pytest.mark.parametrize(

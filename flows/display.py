@@ -195,21 +195,15 @@ def show_replay(
             if not mine:
                 console.print(f"{exam}, {objective}: no rows")
                 continue
-            numbers = ("rows", "loss", "adapted minus it, 95 %", "AUC", "NDCG")
-            table = _table(f"{exam}, {objective}, {nights} nights", ("method", *numbers), numbers, folds="method")
             whole = [line for line in mine if line.slice == EVERYTHING]
-            for line in sorted(whole, key=lambda line: (line.method != ADAPTED, line.loss)):
-                figures = (_number(line.loss), _gap(line), _number(line.auc), _number(line.ndcg))
-                style = "bold" if line.method == ADAPTED else None
-                table.add_row(escape(line.method), f"{line.rows:,}", *figures, style=style)
-            console.print(table)
+            _show_methods(console, f"{exam}, {objective}, {nights} nights", whole)
             headings = ("slice", "rows", "loss", "best other", "adapted minus it, 95 %")
             table = _table(f"{exam}, {objective}, adapted by slice", headings, headings[1:3], folds="best other")
             for name in SLICES[1:]:
                 rows = {line.method: line for line in mine if line.slice == name}
                 if (own := rows.pop(ADAPTED, None)) is not None:
                     best = min(rows.values(), key=lambda line: line.loss, default=own)
-                    table.add_row(name, f"{own.rows:,}", _number(own.loss), escape(best.method), _gap(best))
+                    table.add_row(name, f"{own.rows:,}", _number(own.loss), escape(best.method), best.apart)
             console.print(table)
         for level in dict.fromkeys(step.level for step in steps if step.objective == objective):
             curve = [step for step in steps if (step.objective, step.level) == (objective, level)]
@@ -222,6 +216,22 @@ def show_replay(
         _show_variety(console, [one for one in varieties if (one.objective, one.night) == (objective, POOLED)], nights)
     for path in written:
         console.print(escape(path), soft_wrap=True)
+
+
+def _show_methods(console: Console, title: str, lines: Sequence["Line"]) -> None:
+    """Every method on the same rows: its loss, and where rows are ranked how it orders a user's list."""
+    from tasks.release.slices import ADAPTED
+
+    apart = "adapted minus it, 95 %"
+    loss = _table(title, ("method", "rows", "loss", apart), ("rows", "loss", apart), folds="method")
+    ranking = _table(None, ("method", "AUC", apart, "NDCG@10"), ("AUC", apart, "NDCG@10"), folds="method")
+    for line in sorted(lines, key=lambda line: (line.method != ADAPTED, line.loss)):
+        name, style = escape(line.method), "bold" if line.method == ADAPTED else None
+        loss.add_row(name, f"{line.rows:,}", _number(line.loss), line.apart, style=style)
+        ranking.add_row(name, _number(line.auc), line.auc_apart, _number(line.ndcg), style=style)
+    console.print(loss)
+    if any(line.auc is not None or line.ndcg is not None for line in lines):
+        console.print(ranking)
 
 
 def _show_variety(console: Console, shown: Sequence["Variety"], nights: int) -> None:
@@ -338,13 +348,6 @@ def _table(title: str | None, headings: Sequence[str], numbers: Sequence[str] = 
         justify: JustifyMethod = "right" if heading in numbers else "left"
         table.add_column(escape(heading), justify=justify, no_wrap=heading != folds)
     return table
-
-
-def _gap(line: "Line") -> str:
-    if line.difference is None:
-        return ""
-    bounded = line.low is not None and line.high is not None
-    return f"{line.difference:+.4f} " + (f"[{line.low:+.4f}, {line.high:+.4f}]" if bounded else "(too few users)")
 
 
 def _number(value: float | None) -> str:

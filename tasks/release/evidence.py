@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from tasks.data.contract import DataConfig, ObjectiveConfig
 from tasks.learning.exams import CANDIDATE, COMMON, CONDITIONS, PARENT, SUPPORTS, ZERO_STEPS, column, contact
 from tasks.learning.intervals import Interval, UserSums, paired_intervals, pool, sum_by_user
-from tasks.learning.metrics import adaptation_fitness, log_loss, squared_error
+from tasks.learning.metrics import ByUser, adaptation_fitness, auc_by_user, log_loss, ndcg_by_user, squared_error
 from tasks.learning.summaries import binary_summary, rating_summary
 from tasks.release.segment_gate import SegmentEvidence
 
@@ -40,6 +40,41 @@ def losses(table: pa.Table, condition: str, method: str, objective: ObjectiveCon
     labels = np.where(np.isnan(said), np.nan, labels)
     said = np.where(np.isnan(labels), 0.5, said)
     return log_loss(labels, said) if objective.kind == "binary" else squared_error(labels, said)
+
+
+def ranked_apart(
+    table: pa.Table, condition: str, others: Sequence[str], objective: ObjectiveConfig, lists: npt.NDArray[Any]
+) -> tuple[UserSums, UserSums]:
+    """AUC and NDCG@10 of each list with the candidate's scores minus those with each of M methods', summed by user.
+
+    A method's own figure is a mean over lists; so is that of sums over counts, and a user of many nights or trainings
+    is one cluster.
+
+    Args:
+        table: an exam table, or several in one.
+        condition: `nightly` or `contact k`.
+        others: M methods that predicted the same rows of it.
+        objective: a binary one.
+        lists: [N] which list of which user a row is in: scores of two nights, by two models, are not compared.
+
+    Returns:
+        Differences [U, M] of AUC, over lists with both labels, and of NDCG@10, over lists with a positive one; `rows`
+        are lists.
+    """
+    labels = table[f"label/{objective.name}"].to_numpy()
+    said = {name: table[column(condition, name, objective.name)].to_numpy() for name in (CANDIDATE, *others)}
+    known = np.flatnonzero(~np.isnan(labels + said[CANDIDATE] + said[others[0]]))
+    _, first, lists = np.unique(lists[known], return_index=True, return_inverse=True)
+    owners = table["user"].take(pa.array(known[first])).to_numpy(zero_copy_only=False).astype(str)
+    labels, ties = labels[known], table["tie"].to_numpy()[known]
+    aucs = {name: auc_by_user(labels, scores[known], lists) for name, scores in said.items()}
+    ndcgs = {name: ndcg_by_user(labels, scores[known], lists, ties) for name, scores in said.items()}
+
+    def apart(found: dict[str, ByUser]) -> UserSums:
+        own = found[CANDIDATE]
+        return sum_by_user(owners[own.users], np.column_stack([own.values - found[name].values for name in others]))
+
+    return apart(aucs), apart(ndcgs)
 
 
 def own_minus_parent(table: pa.Table, objective: ObjectiveConfig) -> F64:

@@ -17,7 +17,8 @@ EXAMS = {
     "contact 20": "First contact, 20 rows: also adapted on each user's first 20 rows of the night",
 }
 """The exams that are shown, with what they ask."""
-_HEADERS = ("method", "rows", "users", "loss", "adapted − it", "low", "high", "calibration", "AUC", "NDCG@10")
+_APART = "adapted − it, 95 %"
+_HEADERS = ("method", "rows", "users", "loss", _APART, "calibration", "AUC", _APART, "NDCG@10", _APART)
 
 
 def render(
@@ -83,9 +84,18 @@ def _exams(objective: str, nights: Sequence[str], found: Sequence[Line]) -> Mark
             el("p", f"{_loss(pooled)} by night:", class_="soft"),
         ]
         parts.append(lines(nights, series, marked=ADAPTED))
+        each = ((night, [line for line in mine if line.night == night]) for night in nights)
+        told = (_slice(night, rows) for night, rows in each if rows)
+        parts.append(el("details", el("summary", "Each night, every method"), *told))
+    ranked = (
+        " AUC and NDCG@10 are means over users' nights; their differences are paired by user's night, and above zero "
+        "adapted ranks better."
+        if found[0].log_loss is not None
+        else ""
+    )
     return section(
         f"Exams: {objective}",
-        f"Difference in {_unit(found)} per row, adapted minus the other, pooled over the nights.",
+        f"Difference in {_unit(found)} per row, adapted minus the other, pooled over the nights.{ranked}",
         *parts,
     )
 
@@ -176,9 +186,10 @@ def _figures(rows: Sequence[Line]) -> Markup:
 
 
 def _cells(line: Line) -> tuple[str, ...]:
-    gaps = ("" if value is None else f"{value:+.4f}" for value in (line.difference, line.low, line.high))
-    plain = ("–" if value is None else f"{value:.4f}" for value in (line.calibration, line.auc, line.ndcg))
-    return (line.method, f"{line.rows:,}", f"{line.users:,}", f"{line.loss:.4f}", *gaps, *plain)
+    given = (line.calibration, line.auc, line.ndcg)
+    calibration, auc, ndcg = ("–" if value is None else f"{value:.4f}" for value in given)
+    figures = (f"{line.loss:.4f}", line.apart, calibration, auc, line.auc_apart, ndcg, line.ndcg_apart)
+    return (line.method, f"{line.rows:,}", f"{line.users:,}", *figures)
 
 
 def _nights(found: Sequence[Line], nights: Sequence[str], left_out: Iterable[tuple[str, str]]) -> Markup:

@@ -9,6 +9,7 @@ Shapes: N rows.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
+from math import inf, nan
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ import pyarrow.parquet as pq
 
 from tasks.data.contract import DataConfig, ObjectiveConfig
 from tasks.learning.exams import CANDIDATE, COMMON, CONDITIONS, PARENT, SUPPORTS
-from tasks.learning.intervals import F64, Interval, paired_intervals, sum_by_user
-from tasks.release.evidence import figures, losses
+from tasks.learning.intervals import Interval, paired_intervals, sum_by_user
+from tasks.release.evidence import figures, losses, ranked_apart
 
 ADAPTED = "adapted"
 """What a person calls the candidate."""
@@ -65,6 +66,12 @@ class Line:
         difference: loss of `adapted` minus this method's per row: log-loss, or squared error of a rating.
         low: lower 95 % bound, bootstrapped by user; None where there are too few to tell.
         high: upper bound.
+        auc_difference: AUC of `adapted` minus this method's, paired by user's night; above zero `adapted` ranks better.
+        auc_low: lower 95 % bound, bootstrapped by user: all of a user's nights are drawn together.
+        auc_high: upper bound.
+        ndcg_difference: the same of NDCG@10.
+        ndcg_low: lower bound.
+        ndcg_high: upper bound.
     """
 
     exam: str
@@ -83,12 +90,40 @@ class Line:
     difference: float | None
     low: float | None
     high: float | None
+    auc_difference: float | None
+    auc_low: float | None
+    auc_high: float | None
+    ndcg_difference: float | None
+    ndcg_low: float | None
+    ndcg_high: float | None
 
     @property
     def loss(self) -> float:
         """The figure that methods are ordered by: log-loss or RMSE."""
         found = self.log_loss if self.log_loss is not None else self.rmse
         return float("inf") if found is None else found
+
+    @property
+    def apart(self) -> str:
+        """The difference in loss and its bounds, for people; empty where there is none."""
+        return _in_words(self.difference, self.low, self.high)
+
+    @property
+    def auc_apart(self) -> str:
+        """The same of AUC."""
+        return _in_words(self.auc_difference, self.auc_low, self.auc_high)
+
+    @property
+    def ndcg_apart(self) -> str:
+        """The same of NDCG@10."""
+        return _in_words(self.ndcg_difference, self.ndcg_low, self.ndcg_high)
+
+
+def _in_words(difference: float | None, low: float | None, high: float | None) -> str:
+    if difference is None:
+        return ""
+    bounded = low is not None and high is not None
+    return f"{difference:+.4f} " + (f"[{low:+.4f}, {high:+.4f}]" if bounded else "(too few users)")
 
 
 _TYPES: dict[object, pa.DataType] = {str: pa.string(), int: pa.int64()}
@@ -165,12 +200,11 @@ def _lines(table: pa.Table, exam: str, name: str, night: str, objective: Objecti
     """The lines of some rows of an exam."""
     told = figures(table.drop_columns(["user"]).rename_columns({"list": "user"}), exam, objective)
     told.pop(PARENT, None)
-    users = table["user"].to_numpy(zero_copy_only=False).astype(str)
-    against = _against({method: losses(table, exam, method, objective) for method in told}, users, seed)
+    against = _against(table, exam, list(told), objective, seed)
     for method, one in sorted(told.items(), key=lambda entry: (entry[0] != CANDIDATE, entry[0])):
         if not one["rows"]:
             continue
-        bounds = against[method].as_json() if method != CANDIDATE else {}
+        bounds = [{} if method == CANDIDATE else interval.as_json() for interval in against[method]]
         yield Line(
             exam=exam,
             slice=name,
@@ -178,29 +212,42 @@ def _lines(table: pa.Table, exam: str, name: str, night: str, objective: Objecti
             objective=objective.name,
             night=night,
             rows=int(one["rows"]),
-            users=against[method].users,
+            users=against[method][0].users,
             user_nights=int(one["users"] or 0),
             log_loss=one.get("log_loss"),
             rmse=one.get("rmse"),
             auc=one.get("auc"),
             ndcg=one.get("ndcg_at_10"),
             calibration=one.get("calibration_error"),
-            difference=bounds.get("estimate"),
-            low=bounds.get("low"),
-            high=bounds.get("high"),
+            **{
+                f"{figure}{name}": interval.get(field)
+                for figure, interval in zip(("", "auc_", "ndcg_"), bounds, strict=True)
+                for name, field in (("difference", "estimate"), ("low", "low"), ("high", "high"))
+            },
         )
 
 
-def _against(loss: Mapping[str, F64], users: npt.NDArray[np.str_], seed: int) -> dict[str, Interval]:
-    """The candidate's loss minus each method's on the rows that both predicted, and minus its own.
+def _against(
+    table: pa.Table, exam: str, methods: Sequence[str], objective: ObjectiveConfig, seed: int
+) -> dict[str, tuple[Interval, Interval, Interval]]:
+    """The candidate's loss minus each method's on the rows that both predicted, and minus its own; AUC and NDCG@10.
 
-    Methods that predicted the same rows, as nearly always all of them did, share one set of resampled users.
+    Methods that predicted the same rows, as nearly always all of them did, share one set of resampled users. Of a
+    rating nothing is ranked: it has no AUC and no NDCG.
     """
+    loss = {method: losses(table, exam, method, objective) for method in methods}
+    users = table["user"].to_numpy(zero_copy_only=False).astype(str)
+    lists = pc.dictionary_encode(table["list"].combine_chunks()).indices.to_numpy()
     alike: dict[bytes, list[str]] = {}
     for method, each in loss.items():
         alike.setdefault(np.isnan(each).tobytes(), []).append(method)
-    found: dict[str, Interval] = {}
+    found: dict[str, tuple[Interval, Interval, Interval]] = {}
     for together in alike.values():
         differences = np.column_stack([loss[CANDIDATE] - loss[method] for method in together])
-        found |= dict(zip(together, paired_intervals(sum_by_user(users, differences), seed), strict=True))
+        by_loss = paired_intervals(sum_by_user(users, differences), seed)
+        by_auc = by_ndcg = (Interval(nan, -inf, inf),) * len(together)
+        if objective.kind == "binary":
+            auc, ndcg = ranked_apart(table, exam, together, objective, lists)
+            by_auc, by_ndcg = paired_intervals(auc, seed), paired_intervals(ndcg, seed)
+        found |= dict(zip(together, zip(by_loss, by_auc, by_ndcg, strict=True), strict=True))
     return found

@@ -72,8 +72,8 @@ def main() -> None:
     nights = sorted({key.split()[0] for key in tables})
     rows = sum(map(len, tables.values())) // options.seeds
     print(f"{len(nights)} nights, {nights[0]} to {nights[-1]}, {rows:,} rows, {options.seeds} seed(s)\n")
-    # A row stands there once per seed, and all of a user's rows are resampled together: pooled is the mean over seeds,
-    # its interval that of users.
+    # A row stands there once per seed, and so does a user's list of a night; all of a user's are resampled together:
+    # pooled is the mean over seeds, its interval that of users.
     lines = [
         line
         for line in compared(tables, config.data, config.segments.max_support, options.seed)
@@ -116,18 +116,20 @@ def markdown(lines: Sequence[Line]) -> str:
     """One exam as a table, best first, the candidate on top."""
     if not lines:
         return ""
+    apart = "adapted minus it, 95 % interval"
     exam = lines[0].exam + ("" if lines[0].slice == EVERYTHING else f", rows {lines[0].slice.removesuffix(' row')}")
     shown = [
         f"**{exam}**: {lines[0].rows:,} rows, {lines[0].user_nights:,} users' nights",
         "",
-        "| method | log-loss | adapted minus it, 95 % | calibration | AUC | NDCG@10 |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| method | log-loss | {apart} | per-user AUC | {apart} | NDCG@10 | {apart} | calibration |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for line in sorted(lines, key=lambda line: (line.method != ADAPTED, line.loss)):
-        bounded = line.low is not None and line.high is not None
-        gap = f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]" if bounded else ""
-        plain = (float("nan") if value is None else value for value in (line.calibration, line.auc, line.ndcg))
-        shown.append(f"| {line.method} | {line.loss:.4f} | {gap} | {' | '.join(f'{value:.4f}' for value in plain)} |")
+        auc, ndcg, calibration = (
+            "" if value is None else f"{value:.4f}" for value in (line.auc, line.ndcg, line.calibration)
+        )
+        cells = (line.method, f"{line.loss:.4f}", line.apart, auc, line.auc_apart, ndcg, line.ndcg_apart, calibration)
+        shown.append(f"| {' | '.join(cells)} |")
     return "\n".join(shown) + "\n"
 
 

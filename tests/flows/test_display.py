@@ -195,6 +195,7 @@ def test_a_replay_fits_80_columns_and_says_where_its_page_is(console: Console) -
         Line(
             exam, name, method, "clicked", night, 123_456, 789, 999, 0.5 + 0.01 * place, None, 0.7, 0.8, 0.01,
             None if method == ADAPTED else -0.01 * place, -0.5, None if name == "new item" else 0.25,
+            None if method == ADAPTED else 0.003 * place, -0.004, 0.0125, None, None, None,
         )
         for exam in ("nightly", "contact 0", "contact 5", "contact 20")
         for night in (NIGHT.isoformat(), POOLED)
@@ -216,7 +217,8 @@ def test_a_replay_fits_80_columns_and_says_where_its_page_is(console: Console) -
     ReplayScreen(console)(1, 60, ReplayedNight(night=NIGHT, state="rejected", why="[bold]"))
     shown = shown_on(console).splitlines()
     for fact in (
-        "nightly, clicked, 1 nights", "-0.0100 [-0.5000, +0.2500]", "(too few users)", "123,456", "replay.html",
+        "nightly, clicked, 1 nights", "-0.0100 [-0.5000, +0.2500]", "(too few users)",
+        "matrix factorisation  0.7000  +0.0030 [-0.0040, +0.0125]   0.8000", "123,456", "replay.html",
         "user_id [x], clicked: own weights pay from 2 support rows on",
         "user_id [x], clicked: 600 of 1,234 segments are better off, 3 worse; -0.0200 on",
         "average, 0.1500 between the best and the worst served", "job, clicked: fewer than 5 segments were served",

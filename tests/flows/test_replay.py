@@ -37,9 +37,9 @@ from tasks.learning.setting import Setting
 from tasks.meta_train import rows_of
 from tasks.recommend import as_of
 from tasks.release import cost, earned, lift, variety
-from tasks.release.slices import ADAPTED, POOLED, SLICES, load
+from tasks.release.slices import ADAPTED, POOLED, SLICES, Line, load
 from tasks.steps import open_workspace, recalled, record_of, watched_by
-from tests.benchmarks.replay import by_seed
+from tests.benchmarks.replay import by_seed, markdown
 from tests.faults.victims import Nursery, Outcome, Trap
 from tests.finished import DONE, Finished
 from tests.steps.plain import plain_night, plain_replay
@@ -444,3 +444,22 @@ def test_each_seed_is_held_against_its_own_best_baseline_over_all_its_nights() -
     rated = {"2026-03-05 0": said_of([3, 1], candidate=[3.5, 0.5], popularity=[5, 1])}
     # Root of (0.25 + 0.25) / 2, and of (4 + 0) / 2.
     assert by_seed(rated, "nightly", stars).splitlines()[2:] == ["| 0 | 0.5000 | popularity | 1.4142 | -0.9142 |"]
+
+
+def test_the_table_of_the_readme_has_the_candidate_on_top_and_each_difference_beside_its_figure() -> None:
+    counted = ("liked", POOLED, 1234, 56, 60)
+    lines = [
+        Line("nightly", "all", "a", *counted, 0.6, None, 0.7, 0.8, 0.01, -0.01, -0.02, 0.03,
+             0.005, -0.001, 0.0125, -0.25, None, None),
+        Line("nightly", "all", ADAPTED, *counted, 0.625, None, 0.71, 0.8, 0.02, *(None,) * 9),
+    ]  # fmt: skip
+    assert markdown(lines).splitlines()[0] == "**nightly**: 1,234 rows, 60 users' nights"
+    heads, _, own, other = (line.split(" | ") for line in markdown(lines).splitlines()[2:])
+    assert [head for head in heads if "minus" not in head] == [
+        "| method", "log-loss", "per-user AUC", "NDCG@10", "calibration |",
+    ]  # fmt: skip
+    assert own == ["| adapted", "0.6250", "", "0.7100", "", "0.8000", "", "0.0200 |"]
+    assert other == [
+        "| a", "0.6000", "-0.0100 [-0.0200, +0.0300]", "0.7000", "+0.0050 [-0.0010, +0.0125]", "0.8000",
+        "-0.2500 (too few users)", "0.0100 |",
+    ]  # fmt: skip

@@ -23,6 +23,7 @@ def found() -> list[Line]:
         Line(
             exam, name, method, "liked", night, 1234 + number, 56, 60, 0.6 + 0.01 * place + 0.001 * number, None, 0.7,
             0.8, 0.01, None if method == ADAPTED else -0.01 * place, -0.02 if number < 3 else None, 0.001,
+            *((None,) * 6 if method == ADAPTED else (0.002 * place, -0.003, 0.0125, 0.25, None, None)),
         )
         for exam in EXAMS
         for number, night in enumerate((*NIGHTS, POOLED))
@@ -96,12 +97,14 @@ def test_the_page_names_every_method_exam_and_slice() -> None:
         "job x age: 22 adapters a night, what they cost was not measured; the gain of 0.0020 per row served is not",
         "+8.2 a night", "+0.2 a night", "a CPU, 1 thread", "40 users in all, 900 candidates a night", "0.2600",
         "0.8750", "-0.0220",
-        "Nightly, 1,230 rows.", "-0.2000", "+0.1000", "+0.0500", f"job x age: {TOO_FEW}.",
+        "Nightly, 1,230 rows.", "-0.0100 (too few users)", "+0.0040 [-0.0030, +0.0125]", "+0.2500 (too few users)",
+        "Each night, every method", "1998-02-10: 1,235 rows of 56 users, adapted 0.6010", "-0.0200 [-0.0200, +0.0010]",
+        "-0.2000", "+0.1000", "+0.0500", f"job x age: {TOO_FEW}.",
     ):  # fmt: skip
         assert said in words
     told = [value or "" for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
     for method in METHODS[1:]:
-        assert sum(value.startswith(f"against {method}:") for value in told) == len(EXAMS) * len(SLICES)
+        assert sum(value.startswith(f"against {method}:") for value in told) == len(EXAMS) * (len(SLICES) + len(NIGHTS))
 
 
 def test_lines_by_night_show_each_value() -> None:

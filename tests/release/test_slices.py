@@ -1,6 +1,7 @@
 """Slices and pooled figures against plain loops over a small exam table, and against scikit-learn."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -102,14 +103,91 @@ def test_every_figure_is_that_of_a_loop_over_the_rows(tables: dict[str, pa.Table
         assert line.log_loss == pytest.approx(log_loss(label, said, labels=[0, 1]))
         assert line.rmse is None
         assert line.calibration is not None
-        aucs = [won(label[lists == one], said[lists == one]) for one in set(lists)
-                if len(set(label[lists == one])) == 2]  # fmt: skip
+        both = [lists == one for one in set(lists) if len(set(label[lists == one])) == 2]
+        aucs = [won(label[one], said[one]) for one in both]
         assert line.auc == (pytest.approx(np.mean(aucs)) if aucs else None)
+        ahead = [won(label[one], own[one]) - won(label[one], said[one]) for one in both]
+        known = ahead and line.method != ADAPTED
+        assert line.auc_difference == (pytest.approx(np.mean(ahead), abs=1e-12) if known else None)
         gap = log_loss(label, own, labels=[0, 1]) - log_loss(label, said, labels=[0, 1])
         assert line.difference == (None if line.method == ADAPTED else pytest.approx(gap))
         if line.low is not None and line.high is not None:
             assert line.users >= 5
             assert line.low <= gap <= line.high
+
+
+def night_of(users: Mapping[str, tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]]) -> pa.Table:
+    """A night's nightly exam from each user's labels, and what the candidate and popularity said of them."""
+    who = [(user, *row) for user, told in users.items() for row in zip(*told, strict=True)]
+    user, label, own, other = zip(*who, strict=True)
+    zeros = np.zeros(len(who), np.int32)
+    return pa.table(
+        {
+            "user": user, "tie": np.arange(len(who)), "at": zeros, "history": zeros, "item_history": zeros,
+            "label/aim0": np.array(label, np.float32),
+            column("nightly", CANDIDATE, "aim0"): np.array(own, np.float32),
+            column("nightly", "popularity", "aim0"): np.array(other, np.float32),
+        }
+    )  # fmt: skip
+
+
+def against_popularity(tables: Mapping[str, pa.Table]) -> Line:
+    (line,) = (
+        line
+        for line in compared(tables, contract(), MAX_SUPPORT, seed=0)
+        if (line.exam, line.slice, line.method, line.night) == ("nightly", "all", "popularity", POOLED)
+    )
+    return line
+
+
+def test_differences_of_auc_and_ndcg_are_those_counted_by_hand() -> None:
+    """A user's night counts once each; one without both labels has no AUC, one without a liked row no NDCG."""
+    first = night_of(
+        {
+            "a": ((1, 0), (0.9, 0.1), (0.1, 0.9)),  # AUC 1 and 0; NDCG 1 and 1 / log2(3)
+            "b": ((1, 0, 0), (0.5, 0.5, 0.1), (0.1, 0.5, 0.9)),  # AUC 3/4 and 0; NDCG 1, as the tie is drawn, and 1 / 2
+            "c": ((1, 1), (0.2, 0.4), (0.3, 0.1)),  # no AUC; NDCG 1 and 1
+            "d": ((0, 0), (0.2, 0.4), (0.3, 0.1)),
+        }
+    )
+    second = night_of({"a": ((0, 1), (0.3, 0.3), (0.2, 0.8))})  # AUC 1/2 and 1; NDCG 1 / log2(3), as drawn, and 1
+    line = against_popularity(dict(zip(NIGHTS, (first, second), strict=True)))
+    assert line.auc_difference == pytest.approx((1 + 0.75 - 0.5) / 3)
+    assert line.ndcg_difference == pytest.approx(0.5 / 4)
+    assert (line.users, line.user_nights, line.auc_low, line.ndcg_high) == (4, 5, None, None)
+
+
+def test_a_difference_that_every_user_has_is_certain_and_one_that_few_have_is_not() -> None:
+    same = {f"user {at}": ((1, 0), (0.9, 0.1), (0.5, 0.5)) for at in range(6)}
+    line = against_popularity({NIGHTS[0]: night_of(same)})
+    assert (line.auc_difference, line.auc_low, line.auc_high) == (0.5, 0.5, 0.5)
+    gap = 1 - 1 / np.log2(3)  # a tie goes to the first row, which everybody likes; he who does not is put second
+    line = against_popularity({NIGHTS[0]: night_of({**same, "user 5": ((0, 1), (0.1, 0.9), (0.5, 0.5))})})
+    assert (line.auc_difference, line.auc_low, line.auc_high) == (0.5, 0.5, 0.5)
+    assert (line.ndcg_difference, line.ndcg_low) == (pytest.approx(gap / 6), 0)
+    assert line.ndcg_high == pytest.approx(gap / 2, abs=0.1)
+
+
+def test_all_trainings_and_nights_of_a_user_are_resampled_as_one() -> None:
+    """Nights repeated threefold say no more of users than once; those of other users would."""
+    whole = exam(5, users=40)
+    once = whole.drop_columns([name for name in whole.column_names if name.startswith("contact")])
+    others = [once.set_column(0, "user", pc.binary_join_element_wise(once["user"], str(at), "-")) for at in range(3)]
+    alone, again, more = (
+        against_popularity({f"{NIGHTS[0]} {at}": one for at, one in enumerate(tables)})
+        for tables in ([once], [once] * 3, others)
+    )
+
+    def bounds(line: Line) -> tuple[float, ...]:
+        found = (line.auc_low, line.auc_difference, line.auc_high, line.ndcg_low, line.ndcg_difference, line.ndcg_high)
+        return tuple(value for value in found if value is not None)
+
+    assert len(bounds(alone)) == 6
+    assert again.user_nights == 3 * alone.user_nights
+    assert bounds(again) == pytest.approx(bounds(alone))
+    for low in (0, 3):
+        widths = [found[low + 2] - found[low] for found in (bounds(more), bounds(alone))]
+        assert widths[0] == pytest.approx(widths[1] / np.sqrt(3), rel=0.15)
 
 
 def test_pooled_intervals_are_those_of_the_gate(tables: dict[str, pa.Table], lines: list[Line]) -> None:
@@ -175,6 +253,7 @@ def test_ratings_have_an_rmse_and_squared_errors_are_compared() -> None:
         )
         assert line.rmse == pytest.approx(np.sqrt(np.mean((said - label[known]) ** 2)))
         assert (line.log_loss, line.auc, line.calibration) == (None, None, None)
+        assert (line.auc_difference, line.auc_low, line.ndcg_difference, line.ndcg_high) == (None, None, None, None)
         if line.method != ADAPTED:
             gap = np.mean((own - label[known]) ** 2) - np.mean((said - label[known]) ** 2)
             assert line.difference == pytest.approx(gap)

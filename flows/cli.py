@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--min-rows", type=int, default=0, metavar="N", help="leave out nights with fewer rows")
     again.add_argument("--warm", action="store_true", help="start from the newest release before the first night")
     again.add_argument("--joint", action="store_true", help="compare with joint training as well: trains twice a night")
+    again.add_argument("--per-night", action="store_true", help="print every method of each night, not a line a night")
     again.add_argument("--out", metavar="FOLDER", help="where table and page go (default: below var/replay)")
     again.add_argument("--seed", type=_seed, default=0, help="of the bootstrap (default: 0)")
     again.set_defaults(command=_replay)
@@ -220,7 +221,7 @@ def _replay(options: argparse.Namespace, console: "Console") -> None:
     steps, gained = earned.load(Path(written.earned)), lift.summaries(lift.load(Path(written.lift)))
     paid, shown = cost.load(Path(written.cost)), variety.load(Path(written.variety))
     paths = (written.table, written.earned, written.lift, written.cost, written.variety, written.page)
-    show_replay(console, load(Path(written.table)), steps, gained, paid, shown, paths)
+    show_replay(console, load(Path(written.table)), steps, gained, paid, shown, paths, options.per_night)
 
 
 def _search(options: argparse.Namespace, console: "Console") -> None:

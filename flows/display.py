@@ -178,10 +178,12 @@ def show_replay(
     costs: Sequence["Cost"],
     varieties: Sequence["Variety"],
     written: Sequence[str],
+    per_night: bool = False,
 ) -> None:
-    """The end of a replay: every method on all rows, the candidate on each slice, whom own weights pay at what cost.
+    """The end of a replay: night by night, in a line each or with `per_night` every method of each; then pooled.
 
-    Last, what each method would have shown to some of the users.
+    Pooled is every method on all rows, the candidate on each slice, whom own weights pay at what cost, and what each
+    method would have shown to some of the users. What sums up comes last, where a person at a terminal looks first.
     """
     from tasks.release.earned import in_words
     from tasks.release.lift import TOO_FEW
@@ -190,6 +192,9 @@ def show_replay(
 
     nights = len({line.night for line in lines} - {POOLED})
     for objective in dict.fromkeys(line.objective for line in lines):
+        for exam in EXAMS:
+            whole = [line for line in lines if (line.objective, line.exam, line.slice) == (objective, exam, EVERYTHING)]
+            _show_nights(console, f"{exam}, {objective}", whole, per_night)
         for exam in EXAMS:
             mine = [line for line in lines if (line.objective, line.exam, line.night) == (objective, exam, POOLED)]
             if not mine:
@@ -216,6 +221,32 @@ def show_replay(
         _show_variety(console, [one for one in varieties if (one.objective, one.night) == (objective, POOLED)], nights)
     for path in written:
         console.print(escape(path), soft_wrap=True)
+
+
+def _show_nights(console: Console, exam: str, lines: Sequence["Line"], every: bool) -> None:
+    """Each night of an exam: against zero steps and the method that is the best of all nights, or against every one."""
+    from tasks.learning.exams import ZERO_STEPS
+    from tasks.release.slices import ADAPTED, POOLED
+
+    nights: dict[str, dict[str, Line]] = {}
+    for line in lines:
+        nights.setdefault(line.night, {})[line.method] = line
+    pooled = nights.pop(POOLED, {})
+    others = [line for method, line in pooled.items() if method not in (ADAPTED, ZERO_STEPS)]
+    if every or not others:
+        for night, methods in nights.items():
+            _show_methods(console, f"{exam}, {night}", list(methods.values()))
+        return
+    best = min(others, key=lambda line: line.loss).method
+    heads = ("night", "rows", "loss", "minus zero steps, 95 %", "minus the best other, 95 %")
+    title = f"{exam}, adapted night by night; the best other of all nights is {escape(best)}"
+    table = _table(title, heads, heads[1:], folds="rows")
+    table.padding, table.show_edge = 0, False  # two intervals side by side leave no room for more on 80 columns
+    for night, methods in nights.items():
+        own = methods[ADAPTED]
+        gaps = (methods[name].apart if name in methods else "" for name in (ZERO_STEPS, best))
+        table.add_row(night, f"{own.rows:,}", _number(own.loss), *gaps)
+    console.print(table)
 
 
 def _show_methods(console: Console, title: str, lines: Sequence["Line"]) -> None:
@@ -346,7 +377,7 @@ def _table(title: str | None, headings: Sequence[str], numbers: Sequence[str] = 
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in headings:
         justify: JustifyMethod = "right" if heading in numbers else "left"
-        table.add_column(escape(heading), justify=justify, no_wrap=heading != folds)
+        table.add_column(escape(heading), justify=justify, no_wrap=heading != folds, overflow="fold")
     return table
 
 

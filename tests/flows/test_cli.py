@@ -85,9 +85,10 @@ def test_replay_shows_the_pooled_tables_and_where_the_page_is(
     first, last = (result.night for result in world.results)
     plain = plain_replay(world.config, first, last, out=str(tmp_path / "plain"))
     span = ["--start", first.isoformat(), "--end", last.isoformat()]
-    cli.main(["replay", "--config", config, *span, "--out", str(tmp_path / "out")])
+    cli.main(["replay", "--config", config, *span, "--out", str(tmp_path / "out"), "--per-night"])
     shown = capsys.readouterr().out
     for fact in (
+        f"nightly, clicked, {first}", f"contact 5, clicked, {last}",
         f"{first} examined (1 of 2)", "nightly, clicked, 2 nights", "contact 5, clicked, adapted by slice",
         "contact 20, clicked: no rows", "matrix factorisation", "support 21+", str(tmp_path / "out" / "replay.html"),
     ):  # fmt: skip

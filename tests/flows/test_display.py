@@ -217,6 +217,7 @@ def test_a_replay_fits_80_columns_and_says_where_its_page_is(console: Console) -
     ReplayScreen(console)(1, 60, ReplayedNight(night=NIGHT, state="rejected", why="[bold]"))
     shown = shown_on(console).splitlines()
     for fact in (
+        "2026-03-05 123,456 0.5000 -0.0300 [-0.5000, +0.2500] -0.0100 [-0.5000, +0.2500]",
         "nightly, clicked, 1 nights", "-0.0100 [-0.5000, +0.2500]", "(too few users)",
         "matrix factorisation  0.7000  +0.0030 [-0.0040, +0.0125]   0.8000", "123,456", "replay.html",
         "user_id [x], clicked: own weights pay from 2 support rows on",
@@ -229,6 +230,42 @@ def test_a_replay_fits_80_columns_and_says_where_its_page_is(console: Console) -
         assert any(fact in line for line in shown), fact
     assert max(len(line) for line in shown if "long/" not in line) <= 80
     assert not any("…" in line or "contact 0" in line for line in shown)
+
+
+def replayed(night: str, exam: str, **losses: float) -> list[Line]:
+    """The lines of one exam on one night, by method: the candidate's loss minus each other's, from -0.5 to 0.25."""
+    return [
+        Line(
+            exam, "all", method.replace("_", " "), "clicked", night, 1_234_567, 3, 3, loss, None, None, None, None,
+            None if method == ADAPTED else losses[ADAPTED] - loss, -0.5, 0.25, *(None,) * 6,
+        )
+        for method, loss in losses.items()
+    ]  # fmt: skip
+
+
+def test_a_night_of_a_replay_is_held_against_zero_steps_and_the_best_of_all_nights(console: Console) -> None:
+    """Not against whatever happened to be the best that night; `--per-night` has every method of it."""
+    lines = [
+        *replayed("2026-03-05", "nightly", adapted=0.5, popularity=0.4, bias=0.7, zero_steps=0.3),
+        *replayed("2026-03-06", "nightly", adapted=0.6, bias=0.65),
+        *replayed("2026-03-06", "contact 5", adapted=0.6),
+        *replayed(POOLED, "nightly", adapted=0.55, popularity=0.7, bias=0.675, zero_steps=0.3),
+        *replayed(POOLED, "contact 5", adapted=0.6),
+    ]
+    show_replay(console, lines, [], [], [], [], [])
+    by_night = shown_on(console).partition("2 nights")[0]
+    told = " ".join(by_night.split())
+    assert "nightly, clicked, adapted night by night; the best other of all nights is bias" in told
+    # A number of rows that has no room is folded, never cut.
+    assert "2026-03-05 1,234,56 0.5000 +0.2000 [-0.5000, +0.2500] -0.2000 [-0.5000, +0.2500] 7 2026-03-06" in told
+    assert "0.6000 -0.0500 [-0.5000, +0.2500] 7" in told
+    assert "popularity" not in told
+    assert "contact 5, clicked, 2026-03-06" in told
+    assert max(map(len, by_night.splitlines())) <= 80
+    show_replay(console, lines, [], [], [], [], [], per_night=True)
+    every = shown_on(console).rpartition("nightly, clicked, 2026-03-05")[2].partition("2 nights")[0].split()
+    assert " ".join(every).count("+0.1000 [-0.5000, +0.2500]") == 1
+    assert [every.count(name) for name in ("popularity", "bias", "steps")] == [1, 2, 1]
 
 
 def test_a_ranked_list_takes_items_literally(console: Console) -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from flows.config import RetrainConfig, read_tree
 from flows.nightly import resolve
 from tasks.errors import InvalidConfig
-from tasks.learning.space import Sections, Space, default_space, read_space
+from tasks.learning.space import Sections, Space, candidate_kinds, default_space, read_space
 from tasks.prepare import prepare_history
 from tasks.search import SearchPlan, SearchRef, search_settings
 from tasks.steps import hold
@@ -65,7 +65,7 @@ def search(
 
 def _space(config: RetrainConfig, path: str | None) -> Space:
     """What may be tried."""
-    now = Sections(config.ranker, config.adapter, config.training)
+    now = Sections(config.ranker, config.adapter, config.training, candidate_kinds(config.data))
     if path is None:
         return default_space(now)
     return read_space({str(name): told for name, told in read_tree(path, "space").items()}, now, f"space {path}")

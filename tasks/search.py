@@ -35,7 +35,7 @@ from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerShape
 from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.setting import Setting
-from tasks.learning.space import BELONGS, Parameter, Sections, Settings, Value
+from tasks.learning.space import BELONGS, Parameter, Sections, Settings, Value, candidate_kinds
 from tasks.learning.study import Told, Tried, remembered
 from tasks.learning.training_config import BESIDE, TrainingConfig
 from tasks.meta_train import rows_of
@@ -144,7 +144,7 @@ def search_settings(
     record = record_of(place, history)
     rows = rows_of(place, record)
     words = vocabulary.load(data, open_workspace(place).file(record, "vocabulary.parquet"))
-    own = Sections(ranker, adapter, training)
+    own = Sections(ranker, adapter, training, candidate_kinds(data))
     bench = _Bench(data, segments, lead_objective(data, gate), rows, words, device_of(place))
     blocks = _blocks(np.unique(np.asarray(rows.night)), plan)
     made_from = {
@@ -155,7 +155,7 @@ def search_settings(
         "segments": segments.model_dump(mode="json"),
         "sections": {
             name: whole.model_dump(mode="json", exclude=set(BESIDE) if name == "training" else None)
-            for name, whole in vars(own).items()
+            for name, whole in own.named.items()
         },
         "space": {name: one.model_dump(mode="json") for name, one in space.items()},
         "plan": plan.model_dump(mode="json", include={"seed", "block", "cuts"}),

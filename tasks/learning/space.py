@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 from pydantic import ValidationError, model_validator
 
-from tasks.data.contract import Section
+from tasks.data.contract import DataConfig, Section
 from tasks.errors import InvalidConfig
 from tasks.learning.adapters import AdapterConfig, unheard
 from tasks.learning.outer import misfit
@@ -65,6 +65,19 @@ UNREAD: dict[str, dict[str, Collection[Value]]] = {
     "adapter.steps": {"adapter.kind": ("none", "matching")},
 }
 """Settings that are not read where another has one of some values."""
+Kind = Literal["numeric", "categorical", "multi"]
+COLUMNS: frozenset[Kind] = frozenset(("numeric", "categorical", "multi"))
+"""Kinds of candidate columns that tell whether settings are read."""
+NEEDS: dict[str, tuple[Kind, ...]] = {
+    "ranker.direct": ("numeric",),
+    "ranker.category_factors": ("categorical", "multi"),
+}
+"""Settings that are not read unless there are candidate columns of one of some kinds."""
+_TOLD = (
+    *("adapter.kind", "adapter.bends", "training.outer"),
+    *(f"ranker.{name}" for name in ("factors", "category_factors", "direct", "features", "warm_up", "prior")),
+)
+"""Settings that a config takes or refuses together: an outer loop, its adapter, and what the ranker tells this."""
 
 
 class Parameter(Section):
@@ -132,6 +145,13 @@ class Sections:
     ranker: RankerConfig
     adapter: AdapterConfig
     training: TrainingConfig
+    columns: frozenset[Kind] = COLUMNS
+    """Kinds of candidate columns that the data have (`candidate_kinds`)."""
+
+    @property
+    def named(self) -> dict[str, Section]:
+        """Each section by its name."""
+        return {"ranker": self.ranker, "adapter": self.adapter, "training": self.training}
 
     def value(self, name: str) -> Value:
         """What a setting is now."""
@@ -141,6 +161,8 @@ class Sections:
 
     def applies(self, name: str, settings: Settings) -> bool:
         """Whether a setting belongs to, and is read beside, what a trial has drawn of the others."""
+        if name in NEEDS and not self.columns.intersection(NEEDS[name]):
+            return False
         found = {switch: self._now(switch, settings) for switch in _switches(name)}
         if name in BELONGS and found[BELONGS[name][0]] not in BELONGS[name][1]:
             return False
@@ -153,14 +175,15 @@ class Sections:
             InvalidConfig: they do not fit together.
         """
         made: dict[str, Section] = {}
-        for name in vars(self):
+        for name in self.named:
             try:
                 made[name] = self.section(name, settings)
             except ValidationError as error:
                 raise InvalidConfig("; ".join(_said(fault["msg"]) for fault in error.errors())) from error
-        sections = Sections(**made)  # type: ignore[arg-type]
+        sections = Sections(**made, columns=self.columns)  # type: ignore[arg-type]
         fault = misfit(sections.training.outer, sections.adapter)
-        for why in (*filter(None, [fault]), *unheard(sections.ranker, sections.adapter)):
+        numeric, categorical, listed = (kind in self.columns for kind in ("numeric", "categorical", "multi"))
+        for why in (*filter(None, [fault]), *unheard(sections.ranker, sections.adapter, numeric, categorical, listed)):
             raise InvalidConfig(why)
         return sections
 
@@ -188,6 +211,11 @@ class Sections:
         return found
 
 
+def candidate_kinds(data: DataConfig) -> frozenset[Kind]:
+    """The kinds of candidate columns, of those that tell whether settings are read."""
+    return frozenset(kind for kind in COLUMNS if data.named("candidate", kind))
+
+
 def default_space(now: Sections) -> Space:
     """What is searched where no space is given."""
     return {name: one for name, one in DEFAULT.items() if now.applies(name, {})}
@@ -206,7 +234,8 @@ def read_space(tree: Mapping[str, object], now: Sections, source: str) -> Space:
     """A space from its file's content, checked against the config.
 
     A setting that belongs to values of another (`BELONGS`), or is not read beside some (`UNREAD`), may stand beside
-    that other one: it is drawn in the trials that it applies to. One that applies to no trial is a fault.
+    that other one: it is drawn in the trials that it applies to. One that applies to no trial is a fault, and so is a
+    value that no trial could use, whatever else it draws.
 
     Args:
         tree: name of each setting to `type`, `low`, `high`, `log`, `choices`.
@@ -227,6 +256,8 @@ def read_space(tree: Mapping[str, object], now: Sections, source: str) -> Space:
                 faults.append(f"{where}: {_said(fault['msg'])}")
     for name in space:
         faults += _misfits(name, space, now)
+    if not faults:
+        faults += _unusable(space, now)
     if not tree:
         faults.append("it names no setting")
     if faults:
@@ -246,13 +277,16 @@ def _switches(name: str) -> set[str]:
 
 
 def _misfits(name: str, space: Space, now: Sections) -> Iterator[str]:
-    known = [f"{part}.{field}" for part, whole in vars(now).items() for field in type(whole).model_fields]
+    known = [f"{part}.{field}" for part, whole in now.named.items() for field in type(whole).model_fields]
     if name not in known:
         close = get_close_matches(name, known, n=1)
-        yield f"{name}: is no setting of {', '.join(vars(now))}" + (f" (did you mean {close[0]!r}?)" if close else "")
+        yield f"{name}: is no setting of {', '.join(now.named)}" + (f" (did you mean {close[0]!r}?)" if close else "")
         return
     if name in FIXED:
         yield f"{name}: is not searched: {FIXED[name]}; remove it"
+        return
+    if name in NEEDS and not now.columns.intersection(NEEDS[name]):
+        yield f"{name}: is not read without a {' or '.join(NEEDS[name])} candidate column; remove it"
         return
     switches = sorted(switch for switch in _switches(name) if switch in space)
     drawn = (dict(zip(switches, told, strict=True)) for told in product(*(space[one].extremes for one in switches)))
@@ -272,3 +306,27 @@ def _misfits(name: str, space: Space, now: Sections) -> Iterator[str]:
         except ValidationError as error:
             yield f"{name}: {value!r} is not allowed: {_said(error.errors()[0]['msg'])}"
             return
+
+
+def _unusable(space: Space, now: Sections) -> Iterator[str]:
+    """The first value of each setting whose trials would all be refused, whatever else they draw."""
+    names = [name for name in in_order(space) if name in _TOLD]
+    usable: set[tuple[str, Value]] = set()
+    refused: dict[tuple[str, Value], str] = {}
+    for told in product(*(space[name].extremes for name in names)):
+        drawn: Settings = {}
+        for name, value in zip(names, told, strict=True):
+            if now.applies(name, drawn):
+                drawn[name] = value
+        try:
+            now.changed(drawn)
+        except InvalidConfig as error:
+            refused |= dict.fromkeys(drawn.items(), str(error))
+        else:
+            usable |= drawn.items()
+    faults = {
+        name: f"{value!r} is not allowed: {why}"
+        for (name, value), why in reversed(refused.items())
+        if (name, value) not in usable
+    }
+    yield from (f"{name}: {faults[name]}" for name in space if name in faults)

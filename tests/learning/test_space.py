@@ -8,8 +8,18 @@ import pytest
 from tasks.errors import InvalidConfig
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.networks import Ranker, RankerConfig, RankerShape
-from tasks.learning.space import BELONGS, DEFAULT, FIXED, Sections, Settings, default_space, read_space
+from tasks.learning.space import (
+    BELONGS,
+    DEFAULT,
+    FIXED,
+    Sections,
+    Settings,
+    candidate_kinds,
+    default_space,
+    read_space,
+)
 from tasks.learning.training_config import BESIDE, TrainingConfig
+from tests.learning.small_rows import contract
 
 NOW = Sections(RankerConfig(), AdapterConfig(), TrainingConfig())
 
@@ -105,7 +115,7 @@ def other(field: Any) -> Any:
 
 def test_all_settings_that_a_config_refuses_beside_its_kind_are_known_to_belong_to_one():
     refused: dict[str, str] = {}
-    for name, whole in vars(NOW).items():
+    for name, whole in NOW.named.items():
         for field, about in type(whole).model_fields.items():
             try:
                 NOW.changed({f"{name}.{field}": other(about)})
@@ -197,3 +207,41 @@ def test_no_trial_has_settings_that_a_config_would_refuse(own: dict[str, bool]):
     assert not now.changed({"adapter.kind": "gradient", "adapter.bends": "dense"}).value(f"ranker.{name}")
     with pytest.raises(InvalidConfig, match=f"ranker.{name}: it "):
         now.changed({"ranker.factors": 0, "ranker.direct": False})
+
+
+def chosen(*values: Any) -> dict[str, Any]:
+    return {"type": "choice", "choices": list(values)}
+
+
+def test_what_needs_a_column_that_the_data_lack_is_refused_before_a_trial():
+    assert candidate_kinds(contract()) == {"numeric", "categorical"}
+    assert candidate_kinds(contract(prices=0)) == {"categorical"}
+    bare = replace(NOW, columns=frozenset())
+    assert default_space(bare).keys() == DEFAULT.keys() - {"ranker.category_factors"}
+    for name, values, kinds in (
+        ("direct", (True, False), "a numeric"),
+        ("category_factors", (1, 4), "a categorical or multi"),
+    ):
+        with pytest.raises(
+            InvalidConfig, match=rf"ranker\.{name}: is not read without {kinds} candidate column; remove"
+        ):
+            read_space({f"ranker.{name}": chosen(*values)}, bare, "s")
+    assert read_space({"ranker.category_factors": chosen(1, 4)}, replace(bare, columns=frozenset(["multi"])), "s")
+
+
+def test_a_value_that_no_trial_could_use_is_refused_before_one():
+    """With numbers in the columns `direct` tells an adapter enough; without, an item needs factors or features."""
+    told = {"ranker.factors": {"type": "int", "low": 0, "high": 8}}
+    bare = replace(NOW, columns=frozenset())
+    assert read_space(told, replace(bare, columns=frozenset(["numeric"])), "s")
+    with pytest.raises(
+        InvalidConfig, match=r"1 fault:\n  ranker\.factors: 0 is not allowed: adapter\.kind: 'ridge' weighs"
+    ):
+        read_space(told, bare, "s")
+    assert read_space({**told, "ranker.features": chosen(0, 2)}, bare, "s")
+    with pytest.raises(InvalidConfig, match="the ranker has none but the constant"):  # the trial that has neither
+        bare.changed({"ranker.factors": 0, "ranker.features": 0})
+    loops = {"training.outer": chosen("second_order", "reptile")}
+    with pytest.raises(InvalidConfig, match=r"1 fault:\n  training\.outer: 'reptile' is not allowed: "):
+        read_space(loops, NOW, "s")
+    assert len(read_space({**loops, "adapter.kind": chosen("ridge", "gradient")}, NOW, "s")) == 2

@@ -1,21 +1,21 @@
 """Evaluate: both exams on the newest night, which nothing has seen; then the gate."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tasks.adapt import cost_of
 from tasks.champion import champion_scores
 from tasks.clients.workspace import digest_of
 from tasks.data import vocabulary
-from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, ObjectiveConfig, SegmentsConfig
-from tasks.data.lists import spans
 from tasks.data.segments import level_name
+from tasks.learning.adapters import AdapterConfig
 from tasks.learning.bank import Bank
 from tasks.learning.baselines import Baselines, BaselinesConfig
 from tasks.learning.exams import (
@@ -24,18 +24,16 @@ from tasks.learning.exams import (
     LADDER,
     PARENT,
     SUPPORTS,
-    ZERO_STEPS,
     Night,
-    column,
     facts,
     joined,
     sit,
 )
-from tasks.learning.intervals import Interval
 from tasks.learning.ladder import Ladder
-from tasks.learning.material import I64, Material
+from tasks.learning.material import Material
 from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
+from tasks.night_alarms import asked_for, of_adaptation, of_inputs, of_lost_segments, of_segments
 from tasks.references import (
     BankRef,
     BaseRef,
@@ -48,27 +46,18 @@ from tasks.references import (
     ValidateRef,
     VerdictRef,
 )
-from tasks.release.alarms import (
-    LEAK_VECTOR_ROWS,
-    Alarm,
-    FloatArray,
-    forgetting,
-    harmful,
-    inert,
-    leaking,
-    rates_by_category,
-    rates_by_values,
-    rates_by_vector,
-    vanished,
-)
+from tasks.release import cost, earned, lift
+from tasks.release.alarms import forgetting
 from tasks.release.evidence import both_exams, compare, segment_evidence
 from tasks.release.gate import GateConfig, decide_release
 from tasks.release.retention import against_parent
 from tasks.release.segment_gate import decide_segments
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
 
-VERSION, JUDGE_VERSION = 4, 5
-TABLE = "exam.parquet"
+VERSION, JUDGE_VERSION = 5, 6
+ADAPTED = b"adapted"
+"""Where an exam table's metadata say which kind of ranker was adapted how: weights of another kind prove nothing."""
+TABLE, EARNED, LIFT = "exam.parquet", "support.parquet", "segments.parquet"
 ANSWERS = "champion.parquet"
 
 
@@ -109,17 +98,35 @@ def evaluate(
         with steady(0, None):
             rivals = Baselines(baselines, ladder, material, trained.kinds, night.ordinal)
             table = joined(facts(night, exam_bank, vocabularies), sit(night, trained, exam_bank, rivals))
+        how = digest_of([trained.network.config.kind, trained.adapter.model_dump(mode="json")])
+        table = table.replace_schema_metadata({**table.schema.metadata, ADAPTED: how})
         pq.write_table(table, folder / TABLE, compression="zstd")
         progress(table.num_rows, table.num_rows, "rows")
-        tables = [table, *(exam for _, exam in earlier_exams(place, ingested.exams, table, lead))]
+        earlier = dict(earlier_exams(place, ingested.exams, table, lead))
+        tables = [table, *(one for one in earlier.values() if _alike(one, table))]
         verdicts = decide_segments(gate, segment_evidence(tables, lead))
+        shared = [objective for objective in data.objectives if all(asked_for(one, objective) for one in tables)]
+        asked = data.model_copy(update={"objectives": tuple(shared)})
+        gained = lift.lifts(tables, asked, segments.levels)
+        lift.save(gained, folder / LIFT)
+        earned.save(earned.curve(tables, asked, segments.levels, seed=0), folder / EARNED)
+        spent = cost_of(record_of(place, bank))
+        pooled = [spent, *(_spent(place, key) for key, one in earlier.items() if _alike(one, table))]
+        paid = cost.costs(pooled, gained, tables, asked, segments.levels, seed=0)
         content = {
             "rows": table.num_rows,
             "users": len(np.unique(np.asarray(rows.user)[night.at])),
             "harmful": [harm.model_dump(mode="json") for harm in verdicts.harm(len(segments.levels))],
         }
-        notes = {"tested": verdicts.table()}
-        return Product(content, notes, {TABLE: folder / TABLE})
+        notes = {
+            "nights": len(tables),
+            "unnamed": [level_name(columns) for columns in segments.levels if data.user in columns],
+            "tested": verdicts.table([data.user not in columns for columns in segments.levels]),
+            "convicted": [verdicts.share(number) for number in range(len(segments.levels))],
+            "spent": [asdict(one) for one in spent],
+            "cost": [asdict(one) for one in paid],
+        }
+        return Product(content, notes, {name: folder / name for name in (TABLE, EARNED, LIFT)})
 
     inputs = {
         "layout": layout.digest,
@@ -136,6 +143,7 @@ def judge(
     place: Place,
     data: DataConfig,
     segments: SegmentsConfig,
+    adapter: AdapterConfig,
     gate: GateConfig,
     ingested: IngestRef,
     validated: ValidateRef,
@@ -151,7 +159,11 @@ def judge(
         "earlier exams": digest_of([list(ingested.exams), list(ingested.verdicts)]),
         "retention": retention.digest,
     }
-    section = {"gate": gate.model_dump(mode="json"), "segments": segments.model_dump(mode="json")}
+    section = {
+        "gate": gate.model_dump(mode="json"),
+        "segments": segments.model_dump(mode="json"),
+        "adapts": adapter.kind != "none",
+    }
 
     def work(folder: Path, progress: Progress) -> Product:
         table = exam_table(place, exam.key)
@@ -169,7 +181,12 @@ def judge(
         against = {name: vs for name, (vs, _) in compare([table, *earlier], "nightly", lead, seed=0).items()}
         against.pop(PARENT, None)
         verdict = decide_release(gate, against, None if ingested.champion is None else CHAMPION)
-        alarms = list(_alarms(place, data, gate, lead, table, earlier, prepared, ingested))
+        rows = rows_of(place, record_of(place, prepared))
+        alarms = list(of_adaptation(data, adapter, gate, rows, [table, *earlier]))
+        alarms += of_segments(data, gate, rows, record_of(place, exam))
+        alarms += of_inputs(data, rows, ingested.night.toordinal())
+        if earlier:
+            alarms += of_lost_segments(data, gate, rows, table, earlier[0])
         if (figures := record_of(place, retention).content["figures"]) is not None:
             alarms += filter(None, [forgetting(against_parent(figures), gate.golden.margin)])
         content = {"go": verdict.go, "decided_by": verdict.decided_by, "reasons": list(verdict.reasons)}
@@ -211,8 +228,7 @@ def earlier_exams(
     """
     for key in keys:
         table = exam_table(place, key)
-        asked = f"label/{lead.name}" in table.column_names
-        if asked and table.schema.metadata[LADDER] == tonight.schema.metadata[LADDER]:
+        if asked_for(table, lead) and table.schema.metadata[LADDER] == tonight.schema.metadata[LADDER]:
             yield key, table
 
 
@@ -222,88 +238,14 @@ def _answers(place: Place, key: str) -> dict[str, Any]:
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
-def _alarms(
-    place: Place,
-    data: DataConfig,
-    gate: GateConfig,
-    lead: ObjectiveConfig,
-    table: pa.Table,
-    earlier: list[pa.Table],
-    prepared: PrepareRef,
-    ingested: IngestRef,
-) -> Iterator[Alarm]:
-    own = table[column("contact 0", CANDIDATE, lead.name)].to_numpy()
-    zero = table[column("contact 0", ZERO_STEPS, lead.name)].to_numpy()
-    after = table[column("contact 5", CANDIDATE, lead.name)].to_numpy()
-    before = table[column("contact 5", ZERO_STEPS, lead.name)].to_numpy()
-    asked = ~np.isnan(after)
-    if (alarm := inert(np.r_[own, after[asked]], np.r_[zero, before[asked]])) is not None:
-        yield alarm
-    vs: Interval = compare([table, *earlier], "nightly", lead, seed=0)[ZERO_STEPS][0]
-    if (alarm := harmful(vs)) is not None:
-        yield alarm
-    rows = rows_of(place, record_of(place, prepared))
-    at = np.flatnonzero(np.asarray(rows.night) == ingested.night.toordinal())
-    if lead.kind == "binary":
-        labels = np.asarray(rows.labels)[at, data.objectives.index(lead)]
-        yield from leaking(labels, _told(data, rows, at, labels))
-        few = np.sort(np.random.default_rng(0).permutation(len(at))[:LEAK_VECTOR_ROWS])
-        yield from leaking(labels[few], _told_by_vectors(data, rows, at[few], labels[few]))
-    if earlier:
-        for number, level in enumerate(rows.levels):
-            if level.columns == (data.user,):
-                continue
-            then = earlier[0].filter(pc.equal(earlier[0]["level"], number))
-            then = then.group_by("segment").aggregate([([], "count_all")])
-            now = table.filter(pc.equal(table["level"], number))["segment"].to_numpy(zero_copy_only=False)
-            alarm = vanished(
-                level_name(level.columns),
-                then["segment"].to_numpy(zero_copy_only=False).astype(str),
-                then["count_all"].to_numpy(),
-                np.unique(now.astype(str)),
-                gate.min_exam_rows,
-            )
-            if alarm is not None:
-                yield alarm
+def _alike(before: pa.Table, tonight: pa.Table) -> bool:
+    """Whether weights of the same kind were examined, on the same kind of ranker."""
+    return bool((before.schema.metadata or {}).get(ADAPTED) == tonight.schema.metadata[ADAPTED])
 
 
-def _told(data: DataConfig, rows: Rows, at: I64, labels: FloatArray) -> dict[str, FloatArray]:
-    """What statistics, numbers, categories and lists say by themselves about the rows at positions, by name."""
-    told: dict[str, FloatArray] = {
-        name: np.asarray(rows.statistics)[at, number] for number, name in enumerate(rows.statistics_names)
-    }
-    for names, numbers in (
-        (data.named("request", "numeric"), rows.request_numbers),
-        (data.named("candidate", "numeric"), rows.candidate_numbers),
-    ):
-        told |= {name: np.asarray(numbers)[at, number] for number, name in enumerate(names)}
-    for names, ids in (
-        (data.named("request", "categorical"), np.asarray(rows.request_ids)[at]),
-        (data.named("candidate", "categorical"), np.asarray(rows.candidate_ids)[at, 1:]),  # 0 is the item
-    ):
-        told |= {name: rates_by_category(labels, ids[:, number]) for number, name in enumerate(names)}
-    for names, values, widths in (
-        (data.named("request", "multi"), rows.request_values, data.widths("request", "multi")),
-        (data.named("candidate", "multi"), rows.candidate_values, data.widths("candidate", "multi")),
-    ):
-        if values is not None:
-            places = zip(names, spans(widths), strict=True)
-            told |= {name: rates_by_values(labels, values[at, span]) for name, span in places}
-    return told
-
-
-def _told_by_vectors(data: DataConfig, rows: Rows, at: I64, labels: FloatArray) -> dict[str, FloatArray]:
-    """What vectors say, likewise."""
-    told: dict[str, FloatArray] = {}
-    for names, vectors, widths in (
-        (data.named("request", "dense"), rows.request_vectors, data.widths("request", "dense")),
-        (data.named("candidate", "dense"), rows.candidate_vectors, data.widths("candidate", "dense")),
-    ):
-        if vectors is not None:
-            told |= {
-                n: rates_by_vector(labels, vectors[at, span]) for n, span in zip(names, spans(widths), strict=True)
-            }
-    return told
+def _spent(place: Place, key: str) -> list[cost.Spent]:
+    """What the levels of an earlier exam's bank took."""
+    return [cost.Spent(**one) for one in recalled(place, "evaluate", key).notes["spent"]]
 
 
 def _place(entry: tuple[str, dict[str, Any]]) -> tuple[bool, float]:

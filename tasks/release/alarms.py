@@ -5,6 +5,7 @@ An alarm stops nothing by itself; it stands in the night's last lines, in `run.j
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from tasks.learning.intervals import Interval
 from tasks.learning.metrics import auc
+from tasks.release.segment_gate import LevelHarm, benjamini_hochberg
 
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
@@ -26,6 +28,8 @@ LEAK_VECTOR_ROWS = 20_000
 """Most rows of a night whose vectors are searched for a leak."""
 NAMED = 5
 """How many segments a message names."""
+FEW_ROWS = 0.01
+"""Share of a level's exam rows up to which users whose own weights are proven to do harm are no alarm."""
 
 
 @dataclass(frozen=True)
@@ -38,40 +42,104 @@ class Alarm:
     """The object, the value observed, the limit and the remedy."""
 
 
-def inert(adapted: FloatArray, zero_steps: FloatArray) -> Alarm | None:
+def inert(adapted: FloatArray, without: FloatArray, level: str | None = None, of: str = "") -> Alarm | None:
     """Adaptation that changes nothing.
 
     Args:
         adapted: [...] predictions with adapters.
-        zero_steps: [...] predictions of the same rows without.
+        without: [...] predictions of the same rows by zero steps; for a level's own weights, by its parent's.
+        level: whose weights they are; None for all adaptation.
+        of: the objective, where there are several.
 
     >>> inert(np.array([0.5, 0.25]), np.array([0.5, 0.25])).name
     'inert'
     """
-    if not adapted.size or (change := float(np.abs(adapted - zero_steps).max())) > INERT_BELOW:
+    if not adapted.size or (change := float(np.abs(adapted - without).max())) > INERT_BELOW:
         return None
+    who, remedy = "adaptation", "look at segments.min_support and at the support sizes in the report"
+    if level is not None:
+        who = f"level {level}"
+        remedy = "its weights cost memory for nothing: take it out of segments.levels, or look at its precision"
     return Alarm(
         "inert",
-        f"adaptation changes no prediction: largest change {change:.1e} over {adapted.size:,} predictions, "
-        f"expected above {INERT_BELOW:.0e}; look at segments.min_support and at the support sizes in the report",
+        f"{who} changes no prediction{_of(of)}: largest change {change:.1e} over {adapted.size:,} predictions, "
+        f"expected above {INERT_BELOW:.0e}; {remedy}",
     )
 
 
-def harmful(adapted_vs_zero_steps: Interval) -> Alarm | None:
-    """Adaptation that is shown to raise the loss.
+def harmful(against_zero_steps: Mapping[str, Interval], rate: float) -> Sequence[Alarm]:
+    """Adaptation that is shown to raise the loss of an objective.
 
-    >>> harmful(Interval(0.02, 0.01, 0.03, 50, 700)).name
-    'harmful'
+    Args:
+        against_zero_steps: by objective, loss adapted minus loss of zero steps.
+        rate: of false discoveries, over all objectives (Benjamini and Hochberg).
+
+    >>> [alarm.name for alarm in harmful({"liked": Interval(0.02, 0.01, 0.03, 50, 700)}, 0.1)]
+    ['harmful']
     """
-    vs = adapted_vs_zero_steps
-    if not vs.low > 0:
+    shown = [vs.low > 0 for vs in against_zero_steps.values()]
+    p = np.array([_chance(vs) for vs in against_zero_steps.values()])
+    found = np.array(shown, bool) & benjamini_hochberg(p, rate)
+    several = len(against_zero_steps) > 1
+    return tuple(
+        Alarm(
+            "harmful",
+            f"adaptation raises the loss{_of(name if several else '')}: {vs.estimate:+.4f} [{vs.low:+.4f}, "
+            f"{vs.high:+.4f}] per row against zero steps over {vs.users:,} users, expected below zero; compare the "
+            "nights in the report, and shrink the adapters harder",
+        )
+        for (name, vs), guilty in zip(against_zero_steps.items(), found, strict=True)
+        if guilty
+    )
+
+
+def convicted(
+    level: str, harm: LevelHarm, tested: Sequence[Mapping[str, Any]], rate: float, share: float | None = None
+) -> Alarm | None:
+    """Segments whose own weights are proven to do harm, and fall back to their parent's.
+
+    Args:
+        level: the ladder level's name.
+        harm: what is proven about it.
+        tested: rows of this level in `SegmentVerdicts.table`, the most suspect segments first.
+        rate: of false discoveries that was allowed.
+        share: of a level of single users, the share of its rows that the convicted ones have: among many users some
+            are convicted on any night, so up to `FEW_ROWS` are no alarm. None for a level of markets or cohorts.
+
+    >>> one = {"tested": "de", "harmful": True, "estimate": 0.04, "rows": 120}
+    >>> print(convicted("market", LevelHarm(convicted=("de",)), [one], 0.1).message.split(";")[0])
+    own weights of level market are proven to do harm: to 1 segment by itself, de (+0.0400 per row over 120 rows)
+    """
+    if not (harm.steps or (harm.convicted and (share is None or share > FEW_ROWS))):
         return None
+    listed = [
+        f"{one['tested']} ({one['estimate']:+.4f} per row over {one['rows']:,} rows)"
+        for one in tested
+        if one["harmful"]
+    ]
+    count, steps = len(harm.convicted), len(harm.steps)
+    together, alone = listed[:steps], listed[steps : steps + NAMED]
+    parts = [f"to all with {', '.join(together)}"] if together else []
+    if count:
+        parts.append(f"to {count:,} {'segment by itself' if count == 1 else 'by themselves'}, {', '.join(alone)}")
     return Alarm(
         "harmful",
-        f"adaptation raises the loss: {vs.estimate:+.4f} [{vs.low:+.4f}, {vs.high:+.4f}] per row against zero steps "
-        f"over {vs.users:,} users, expected below zero; compare the nights in the report, and shrink the adapters "
-        "harder",
+        f"own weights of level {level} are proven to do harm: {' and '.join(parts)}; they fall back to their parent's, "
+        f"for every objective (false discoveries are held to {rate:.0%} by gate.false_discovery); see what was "
+        "tested in the report, and shrink the adapters harder if it stays so",
     )
+
+
+def _chance(vs: Interval) -> float:
+    """One-sided p value of a difference that is not above zero, from its interval by the normal distribution."""
+    if not (np.isfinite(vs.low) and np.isfinite(vs.high)):
+        return 1.0
+    deviation = (vs.high - vs.low) / (2 * NormalDist().inv_cdf(0.975))
+    return NormalDist().cdf(-vs.estimate / deviation) if deviation > 0 else float(vs.estimate <= 0)
+
+
+def _of(objective: str) -> str:
+    return f" of objective {objective}" if objective else ""
 
 
 def forgetting(against_parent: Mapping[int, Interval], margin: float) -> Alarm | None:
@@ -216,7 +284,19 @@ def rates_by_vector(labels: FloatArray, vectors: FloatArray) -> FloatArray:
     return told
 
 
-def leaking(labels: FloatArray, inputs: Mapping[str, FloatArray]) -> Sequence[Alarm]:
+def halves(labels: FloatArray) -> FloatArray:
+    """Labels of a rating as 0 and 1: above their mean or not, [N]; NaN where missing.
+
+    >>> halves(np.array([1.0, 2.0, 6.0, np.nan]))
+    array([ 0.,  0.,  1., nan])
+    """
+    known = ~np.isnan(labels)
+    if not known.any():
+        return labels
+    return np.where(known, labels > labels[known].mean(), np.nan)
+
+
+def leaking(labels: FloatArray, inputs: Mapping[str, FloatArray], of: str = "") -> Sequence[Alarm]:
     """Inputs that by themselves tell tonight's labels.
 
     A high or a low AUC is a leak alike; a missing value ranks lowest, for being missing may be the leak.
@@ -225,6 +305,7 @@ def leaking(labels: FloatArray, inputs: Mapping[str, FloatArray]) -> Sequence[Al
         labels: [N] 0 or 1, NaN where missing.
         inputs: by name, [N] a statistic, a numeric input or what `rates_by_category`, `rates_by_values` and
             `rates_by_vector` make of the others, NaN where missing.
+        of: the objective, where there are several.
 
     >>> labels = np.repeat([0.0, 1.0], 50)
     >>> [alarm.message[:32] for alarm in leaking(labels, {"honest": np.tile([1.0, 2.0], 50), "copy": -labels})]
@@ -239,8 +320,9 @@ def leaking(labels: FloatArray, inputs: Mapping[str, FloatArray]) -> Sequence[Al
     return tuple(
         Alarm(
             "leaking",
-            f"input {name!r} alone tells tonight's labels apart with AUC {area:.3f} over {int(known.sum()):,} rows, "
-            f"expected between {1 - LEAKS_ABOVE:.2f} and {LEAKS_ABOVE:.2f}; check that it is known before the outcome",
+            f"input {name!r} alone tells tonight's labels{_of(of)} apart with AUC {area:.3f} over "
+            f"{int(known.sum()):,} rows, expected between {1 - LEAKS_ABOVE:.2f} and {LEAKS_ABOVE:.2f}; "
+            "check that it is known before the outcome",
         )
         for name, area in told.items()
         if not 1 - LEAKS_ABOVE <= area <= LEAKS_ABOVE

@@ -18,9 +18,7 @@ from tasks.data.contract import DataConfig
 from tasks.data.segments import level_name
 from tasks.learning.intervals import paired_intervals, sum_by_user
 from tasks.release.evidence import own_minus_parent
-
-LEAST = (1, 2, 4, 8, 16, 32, 64)
-"""Least support rows of each step of the curve; the last one is open."""
+from tasks.release.segment_gate import LEAST, STEPS
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def curve(tables: Sequence[pa.Table], data: DataConfig, levels: Sequence[Sequenc
                         objective=objective.name,
                         level=level_name(columns),
                         least=least,
-                        most=LEAST[at + 1] - 1 if at + 1 < len(LEAST) else None,
+                        most=STEPS[at][1],
                         segments=interval.users,
                         rows=interval.rows,
                         difference=interval.estimate,

@@ -145,13 +145,14 @@ def compare(
 
 
 def segment_evidence(tables: Sequence[pa.Table], objective: ObjectiveConfig) -> SegmentEvidence:
-    """What the nightly exams say about each segment's own weights against its parent's."""
+    """What the nightly exams say about each segment's own weights against its parent's, visit by visit."""
     parts: list[pa.Table] = []
     for table in tables:
         difference = own_minus_parent(table, objective)
+        keys = ("level", "segment", "support", "user")
         part = pa.table(
             {
-                **{name: table[name] for name in ("level", "segment", "support")},
+                **{name: table[name] for name in keys},
                 "difference": difference,
                 "square": difference**2,
             }
@@ -159,7 +160,7 @@ def segment_evidence(tables: Sequence[pa.Table], objective: ObjectiveConfig) -> 
         served = pc.and_(pc.greater_equal(part["level"], 0), pc.invert(pc.is_nan(part["difference"])))
         part = part.filter(served)
         parts.append(
-            part.group_by(["level", "segment", "support"]).aggregate(
+            part.group_by(keys, use_threads=False).aggregate(
                 [("difference", "sum"), ("square", "sum"), ("difference", "count")]
             )
         )
@@ -167,6 +168,7 @@ def segment_evidence(tables: Sequence[pa.Table], objective: ObjectiveConfig) -> 
     return SegmentEvidence(
         level=joined["level"].to_numpy().astype(np.int64),
         key=joined["segment"].to_numpy(zero_copy_only=False).astype(str),
+        user=joined["user"].to_numpy(zero_copy_only=False).astype(str),
         support=joined["support"].to_numpy().astype(np.int64),
         rows=joined["difference_count"].to_numpy().astype(np.int64),
         sums=joined["difference_sum"].to_numpy().astype(np.float64),

@@ -7,7 +7,7 @@ how unsure it is.
 Shapes: N rows, E segments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from tasks.data.contract import DataConfig
 from tasks.data.segments import level_name
-from tasks.learning.intervals import F64, I64, MIN_CLUSTERS
-from tasks.release.evidence import own_minus_parent
+from tasks.learning.intervals import MIN_CLUSTERS
+from tasks.release.evidence import segment_evidence
+from tasks.release.segment_gate import UNNAMED, posteriors_of
 
 SURE = NormalDist().inv_cdf(0.95)
 """Standard deviations from nothing at which a segment counts as better or worse off."""
@@ -108,28 +108,20 @@ def lifts(tables: Sequence[pa.Table], data: DataConfig, levels: Sequence[Sequenc
         levels: columns of the ladder's levels, finest first.
 
     Returns:
-        A table of `SCHEMA`. Levels with fewer than `MIN_CLUSTERS` segments that were served in two visits or more (a
-        visit: a user's night) are left out: there is no telling what is the segment's and what the visit's.
+        A table of `SCHEMA`. Levels with fewer than `MIN_CLUSTERS` segments that were served in two visits or more are
+        left out: there is no telling what is the segment's and what the visit's. What a visit is, and among whom a
+        segment is shrunk, say `tasks.release.segment_gate` and `tasks.release.shrinkage`.
     """
     parts = [SCHEMA.empty_table()]
-    level = np.concatenate([table["level"].to_numpy() for table in tables])
-    key = np.concatenate([_strings(table, "segment") for table in tables])
-    # Rows of one user's night resemble each other.
-    night = np.repeat(np.arange(len(tables)), [table.num_rows for table in tables])
-    visit = np.unique(np.concatenate([_strings(table, "user") for table in tables]), return_inverse=True)[1]
-    visit = visit * len(tables) + night
     for objective in data.objectives:
-        difference = np.concatenate([own_minus_parent(table, objective) for table in tables])
+        told = segment_evidence(tables, objective)
         for number, columns in enumerate(levels):
-            rows = np.flatnonzero((level == number) & ~np.isnan(difference))
-            if not len(rows):
+            segments, count, known = posteriors_of(told, number)
+            there = ~np.isnan(known.shrunk)
+            if not there.any():
                 continue
-            segments, place, count = np.unique(key[rows], return_inverse=True, return_counts=True)
-            found = _measured(place, count, visit[rows], difference[rows])
-            if found is None:
-                continue
-            mean, variance = found
-            shrunk, deviation = shrink(mean, variance)
+            segments, count = segments[there], count[there]
+            mean, shrunk, deviation = known.mean[there], known.shrunk[there], known.deviation[there]
             order = np.lexsort((segments, shrunk))
             parts.append(
                 pa.table(
@@ -148,8 +140,13 @@ def lifts(tables: Sequence[pa.Table], data: DataConfig, levels: Sequence[Sequenc
     return pa.concat_tables(parts)
 
 
-def summaries(found: pa.Table) -> list[Summary]:
-    """Each objective's levels, from what `lifts` found."""
+def summaries(found: pa.Table, unnamed: Collection[str] = ()) -> list[Summary]:
+    """Each objective's levels, from what `lifts` found.
+
+    Args:
+        found: the table.
+        unnamed: levels whose segments' keys are not to be shown: a user's is nobody's business.
+    """
     told: list[Summary] = []
     kinds = found.group_by(["objective", "level"], use_threads=False).aggregate([]).to_pylist()
     for objective, level in (kind.values() for kind in kinds):
@@ -158,7 +155,8 @@ def summaries(found: pa.Table) -> list[Summary]:
         shrunk, least = mine["shrunk"].to_numpy(), SURE * mine["deviation"].to_numpy()
         shown = min(SHOWN, len(shrunk) // 2)  # nobody stands at both ends
         ends = (mine.slice(0, shown), mine.slice(len(shrunk) - shown))
-        best, worst = ([Served(**row) for row in end.to_pylist()] for end in ends)
+        shown_as = {"segment": UNNAMED} if level in unnamed else {}
+        best, worst = ([Served(**row | shown_as) for row in end.to_pylist()] for end in ends)
         told.append(
             Summary(
                 objective=objective,
@@ -183,58 +181,3 @@ def save(found: pa.Table, path: Path) -> None:
 def load(path: Path) -> pa.Table:
     """Read what `save` wrote."""
     return pq.read_table(path, schema=SCHEMA)
-
-
-def _strings(table: pa.Table, name: str) -> NDArray[np.str_]:
-    return np.asarray(table[name].to_numpy(zero_copy_only=False), np.str_)
-
-
-def _measured(place: I64, count: I64, visit: I64, difference: F64) -> tuple[F64, F64] | None:
-    """Mean difference of every segment [E] and the variance of that mean, from its rows [N]; None: too few visits.
-
-    Rows of a visit resemble each other, so a mean has two parts of noise: that of its rows and that of its visits. Few
-    segments can tell their own; both variances are those of all segments together, by moments (Searle, Casella and
-    McCulloch, Variance Components, 1992, chapter 3, unbalanced data).
-    """
-    mean = np.bincount(place, difference) / count
-    pairs, cluster = np.unique(place * np.int64(visit.max() + 1) + visit, return_inverse=True)
-    owner, size = pairs // np.int64(visit.max() + 1), np.bincount(cluster)
-    if np.count_nonzero(np.bincount(owner) > 1) < MIN_CLUSTERS:
-        return None
-    of_visit = np.bincount(cluster, difference) / size
-    of_a_row = float(((difference - of_visit[cluster]) ** 2).sum()) / max(1, len(difference) - len(size))
-    squares = np.bincount(owner, size.astype(np.float64) ** 2)
-    between = float((size * (of_visit - mean[owner]) ** 2).sum()) - (len(size) - len(count)) * of_a_row
-    of_a_visit = max(0.0, between / (len(difference) - float((squares / count).sum())))
-    return mean, of_a_row / count + of_a_visit * squares / count.astype(np.float64) ** 2
-
-
-def shrink(mean: F64, variance: F64) -> tuple[F64, F64]:
-    """Posterior mean and standard deviation of each segment's true value [E], under one normal prior for all.
-
-    The prior's variance is estimated by moments (DerSimonian and Laird, 1986), its mean by weighing each segment by
-    how sure it is; then each is drawn towards it (Efron and Morris, 1975).
-
-    Args:
-        mean: measured values [E].
-        variance: of the measurements [E].
-
-    Returns:
-        Means and deviations [E]; a deviation counts in how unsure the prior's mean is.
-
-    Two that were measured equally well, and whose difference of 2 is four times what noise explains:
-
-    >>> shrink(np.array([-1.0, 1.0]), np.array([0.5, 0.5]))
-    (array([-0.75,  0.75]), array([0.66143783, 0.66143783]))
-    """
-    if not variance.any():  # nothing is unsure
-        return mean.copy(), np.zeros_like(mean)
-    variance = np.maximum(variance, variance.max() * 1e-9)
-    sure = 1.0 / variance
-    middle = (sure * mean).sum() / sure.sum()
-    more = (sure * (mean - middle) ** 2).sum() - (len(mean) - 1)
-    spread = max(0.0, more / (sure.sum() - (sure**2).sum() / sure.sum()))
-    sure = 1.0 / (spread + variance)
-    middle = (sure * mean).sum() / sure.sum()
-    kept = spread * sure
-    return middle + kept * (mean - middle), np.sqrt(kept * variance + (1 - kept) ** 2 / sure.sum())

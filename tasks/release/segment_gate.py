@@ -1,9 +1,12 @@
 """Which segments keep their own adapter: it stays unless evidence pooled over nightly exams shows that it harms.
 
-The evidence is of the banks that were examined, the verdict is carried out on the bank that ships: that one knows
-segments that are new on the night, and has seen more rows of the others.
+A segment with rows enough is judged by its lift, shrunk by empirical Bayes; the others by the step of the support curve
+that they stand on. The evidence is of the banks that were examined, the verdict is carried out on the bank that ships:
+that one knows segments that are new on the night, and has seen more rows of the others.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,23 +17,33 @@ from numpy.typing import NDArray
 from tasks.data.contract import Section
 from tasks.learning.intervals import MIN_CLUSTERS
 from tasks.release.gate import GateConfig
+from tasks.release.shrinkage import Posteriors, posteriors
 
 BoolArray = NDArray[np.bool_]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-SUPPORT_BUCKETS = ((1, 5), (6, 20), (21, None))
-"""Support sizes that are judged together where a segment has too few exam rows of its own."""
+UNNAMED = "a single one"
+"""What stands in place of a key that is not to be shown."""
+LEAST = (1, 2, 4, 8, 16, 32, 64)
+"""Least support rows of each step of the support curve; the last one is open."""
+STEPS = (*((least, above - 1) for least, above in itertools.pairwise(LEAST)), (LEAST[-1], None))
+"""Least and most support rows of segments that are judged together where they have too few exam rows of their own."""
 
 
 @dataclass(frozen=True)
 class SegmentEvidence:
-    """What the pooled nightly exams say about segments: one entry per exam and segment, in any order."""
+    """What the pooled nightly exams say about segments: an entry per exam, segment and user, in any order.
+
+    An entry is a visit: the rows of one user's night, which resemble each other, as far as the segment served them.
+    """
 
     level: I64
     """[E] ladder level, 0 the finest."""
     key: NDArray[Any]
     """[E] the segment's raw key, which means the same segment in every exam and in every bank."""
+    user: NDArray[Any]
+    """[E] the user's raw key."""
     support: I64
     """[E] support rows behind the adapter that was examined."""
     rows: I64
@@ -46,28 +59,28 @@ class LevelHarm(Section):
 
     convicted: tuple[str, ...] = ()
     """Segments whose own weights are proven to do harm, by raw key."""
-    buckets: tuple[tuple[int, int | None], ...] = ()
+    steps: tuple[tuple[int, int | None], ...] = ()
     """Least and most support rows of weights that are proven to do harm together; None: no limit."""
     acquitted: tuple[str, ...] = ()
-    """Segments that were tested by themselves and not convicted. None are listed where no bucket is convicted: only
+    """Segments that were tested by themselves and not convicted. None are listed where no step is convicted: only
     there do they need protection. Each has `min_exam_rows` exam rows, so they are few beside the rows of the exams."""
 
     @property
     def proven(self) -> bool:
         """Whether there is anything to refuse."""
-        return bool(self.convicted or self.buckets)
+        return bool(self.convicted or self.steps)
 
     def refuses(self, key: NDArray[Any], support: I64) -> BoolArray:
         """Which segments of a bank fall back to their parent's weights or the base.
 
-        A segment's own verdict goes before that of its bucket, and the bucket is that of the weights that would ship.
+        A segment's own verdict goes before that of its step, and the step is that of the weights that would ship.
 
         Args:
             key: [S] raw keys.
             support: [S] rows behind the weights in question.
         """
         refused = np.zeros(len(key), bool)
-        for least, most in self.buckets:
+        for least, most in self.steps:
             refused |= (support >= least) & (most is None or support <= most)
         refused &= ~np.isin(key, np.array(self.acquitted, str))
         return refused | np.isin(key, np.array(self.convicted, str))
@@ -75,97 +88,178 @@ class LevelHarm(Section):
 
 @dataclass(frozen=True)
 class SegmentVerdicts:
-    """What was tested, single segments and buckets, one row each, and what was found."""
+    """What was tested, single segments and steps, one row each, and what was found."""
 
     level: I64
     """[H] ladder level."""
-    bucket: I64
-    """[H] index into `SUPPORT_BUCKETS`, or -1 for a single segment."""
+    step: I64
+    """[H] index into `STEPS`, or -1 for a single segment."""
     key: NDArray[Any]
-    """[H] the segment's key; of no meaning for a bucket."""
+    """[H] the segment's key; of no meaning for a step."""
     rows: I64
     """[H] exam rows behind it."""
     estimate: F64
     """[H] difference per row; above zero is harm."""
+    shrunk: F64
+    """[H] expected true difference of a single segment, given all of its level; NaN where it was not shrunk."""
     p: F64
-    """[H] one-sided p value of "the adapter does no harm"."""
+    """[H] one-sided p value of "the adapter does no harm"; of a shrunk difference, no less than the probability that
+    its true value is no harm."""
     harmful: BoolArray
     """[H] proven, with false discovery controlled over all of them."""
     segments: I64
-    """[H] segments that were examined, and make up the sample of a bucket."""
+    """[H] segments that were examined, and make up the sample of a step."""
+
+    def share(self, level: int) -> float:
+        """Of the exam rows of a level that were tested, those of segments that are convicted by themselves."""
+        here = self.level == level
+        return float(self.rows[here & (self.step < 0) & self.harmful].sum() / max(1, self.rows[here].sum()))
 
     def harm(self, levels: int) -> tuple[LevelHarm, ...]:
         """What is proven about each level of a ladder of so many, finest first; by key, so that equal is equal."""
         return tuple(self._harm_of(level) for level in range(levels))
 
     def _harm_of(self, level: int) -> LevelHarm:
-        here, single = self.level == level, self.bucket < 0
-        buckets = np.unique(self.bucket[here & ~single & self.harmful])
-        acquitted = here & single & ~self.harmful if len(buckets) else np.zeros(len(here), bool)
+        here, single = self.level == level, self.step < 0
+        steps = np.unique(self.step[here & ~single & self.harmful])
+        acquitted = here & single & ~self.harmful if len(steps) else np.zeros(len(here), bool)
         return LevelHarm(
             convicted=tuple(sorted(map(str, self.key[here & single & self.harmful]))),
-            buckets=tuple(SUPPORT_BUCKETS[bucket] for bucket in buckets),
+            steps=tuple(STEPS[step] for step in steps),
             acquitted=tuple(sorted(map(str, self.key[acquitted]))),
         )
 
-    def table(self, limit: int = 20) -> list[dict[str, object]]:
-        """Every bucket, then the single segments most suspect of harm, as rows for a report."""
-        buckets = np.flatnonzero(self.bucket >= 0)
-        single = np.flatnonzero(self.bucket < 0)
-        chosen = np.concatenate((buckets, single[np.argsort(self.p[single], kind="stable")][:limit]))
+    def table(self, named: Sequence[bool] | None = None, limit: int = 20) -> list[dict[str, object]]:
+        """Every step, then of each level the single segments most suspect of harm, as rows for a report.
+
+        Args:
+            named: of each level, whether its segments' keys may be shown: a user's is nobody's business. None: all.
+            limit: most single segments of a level.
+        """
+        steps, single = np.flatnonzero(self.step >= 0), np.flatnonzero(self.step < 0)
+        suspects = single[np.lexsort((self.p[single], self.level[single]))]
+        rank = np.arange(len(suspects)) - np.searchsorted(self.level[suspects], self.level[suspects])
+        chosen = np.concatenate((steps, suspects[rank < limit]))
+        shown = np.ones(int(self.level.max(initial=0)) + 1, bool) if named is None else np.array(named)
+        keys = [str(self.key[row]) if shown[self.level[row]] else UNNAMED for row in chosen]
         return [
             {
                 "level": int(self.level[row]),
-                "tested": _bucket_name(self.bucket[row]) if self.bucket[row] >= 0 else str(self.key[row]),
+                "tested": _step_name(self.step[row]) if self.step[row] >= 0 else key,
                 "rows": int(self.rows[row]),
                 "estimate": float(self.estimate[row]),
+                "shrunk": None if np.isnan(self.shrunk[row]) else float(self.shrunk[row]),
                 "p": float(self.p[row]),
                 "harmful": bool(self.harmful[row]),
                 "segments": int(self.segments[row]),
             }
-            for row in chosen
+            for row, key in zip(chosen, keys, strict=True)
         ]
 
 
 def decide_segments(config: GateConfig, evidence: SegmentEvidence) -> SegmentVerdicts:
     """Of which segments, and of which groups of them, it is proven that their own weights do harm.
 
-    A segment with `min_exam_rows` pooled rows is tested by itself, its rows being the sample. The others are tested
-    together by level and support bucket, the segments being the sample (ratio estimate, variance between segments).
-    A test is one-sided against harm; the convicted are chosen by Benjamini–Hochberg over all tests at
-    `false_discovery`. What is not convicted ships, and so does what nothing speaks for.
+    A segment with `min_exam_rows` pooled rows is judged by itself, among all segments of its level with about as much
+    support (`tasks.release.shrinkage`): its p value is that of its mean or, where that is greater, the probability that
+    its true lift is no harm once the mean is shrunk towards theirs. The first alone keeps the rate of false
+    discoveries; the second asks more where the others speak against harm. Where too few can be compared, as with three
+    markets, its own visits are the sample, if there are `MIN_CLUSTERS` of them. All others are tested together by level
+    and step of the support curve, the segments being the sample (ratio estimate, variance between segments). The
+    convicted are chosen by Benjamini-Hochberg over all tests at `false_discovery`. What is not convicted ships, and so
+    does what nothing speaks for.
 
     Args:
         config: the gate's section.
         evidence: pooled over the last nightly exams.
     """
     segment, example = _groups(evidence.level, np.unique(evidence.key, return_inverse=True)[1])
-    rows, sums, squares = _sums_by(segment, len(example), evidence.rows, evidence.sums, evidence.squares)
-    own = np.flatnonzero(rows >= config.min_exam_rows)
-    own_rows, own_sums = rows[own], sums[own]
-    variance = np.maximum(squares[own] - own_sums**2 / own_rows, 0) / (own_rows - 1)
-    own_p = _harm_p(own_sums / own_rows, variance / own_rows, own_rows - 1)
-
-    thin = np.flatnonzero(rows[segment] < config.min_exam_rows)
-    cell = evidence.level[thin] * len(SUPPORT_BUCKETS) + _bucket(evidence.support[thin])
+    rows, sums = _sums_by(segment, len(example), evidence.rows, evidence.sums)
+    shrunk, p = _judged(evidence, segment, evidence.level[example])
+    own = (rows >= config.min_exam_rows) & ~np.isnan(p)
+    thin = ~own[segment]
+    cell = evidence.level[thin] * len(STEPS) + _step(evidence.support[thin])
     cells, clusters, cell_rows, cell_estimate, cell_p = _test_cells(
         cell, segment[thin], evidence.rows[thin], evidence.sums[thin]
     )
-    p = np.concatenate((own_p, cell_p))
+    every = np.concatenate((p[own], cell_p))
     return SegmentVerdicts(
-        level=np.concatenate((evidence.level[example[own]], cells // len(SUPPORT_BUCKETS))),
-        bucket=np.concatenate((np.full(len(own), -1), cells % len(SUPPORT_BUCKETS))),
+        level=np.concatenate((evidence.level[example[own]], cells // len(STEPS))),
+        step=np.concatenate((np.full(int(own.sum()), -1), cells % len(STEPS))),
         key=np.concatenate((evidence.key[example[own]], np.zeros(len(cells), evidence.key.dtype))),
-        rows=np.concatenate((own_rows, cell_rows)).astype(np.int64),
-        estimate=np.concatenate((own_sums / own_rows, cell_estimate)),
-        p=p,
-        harmful=benjamini_hochberg(p, config.false_discovery),
-        segments=np.concatenate((np.ones(len(own)), clusters)).astype(np.int64),
+        rows=np.concatenate((rows[own], cell_rows)).astype(np.int64),
+        estimate=np.concatenate((sums[own] / rows[own], cell_estimate)),
+        shrunk=np.concatenate((shrunk[own], np.full(len(cells), np.nan))),
+        p=every,
+        harmful=benjamini_hochberg(every, config.false_discovery),
+        segments=np.concatenate((np.ones(int(own.sum())), clusters)).astype(np.int64),
     )
 
 
+def posteriors_of(evidence: SegmentEvidence, level: int) -> tuple[NDArray[Any], I64, Posteriors]:
+    """Raw keys of a level's segments, ascending [S], their exam rows [S] and what is known of their lifts."""
+    here = evidence.level == level
+    keys, segment = np.unique(evidence.key[here], return_inverse=True)
+    support = np.zeros(len(keys), np.int64)
+    np.maximum.at(support, segment, evidence.support[here])
+    visits = _visits(segment, evidence, here)
+    rows = np.bincount(visits[0], visits[1], minlength=len(keys)).astype(np.int64)
+    return keys, rows, posteriors(visits[0], _step(support), *visits[1:])
+
+
+def _visits(segment: I64, evidence: SegmentEvidence, here: BoolArray) -> tuple[I64, I64, F64, F64]:
+    """Of every visit of a level the segment, rows, sums and squares [V].
+
+    A user who is a segment of his own visits it once a night; one of many in a market is one visit of it in all.
+    """
+    columns = (evidence.rows[here], evidence.sums[here], evidence.squares[here])
+    user = np.unique(evidence.user[here], return_inverse=True)[1]
+    pair, first = _groups(segment, user)
+    if len(first) == len(np.unique(segment)):
+        return segment, *columns
+    rows, sums, squares = _sums_by(pair, len(first), *columns)
+    return segment[first], rows.astype(np.int64), sums, squares
+
+
+def _judged(evidence: SegmentEvidence, segment: I64, level: I64) -> tuple[F64, F64]:
+    """Shrunk lift of every segment, where it can be, and the p value of no harm [S]; NaN where nobody can tell.
+
+    Args:
+        evidence: what the exams say.
+        segment: of each entry [E].
+        level: of every segment [S].
+    """
+    shrunk, p = np.full(len(level), np.nan), np.full(len(level), np.nan)
+    for number in np.unique(level):
+        members, here = np.flatnonzero(level == number), evidence.level == number
+        keys, rows, known = posteriors_of(evidence, int(number))
+        assert len(keys) == len(members)  # both in the order of their keys
+        owner, *visits = _visits(np.searchsorted(members, segment[here]), evidence, here)
+        count, sums = _sums_by(owner, len(members), np.ones(len(owner)), visits[1])
+        estimate = sums / rows
+        (spread,) = _sums_by(owner, len(members), (visits[1] - estimate[owner] * visits[0]) ** 2)
+        by_visits = ~known.trusted & (count >= MIN_CLUSTERS)
+        n = count[by_visits]
+        variance = n / (n - 1) * spread[by_visits] / rows[by_visits] ** 2
+        p[members[by_visits]] = _harm_p(estimate[by_visits], variance, n - 1)
+        sure = known.trusted
+        shrunk[members[sure]] = known.shrunk[sure]
+        p[members[sure]] = np.maximum(
+            _tail(known.mean[sure], np.sqrt(known.variance[sure])), _tail(known.shrunk[sure], known.deviation[sure])
+        )
+    return shrunk, p
+
+
+def _tail(mean: F64, deviation: F64) -> F64:
+    """How probable it is that a normal value is not above zero; without deviation it is as sure as its sign."""
+    sign = np.where(mean > 0, np.inf, np.where(mean < 0, -np.inf, 0.0))
+    z = np.divide(mean, deviation, out=sign, where=deviation > 0)
+    p: F64 = torch.special.ndtr(torch.from_numpy(-z)).numpy()
+    return p
+
+
 def _test_cells(cell: I64, segment: I64, rows: I64, sums: F64) -> tuple[I64, F64, F64, F64, F64]:
-    """Tests each cell (level and bucket) by its segments; cells with fewer than `MIN_CLUSTERS` of them are left out.
+    """Tests each cell (level and step) by its segments; cells with fewer than `MIN_CLUSTERS` of them are left out.
 
     A cluster is a segment within a cell: one whose support grew from night to night counts in both cells.
 
@@ -226,10 +320,12 @@ def _sums_by(index: I64, count: int, *columns: NDArray[Any]) -> list[F64]:
     return [np.bincount(index, weights=column, minlength=count).astype(np.float64) for column in columns]
 
 
-def _bucket(support: I64) -> I64:
-    return np.searchsorted([low for low, _ in SUPPORT_BUCKETS[1:]], support, side="right").astype(np.int64)
+def _step(support: I64) -> I64:
+    return np.searchsorted(LEAST[1:], support, side="right").astype(np.int64)
 
 
-def _bucket_name(bucket: int) -> str:
-    low, high = SUPPORT_BUCKETS[bucket]
-    return f"support {low}+" if high is None else f"support {low} to {high}"
+def _step_name(step: int) -> str:
+    least, most = STEPS[step]
+    if most is None:
+        return f"support {least}+"
+    return f"support {least}" if most == least else f"support {least} to {most}"

@@ -7,10 +7,11 @@ import pyarrow as pa
 
 
 def exam_of(own: "np.ndarray", parent: "np.ndarray", liked: "np.ndarray", **columns: Sequence[object]) -> pa.Table:
-    """An exam table with these predictions of `liked`, and columns such as level, segment, support and user."""
+    """An exam table with these predictions of `liked` and such columns: level, segment, user, and support if not 9."""
     nothing = np.full(len(own), np.nan)
     return pa.table(
         {
+            "support": np.full(len(own), 9),
             **columns,
             "label/liked": liked,
             "label/stars": nothing,

@@ -5,7 +5,9 @@ import pytest
 
 from tasks.learning.intervals import Interval, paired_interval
 from tasks.release.alarms import (
+    convicted,
     forgetting,
+    halves,
     harmful,
     inert,
     leaking,
@@ -14,6 +16,7 @@ from tasks.release.alarms import (
     rates_by_vector,
     vanished,
 )
+from tasks.release.segment_gate import LevelHarm
 
 
 def test_adaptation_that_changes_nothing_is_inert():
@@ -46,9 +49,57 @@ def test_no_predictions_are_no_alarm():
     ],
 )
 def test_only_an_interval_wholly_above_zero_is_harm(interval, alarms):
-    alarm = harmful(interval)
-    assert (alarm is not None) is alarms
-    assert alarm is None or "+0.0200 [+0.0010, +0.0400]" in alarm.message
+    found = harmful({"liked": interval}, 0.1)
+    assert bool(found) is alarms
+    assert all("+0.0200 [+0.0010, +0.0400]" in alarm.message for alarm in found)
+
+
+def test_harm_to_one_of_many_objectives_is_held_to_the_false_discovery_rate():
+    """One-sided p values of 0.0125 and 0.023: among eight without harm the limits of the first two ranks at a rate of
+    0.1 are 0.01 and 0.02."""
+    quiet = {f"objective {number}": Interval(0.0, -0.02, 0.02, 50, 700) for number in range(8)}
+    harm = {"a": Interval(0.0224, 0.0028, 0.042, 50, 700), "b": Interval(0.02, 0.0004, 0.0396, 50, 700)}
+    assert not harmful(quiet | harm, 0.1)
+    first, second = harmful(quiet | harm, 0.2)
+    assert "of objective a:" in first.message
+    assert "of objective b:" in second.message
+
+
+def test_a_convicted_step_and_segments_are_named_with_what_follows():
+    tested = [
+        {"tested": "support 1", "harmful": True, "estimate": 0.03, "rows": 90},
+        {"tested": "support 2 to 3", "harmful": False, "estimate": 0.01, "rows": 40},
+        *({"tested": f"zone {n}", "harmful": n < 7, "estimate": 0.1, "rows": 100 + n} for n in range(9)),
+    ]
+    harm = LevelHarm(convicted=tuple(f"zone {n}" for n in range(7)), steps=((1, 1),))
+    alarm = convicted("zone", harm, tested, 0.1)
+    assert alarm is not None
+    assert alarm.name == "harmful"
+    assert "to all with support 1 (+0.0300 per row over 90 rows) and to 7 by themselves, zone 0 (" in alarm.message
+    assert "zone 4 (+0.1000 per row over 104 rows); they fall back" in alarm.message
+    assert "support 2 to 3" not in alarm.message
+    assert convicted("zone", LevelHarm(), tested, 0.1) is None
+    alone, told = LevelHarm(convicted=("zone 0",)), tested[2:]
+    assert [convicted("zone", alone, told, 0.1, share) is None for share in (0.01, 0.011, None)] == [True, False, False]
+    assert convicted("zone", harm, tested, 0.1, 0.0) is not None  # a step that is proven is more than some users
+
+
+def test_a_level_that_changes_nothing_is_named_beside_its_objective():
+    same = np.full(30, 0.25)
+    alarm = inert(same, same, "market", "stars")
+    assert alarm is not None
+    assert alarm.message.startswith("level market changes no prediction of objective stars: largest change 0.0e+00")
+    assert "segments.levels" in alarm.message
+
+
+def test_a_rating_that_is_given_away_is_heard_by_its_halves():
+    stars = np.random.default_rng(0).integers(1, 6, 400).astype(float)
+    labels = halves(stars)
+    assert labels.tolist() == (stars > stars.mean()).astype(float).tolist()
+    found = leaking(labels, {"copy": stars * 10, "honest": np.random.default_rng(1).random(400)}, "stars")
+    assert [alarm.message.split(" apart")[0] for alarm in found] == [
+        "input 'copy' alone tells tonight's labels of objective stars"
+    ]
 
 
 def test_only_an_interval_wholly_beyond_the_margin_is_forgetting():

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pytest
 
 from tasks.learning.intervals import MIN_CLUSTERS
-from tasks.release.lift import SCHEMA, SHOWN, lifts, load, save, shrink, summaries
+from tasks.release.lift import SCHEMA, SHOWN, lifts, load, save, summaries
 from tests.release.own_weights import exam_of
 from tests.releases import contract
 
@@ -50,23 +50,6 @@ def test_measured_lifts_are_those_of_a_loop_and_levels_are_apart() -> None:
         assert [served.shrunk for served in one.worst] == mine[: -SHOWN - 1 : -1]
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.05, 0.5])
-def test_shrunk_lifts_are_nearer_to_the_truth_and_say_how_near(spread: float) -> None:
-    """True values with a known spread, measured with as little or as much noise as segments have rows."""
-    random = np.random.default_rng(3)
-    true = 0.1 + spread * random.normal(size=4000)
-    variance = 0.5 / random.integers(1, 200, len(true))
-    mean = true + np.sqrt(variance) * random.normal(size=len(true))
-    shrunk, deviation = shrink(mean, variance)
-    error = shrunk - true
-    assert np.mean(error**2) < np.mean((mean - true) ** 2)
-    # No estimate can do better than that of the prior that drew them.
-    best = 0.1 + (mean - 0.1) * spread**2 / (spread**2 + variance)
-    assert np.mean(error**2) <= 1.02 * np.mean((best - true) ** 2) + 1e-4
-    if spread > 0:
-        assert np.mean(np.abs(error) < 1.96 * deviation) == pytest.approx(0.95, abs=0.015)
-
-
 def told(difference: np.ndarray, segment: np.ndarray, visit: np.ndarray) -> pa.Table:
     """A night's exam in which own weights are worse than the parent's by these differences of log-loss."""
     parent = np.full(len(segment), 0.5)
@@ -98,17 +81,6 @@ def test_who_is_better_off_is_seldom_said_of_those_who_are_not(spread: float, lo
     assert np.mean(covered) > 0.85
     if spread == 0:
         assert np.mean(called) < 0.12
-
-
-def test_without_noise_the_measured_is_the_truth() -> None:
-    for mean in (np.zeros(1000), np.full(1000, -0.01), np.linspace(-1, 1, 10)):
-        shrunk, deviation = shrink(mean, np.zeros(len(mean)))
-        np.testing.assert_array_equal(shrunk, mean)
-        assert not deviation.any()
-    shrunk, deviation = shrink(np.array([-1.0, 0.0, 1.0]), np.array([0.0, 0.1, 0.1]))
-    assert np.isfinite(shrunk).all()
-    assert shrunk[0] == pytest.approx(-1, abs=1e-6)
-    assert deviation[0] < 1e-3
 
 
 def test_nobody_stands_at_both_ends_and_single_visits_tell_nothing() -> None:

@@ -18,21 +18,23 @@ from tests.steps.plain import plain_night
 
 
 def evidence(acquitted: str) -> SegmentEvidence:
-    """Users with 6 to 20 support rows are harmed, all but one, who has rows of his own to show for it."""
+    """Users with 16 to 31 support rows are harmed, all but one, who has rows of his own on five nights to show it."""
     harm = np.linspace(0.1, 0.3, 12)
-    rows = np.array([*[10] * len(harm), 40])
-    mean = np.append(harm, -0.2)
+    rows = np.array([*[10] * len(harm), *[8] * 5])
+    mean = np.append(harm, [-0.2] * 5)
+    key = np.array([*(f"someone {number}" for number in range(len(harm))), *[acquitted] * 5])
     return SegmentEvidence(
         level=np.zeros(len(rows), np.int64),
-        key=np.array([*(f"someone {number}" for number in range(len(harm))), acquitted]),
-        support=np.full(len(rows), 12),
+        key=key,
+        user=key,
+        support=np.full(len(rows), 20),
         rows=rows,
         sums=rows * mean,
         squares=rows * (mean**2 + 0.01),
     )
 
 
-def test_users_who_are_new_on_the_night_fall_back_with_their_bucket(
+def test_users_who_are_new_on_the_night_fall_back_with_their_step(
     damageable: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night = damageable.next_night
@@ -48,8 +50,8 @@ def test_users_who_are_new_on_the_night_fall_back_with_their_bucket(
     place, data = damageable.config.place(), damageable.config.data
     records = {step.step: recalled(place, step.step, step.key) for step in result.steps}
     assert records["evaluate"].content["harmful"] == [
-        {"convicted": [], "buckets": [[6, 20]], "acquitted": [acquitted]},
-        {"convicted": [], "buckets": [], "acquitted": []},
+        {"convicted": [], "steps": [[16, 31]], "acquitted": [acquitted]},
+        {"convicted": [], "steps": [], "acquitted": []},
     ]
 
     words = vocabulary.load(data, open_workspace(place).file(records["prepare"], "vocabulary.parquet"))
@@ -61,9 +63,9 @@ def test_users_who_are_new_on_the_night_fall_back_with_their_bucket(
         return found
 
     kept = dict(zip(names(users.keys), users.support.tolist(), strict=True))
-    assert 6 <= kept.pop(acquitted) <= 20
+    assert 16 <= kept.pop(acquitted) <= 31
     assert kept
-    assert not [name for name, support in kept.items() if 6 <= support <= 20]
+    assert not [name for name, support in kept.items() if 16 <= support <= 31]
     assert others <= set(names(users.refused))
     assert len(markets.refused) == 0
 

@@ -42,7 +42,7 @@ def test_a_leak_and_an_adapter_that_does_nothing_are_named_before_anything_is_pu
         *(config.place(), config.data, config.segments, config.gate), *(made.ingested, made.prepared, made.base)
     )
     alarms = judge.fn(
-        *(config.place(), config.data, config.segments, config.gate),
+        *(config.place(), config.data, config.segments, config.adapter, config.gate),
         *(made.ingested, made.validated, made.prepared, made.exam, retention),
     ).alarms
     assert [alarm.split(" alone")[0] for alarm in alarms if alarm.startswith("leaking")] == [

@@ -74,7 +74,7 @@ class Second:
     def alarms(self, retention: RetentionRef, config: RetrainConfig) -> list[str]:
         exam = self.reference("evaluate", ExamRef, rows=1, users=1)
         validated = self.made.validated
-        sections = (config.place(), config.data, config.segments, config.gate)
+        sections = (config.place(), config.data, config.segments, config.adapter, config.gate)
         made = judge.fn(*sections, self.ingested, validated, self.made.prepared, exam, retention)
         return [alarm.split(":")[0] for alarm in made.alarms]
 

@@ -1,0 +1,162 @@
+"""What an operator must hear of a night, looked for in its exams, in the gate's findings and in its rows."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tasks.clients.workspace import StepRecord
+from tasks.data.columns import Rows
+from tasks.data.contract import DataConfig, ObjectiveConfig
+from tasks.data.lists import spans
+from tasks.data.segments import level_name
+from tasks.learning.adapters import AdapterConfig
+from tasks.learning.exams import CANDIDATE, PARENT, ZERO_STEPS, column
+from tasks.learning.material import I64
+from tasks.release.alarms import (
+    LEAK_VECTOR_ROWS,
+    Alarm,
+    FloatArray,
+    convicted,
+    halves,
+    harmful,
+    inert,
+    leaking,
+    rates_by_category,
+    rates_by_values,
+    rates_by_vector,
+    vanished,
+)
+from tasks.release.evidence import compare
+from tasks.release.gate import GateConfig
+from tasks.release.segment_gate import LevelHarm
+
+
+def asked_for(table: pa.Table, objective: ObjectiveConfig) -> bool:
+    """Whether an exam asked for an objective."""
+    return f"label/{objective.name}" in table.column_names
+
+
+def of_adaptation(
+    data: DataConfig, adapter: AdapterConfig, gate: GateConfig, rows: Rows, tables: Sequence[pa.Table]
+) -> Iterator[Alarm]:
+    """What adaptation as a whole, and that of each level, does to the objectives; the newest exam comes first."""
+    if adapter.kind == "none":
+        return
+    tonight, served = tables[0], tables[0]["level"].to_numpy()
+    for objective in data.objectives:
+        said = {
+            (condition, method): tonight[column(condition, method, objective.name)].to_numpy()
+            for condition, methods in (
+                ("contact 0", (CANDIDATE, ZERO_STEPS)),
+                ("contact 5", (CANDIDATE, ZERO_STEPS)),
+                ("nightly", (CANDIDATE, PARENT)),
+            )
+            for method in methods
+        }
+        name = objective.name if len(data.objectives) > 1 else ""
+        asked = ~np.isnan(said["contact 5", CANDIDATE])
+        own, zero = (np.r_[said["contact 0", one], said["contact 5", one][asked]] for one in (CANDIDATE, ZERO_STEPS))
+        if (alarm := inert(own, zero, of=name)) is not None:
+            yield alarm
+            continue
+        for number, level in enumerate(rows.levels):
+            mine = served == number
+            own, parent = said["nightly", CANDIDATE][mine], said["nightly", PARENT][mine]
+            if (alarm := inert(own, parent, level_name(level.columns), name)) is not None:
+                yield alarm
+    against = {
+        objective.name: compare([one for one in tables if asked_for(one, objective)], "nightly", objective, seed=0)
+        for objective in data.objectives
+    }
+    yield from harmful({name: found[ZERO_STEPS][0] for name, found in against.items()}, gate.false_discovery)
+
+
+def of_segments(data: DataConfig, gate: GateConfig, rows: Rows, examined: StepRecord) -> Iterator[Alarm]:
+    """Whose own weights are proven to do harm."""
+    for number, (level, harm) in enumerate(zip(rows.levels, examined.content["harmful"], strict=True)):
+        tested = [one for one in examined.notes["tested"] if one["level"] == number]
+        share = examined.notes["convicted"][number] if data.user in level.columns else None
+        proven = LevelHarm.model_validate(harm)
+        if (alarm := convicted(level_name(level.columns), proven, tested, gate.false_discovery, share)) is not None:
+            yield alarm
+
+
+def of_inputs(data: DataConfig, rows: Rows, night: int) -> Iterator[Alarm]:
+    """Which inputs tell the labels of an objective by themselves; each is named once."""
+    at = np.flatnonzero(np.asarray(rows.night) == night)
+    few = np.sort(np.random.default_rng(0).permutation(len(at))[:LEAK_VECTOR_ROWS])
+    named: set[str] = set()
+    for number, objective in enumerate(data.objectives):
+        labels = np.asarray(rows.labels)[at, number]
+        labels = labels if objective.kind == "binary" else halves(labels)
+        name = objective.name if len(data.objectives) > 1 else ""
+        for chosen, told in (
+            (labels, _told(data, rows, at, labels)),
+            (labels[few], _told_by_vectors(data, rows, at[few], labels[few])),
+        ):
+            fresh = {one: values for one, values in told.items() if one not in named}
+            found = {one: leaking(chosen, {one: values}, name) for one, values in fresh.items()}
+            named |= {one for one, alarms in found.items() if alarms}
+            yield from (alarm for alarms in found.values() for alarm in alarms)
+
+
+def of_lost_segments(
+    data: DataConfig, gate: GateConfig, rows: Rows, tonight: pa.Table, before: pa.Table
+) -> Iterator[Alarm]:
+    """Which segments of the exam before have no rows tonight."""
+    for number, level in enumerate(rows.levels):
+        if level.columns == (data.user,):
+            continue
+        then = before.filter(pc.equal(before["level"], number))
+        then = then.group_by("segment").aggregate([([], "count_all")])
+        now = tonight.filter(pc.equal(tonight["level"], number))["segment"].to_numpy(zero_copy_only=False)
+        alarm = vanished(
+            level_name(level.columns),
+            then["segment"].to_numpy(zero_copy_only=False).astype(str),
+            then["count_all"].to_numpy(),
+            np.unique(now.astype(str)),
+            gate.min_exam_rows,
+        )
+        if alarm is not None:
+            yield alarm
+
+
+def _told(data: DataConfig, rows: Rows, at: I64, labels: FloatArray) -> dict[str, FloatArray]:
+    """What statistics, numbers, categories and lists say by themselves about the rows at positions, by name."""
+    told: dict[str, FloatArray] = {
+        name: np.asarray(rows.statistics)[at, number] for number, name in enumerate(rows.statistics_names)
+    }
+    for names, numbers in (
+        (data.named("request", "numeric"), rows.request_numbers),
+        (data.named("candidate", "numeric"), rows.candidate_numbers),
+    ):
+        told |= {name: np.asarray(numbers)[at, number] for number, name in enumerate(names)}
+    for names, ids in (
+        (data.named("request", "categorical"), np.asarray(rows.request_ids)[at]),
+        (data.named("candidate", "categorical"), np.asarray(rows.candidate_ids)[at, 1:]),  # 0 is the item
+    ):
+        told |= {name: rates_by_category(labels, ids[:, number]) for number, name in enumerate(names)}
+    for names, values, widths in (
+        (data.named("request", "multi"), rows.request_values, data.widths("request", "multi")),
+        (data.named("candidate", "multi"), rows.candidate_values, data.widths("candidate", "multi")),
+    ):
+        if values is not None:
+            places = zip(names, spans(widths), strict=True)
+            told |= {name: rates_by_values(labels, values[at, span]) for name, span in places}
+    return told
+
+
+def _told_by_vectors(data: DataConfig, rows: Rows, at: I64, labels: FloatArray) -> dict[str, FloatArray]:
+    """What vectors say, likewise."""
+    told: dict[str, FloatArray] = {}
+    for names, vectors, widths in (
+        (data.named("request", "dense"), rows.request_vectors, data.widths("request", "dense")),
+        (data.named("candidate", "dense"), rows.candidate_vectors, data.widths("candidate", "dense")),
+    ):
+        if vectors is not None:
+            told |= {
+                n: rates_by_vector(labels, vectors[at, span]) for n, span in zip(names, spans(widths), strict=True)
+            }
+    return told

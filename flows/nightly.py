@@ -18,6 +18,7 @@ from tasks.ingest import ingest
 from tasks.meta_train import meta_train
 from tasks.prepare import prepare
 from tasks.publish import publish
+from tasks.recommend import recommend
 from tasks.references import FinishedSteps, PrepareRef, PublishRef, RetentionRef, StepRef, ValidateRef, VerdictRef
 from tasks.retention import check_retention
 from tasks.steps import hold
@@ -90,14 +91,15 @@ def nightly_retrain(
         base = meta_train(place, data, segments, config.ranker, config.training, adapter, ingested, prepared)
         bank = adapt(place, data, segments, adapter, prepared, base, bank="exam")
         exam = evaluate(place, data, segments, config.baselines, gate, ingested, prepared, base, bank)
+        lists = recommend(place, data, segments, config.statistics, config.baselines, ingested, prepared, base, bank)
         retention = check_retention(place, data, segments, gate, ingested, prepared, base)
-        verdict = judge(place, data, segments, gate, ingested, validated, prepared, exam, retention)
+        verdict = judge(place, data, segments, adapter, gate, ingested, validated, prepared, exam, retention)
         write_verdict(config.training, place, night, verdict)
         ship = adapt(place, data, segments, adapter, prepared, base, bank="ship", exam=exam)
         exported = export(place, data, segments, config.statistics, ingested, validated, prepared, base, ship)
         done = FinishedSteps(
             ingested=ingested, validated=validated, prepared=prepared, base=base, bank=bank,
-            exam=exam, retention=retention, verdict=verdict, ship=ship, exported=exported,
+            exam=exam, lists=lists, retention=retention, verdict=verdict, ship=ship, exported=exported,
         )  # fmt: skip
         published = publish(place, data, gate, done, config.digest(), promote, override, lease.token)
     shared = [{name: getattr(ref, name) for name in StepRef.model_fields} for ref in (*done.in_order, published)]

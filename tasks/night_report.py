@@ -9,10 +9,12 @@ from typing import Any
 
 from tasks.adapt import cost_of
 from tasks.data.contract import DataConfig
-from tasks.evaluate import exam_table
+from tasks.evaluate import EARNED, LIFT, exam_table
 from tasks.learning.exams import PARENT
 from tasks.learning.intervals import Interval
+from tasks.recommend import varieties_of
 from tasks.references import FinishedSteps, Place
+from tasks.release import cost, earned, lift
 from tasks.release.gate import GateConfig
 from tasks.release.night import (
     Adapters,
@@ -27,9 +29,11 @@ from tasks.release.night import (
     ObjectiveExams,
     PublishedFile,
     Retention,
-    Step,
+    TimedStep,
+    Worth,
 )
-from tasks.steps import recalled, record_of, store_of
+from tasks.release.variety import with_pooled
+from tasks.steps import open_workspace, recalled, record_of, store_of
 
 PACKAGES = ("torch", "onnx", "onnxruntime-gpu", "numpy", "pyarrow", "duckdb", "great-expectations", "prefect")
 
@@ -87,9 +91,10 @@ def night_report(place: Place, data: DataConfig, gate: GateConfig, done: Finishe
             )
             for name, about in sorted(files.items())
         ),
-        steps=tuple(Step(step.step, step.seconds, step.peak_mib, step.reused) for step in done.in_order),
+        steps=tuple(TimedStep(step.step, step.seconds, step.peak_mib, step.reused) for step in done.in_order),
         alarms=tuple((name, message) for name, message in judged.notes["alarms"]),
         retention=_retention(record_of(place, done.retention).content["figures"], done.retention.told, gate),
+        worth=_worth(place, data, done),
         provenance=_provenance()
         | {"training": trained.notes["why"], "champion": judged.notes["champion"]["why"]}
         | ({"TensorBoard": trained.notes["unwritten"]} if "unwritten" in trained.notes else {}),
@@ -132,6 +137,17 @@ def _retention(figures: Mapping[str, Any] | None, told: str, gate: GateConfig) -
         tuple(compared(one, one["method"], one["k"], len(nights)) for one in figures["pooled"]),
         tuple((one["night"], compared(one, PARENT, 0, 1)) for one in nights),
         gate.golden.margin,
+    )
+
+
+def _worth(place: Place, data: DataConfig, done: FinishedSteps) -> Worth:
+    examined, workspace = record_of(place, done.exam), open_workspace(place)
+    return Worth(
+        nights=examined.notes["nights"],
+        steps=tuple(earned.load(workspace.file(examined, EARNED))),
+        lifts=tuple(lift.summaries(lift.load(workspace.file(examined, LIFT)), examined.notes["unnamed"])),
+        costs=tuple(cost.Cost(**one) for one in examined.notes["cost"]),
+        varieties=tuple(with_pooled(varieties_of(place, done.lists))),
     )
 
 

@@ -42,7 +42,7 @@ def recommend(
 ) -> ListsRef:
     """Rank one catalogue for a sample of the night's users by every method, with the exam bank.
 
-    Only a replay asks for it. `tasks.learning.catalogue` bounds how much is scored; beside that the sums of the history
+    `tasks.learning.catalogue` bounds how much is scored; beside that the sums of the history
     are added up and matrix factorisation is fitted on it once more, as the exam has done.
 
     Args:

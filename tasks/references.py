@@ -217,6 +217,7 @@ class FinishedSteps(Section):
     bank: BankRef
     """The bank that was examined."""
     exam: ExamRef
+    lists: ListsRef
     retention: RetentionRef
     verdict: VerdictRef
     ship: BankRef
@@ -227,7 +228,7 @@ class FinishedSteps(Section):
     def in_order(self) -> tuple[StepRef, ...]:
         """The steps in the order in which they ran."""
         before = (self.ingested, self.validated, self.prepared, self.base, self.bank)
-        return (*before, self.exam, self.retention, self.verdict, self.ship, self.exported)
+        return (*before, self.exam, self.lists, self.retention, self.verdict, self.ship, self.exported)
 
 
 class PublishRef(StepRef):

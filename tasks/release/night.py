@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tasks.learning.intervals import Interval
+from tasks.release.cost import Cost
+from tasks.release.earned import Step
+from tasks.release.lift import Summary
+from tasks.release.variety import Variety
 
 Figures = Mapping[str, float | None]
 """Metrics of one method by name."""
@@ -173,7 +177,23 @@ class Adapters:
     support: tuple[tuple[str, int], ...]
     """Histogram: adapters by support size."""
     tested: tuple[Mapping[str, object], ...] = ()
-    """The gate's table of tested segments and buckets (`SegmentVerdicts.table`)."""
+    """The gate's table of tested segments and steps (`SegmentVerdicts.table`)."""
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What own weights are worth and cost, pooled over the exams that the gate pools, and what each method shows."""
+
+    nights: int
+    """Exams pooled, tonight's included."""
+    steps: tuple[Step, ...]
+    """The support curve of every objective and level."""
+    lifts: tuple[Summary, ...]
+    """What own weights are worth to the segments of every objective and level; users are not named."""
+    costs: tuple[Cost, ...]
+    """What the banks cost for that."""
+    varieties: tuple[Variety, ...]
+    """What each method's lists of tonight are like."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +208,7 @@ class PublishedFile:
 
 
 @dataclass(frozen=True)
-class Step:
+class TimedStep:
     """What a step took."""
 
     name: str
@@ -218,10 +238,12 @@ class NightReport:
     objectives: tuple[ObjectiveExams, ...]
     adapters: Adapters
     published: tuple[PublishedFile, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[TimedStep, ...]
     alarms: tuple[tuple[str, str], ...] = ()
     """Name and message."""
     retention: Retention | None = None
     """What is retained of earlier nights."""
+    worth: Worth | None = None
+    """What own weights are worth to whom."""
     provenance: Mapping[str, str] = field(default_factory=dict)
     """Commit, versions, device, seed."""

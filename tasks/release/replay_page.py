@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 
 from tasks.release.charts import Whisker, intervals, lines
 from tasks.release.cost import Cost
-from tasks.release.earned import Step, in_words
-from tasks.release.lift import TOO_FEW, Summary
-from tasks.release.page import Child, Markup, el, page, section, swatch, table
+from tasks.release.earned import Step
+from tasks.release.lift import Summary
+from tasks.release.page import Child, Markup, el, page, section, table
 from tasks.release.slices import ADAPTED, BY_NOVELTY, BY_SUPPORT, COMMON_ROWS, EVERYTHING, POOLED, Line
 from tasks.release.variety import Variety
-from tasks.release.worth_section import cost_section, variety_section
+from tasks.release.worth_section import cost_section, earned_section, key, lift_section, variety_section
 
 EXAMS = {
     "nightly": "Nightly: adapters from earlier nights, all of the night as query",
@@ -55,8 +55,8 @@ def render(
         el("p", f"{counted}, each started from the one before; {start}. Nothing was published.", class_="soft"),
         *(_exams(name, nights, [line for line in found if line.objective == name]) for name in objectives),
         *(_slices(name, [line for line in found if line.objective == name]) for name in objectives),
-        *(_earned(name, [step for step in earned if step.objective == name]) for name in objectives),
-        *(_lifts(name, [one for one in lifts if one.objective == name], earned) for name in objectives),
+        *(earned_section(name, [step for step in earned if step.objective == name]) for name in objectives),
+        *(lift_section(name, [one for one in lifts if one.objective == name], earned) for name in objectives),
         *(cost_section(name, costs) for name in objectives),
         *(variety_section(name, varieties, found) for name in objectives),
         _nights(found, nights, left_out),
@@ -66,7 +66,7 @@ def render(
 
 def _exams(objective: str, nights: Sequence[str], found: Sequence[Line]) -> Markup:
     """Each exam pooled, and its loss night by night."""
-    parts: list[Child] = [_key()]
+    parts: list[Child] = [key()]
     for exam, words in EXAMS.items():
         mine = [line for line in found if line.exam == exam and line.slice == EVERYTHING]
         pooled = [line for line in mine if line.night == POOLED]
@@ -102,7 +102,7 @@ def _exams(objective: str, nights: Sequence[str], found: Sequence[Line]) -> Mark
 
 def _slices(objective: str, found: Sequence[Line]) -> Markup:
     """Each exam pooled, by whose rows they are."""
-    parts: list[Child] = [_key()]
+    parts: list[Child] = [key()]
     groups = (
         ("by support rows of the user", (*BY_SUPPORT, COMMON_ROWS)),
         ("by who and what is new", tuple(BY_NOVELTY)),
@@ -115,53 +115,6 @@ def _slices(objective: str, found: Sequence[Line]) -> Markup:
                 parts.append(_slice(name, rows) if rows else el("p", f"{name}: no rows", class_="soft"))
     lead = "A row's support is the user's earlier rows in the window and those given of the night. New is who or what "
     return section(f"Whose rows: {objective}", f"{lead}has no row on an earlier night of the window.", *parts)
-
-
-def _earned(objective: str, steps: Sequence[Step]) -> Markup:
-    """The curve of each level, and from where on own weights pay."""
-    parts: list[Child] = [_key()]
-    for level in dict.fromkeys(step.level for step in steps):
-        mine = [step for step in steps if step.level == level]
-        counted = f"{sum(step.rows for step in mine):,} rows"
-        parts += [el("h3", f"{level}: {in_words(mine)}"), el("p", f"Nightly, {counted}.", class_="soft")]
-        parts.append(
-            intervals(
-                [
-                    Whisker(
-                        step.name, step.difference, step.low, step.high,
-                        f"own against the parent's weights, {step.segments:,} segments, {step.rows:,} rows",
-                    )
-                    for step in mine
-                ]
-            )
-        )  # fmt: skip
-    if not steps:
-        parts.append(el("p", "No row was served by a segment's own weights.", class_="soft"))
-    lead = "Loss per row with a segment's own weights minus its parent's, by the support rows behind the own ones. "
-    return section(f"Own weights by support: {objective}", f"{lead}Intervals are bootstrapped by segment.", *parts)
-
-
-def _lifts(objective: str, levels: Sequence[Summary], earned: Sequence[Step]) -> Markup:
-    """Of each level, how many segments gain, and the ends of the scale; or why there is nothing to tell of it."""
-    parts: list[Child] = []
-    headers = ("segment", "rows", "measured", "shrunk", "standard deviation")
-    for one in levels:
-        parts += [el("h3", f"{one.level}: {one.in_words()}"), el("p", f"Nightly, {one.rows:,} rows.", class_="soft")]
-        for words, ends in (("those that gain most", one.best), ("those that gain least", one.worst)):
-            figures = ((f"{told.difference:+.4f}", f"{told.shrunk:+.4f}", f"{told.deviation:.4f}") for told in ends)
-            rows = ((told.segment, f"{told.rows:,}", *row) for told, row in zip(ends, figures, strict=True))
-            parts += [el("p", f"{words}:", class_="soft"), table(headers, rows, len(headers) - 1)]
-    told_of = {one.level for one in levels}
-    for level in dict.fromkeys(step.level for step in earned if step.objective == objective):
-        if level not in told_of:
-            parts.append(el("p", f"{level}: {TOO_FEW}.", class_="soft"))
-    return section(
-        f"Segments: {objective}",
-        "Loss per row with a segment's own weights minus its parent's; below zero it is better off. A segment's "
-        "measured mean is drawn towards that of its level by how unsure it is (empirical Bayes); better and worse off "
-        "are those with a probability of 95 %.",
-        *parts,
-    )
 
 
 def _slice(name: str, rows: Sequence[Line]) -> Markup:
@@ -205,11 +158,6 @@ def _nights(found: Sequence[Line], nights: Sequence[str], left_out: Iterable[tup
     if missing:
         parts.append(el("details", el("summary", f"{len(missing):,} left out"), table(("night", "why"), missing, 0)))
     return section("Nights", f"{len(rows):,} examined, {len(missing):,} left out.", *parts)
-
-
-def _key() -> Markup:
-    tones = (("better: the interval is wholly below zero", "--good"), ("unclear", "--dim"), ("worse", "--bad"))
-    return el("div", *(swatch(words, colour) for words, colour in tones), class_="key")
 
 
 def _loss(rows: Sequence[Line]) -> str:

@@ -1,11 +1,13 @@
 """The night's report: one HTML file that opens anywhere, without a network, and still opens in a year."""
 
 import re
+from collections.abc import Iterator
 
 from tasks.release.charts import bars, curve, histogram
 from tasks.release.exam_section import exam_section, headline, retention_section
-from tasks.release.night import Adapters, Intake, NightReport
+from tasks.release.night import Adapters, Intake, NightReport, Worth
 from tasks.release.page import Child, Markup, el, page, section, size, swatch, table
+from tasks.release.worth_section import cost_section, earned_section, lift_section, variety_section
 
 _OF_TRAINING = ("training", "TensorBoard")
 """What stands beside the learning curve: sentences that would fill the footer."""
@@ -32,6 +34,7 @@ def render(report: NightReport) -> str:
             *(el("p", f"{name}: {told}") for name, told in report.provenance.items() if name in _OF_TRAINING),
         ),
         _adapters(report.adapters),
+        *_worth(report.worth),
         _intake(report.intake),
         _history(report),
         _published(report),
@@ -141,14 +144,30 @@ def _adapters(adapters: Adapters) -> Markup:
                 el("span", "harmful", class_="pill bad") if row["harmful"] else el("span", "ships", class_="pill good"),
                 f"{row['rows']:,}",
                 f"{row['estimate']:+.4f}",
+                "–" if row["shrunk"] is None else f"{row['shrunk']:+.4f}",
                 f"{row['p']:.3f}",
                 f"{row['segments']:,}",
             )
             for row in adapters.tested
         ]
-        headers = ("level", "tested", "verdict", "exam rows", "adapted − parent", "p of harm", "segments")
-        parts.append(el("details", el("summary", "Segments and groups tested for harm"), table(headers, rows, 4)))
+        headers = ("level", "tested", "verdict", "exam rows", "own − parent", "shrunk", "p of no harm", "segments")
+        parts.append(el("details", el("summary", "Segments and groups tested for harm"), table(headers, rows, 5)))
     return section("Who got which adapter", "A segment without an adapter of its own is served by its parent.", *parts)
+
+
+def _worth(worth: Worth | None) -> Iterator[Markup | None]:
+    if worth is None:
+        return
+    counted = "tonight's exam" if worth.nights == 1 else f"{worth.nights:,} nightly exams, tonight's included"
+    for name in dict.fromkeys(one.objective for one in worth.costs):
+        yield section(
+            f"What own weights are worth: {name}",
+            f"Of {counted}; by the same ones the gate has judged whose own weights fall back.",
+        )
+        yield earned_section(name, [step for step in worth.steps if step.objective == name])
+        yield lift_section(name, [one for one in worth.lifts if one.objective == name], worth.steps)
+        yield cost_section(name, worth.costs)
+        yield variety_section(name, worth.varieties, ())
 
 
 def _intake(intake: Intake) -> Markup:

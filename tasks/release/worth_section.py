@@ -1,12 +1,67 @@
-"""A replay's page: what the levels of the ladder cost for their gain, and what each method shows."""
+"""What own weights are worth, by support and by segment, what they cost for it, and what each method shows."""
 
 from collections.abc import Sequence
 
-from tasks.release.charts import bars, lines
+from tasks.release.charts import Whisker, bars, intervals, lines
 from tasks.release.cost import Cost
-from tasks.release.page import Child, Markup, el, section, size, table
+from tasks.release.earned import Step, in_words
+from tasks.release.lift import TOO_FEW, Summary
+from tasks.release.page import Child, Markup, el, section, size, swatch, table
 from tasks.release.slices import ADAPTED, EVERYTHING, POOLED, Line
 from tasks.release.variety import Variety
+
+
+def key() -> Markup:
+    """What the colours of intervals mean."""
+    tones = (("better: the interval is wholly below zero", "--good"), ("unclear", "--dim"), ("worse", "--bad"))
+    return el("div", *(swatch(words, colour) for words, colour in tones), class_="key")
+
+
+def earned_section(objective: str, steps: Sequence[Step]) -> Markup:
+    """The curve of each level, and from where on own weights pay."""
+    parts: list[Child] = [key()]
+    for level in dict.fromkeys(step.level for step in steps):
+        mine = [step for step in steps if step.level == level]
+        counted = f"{sum(step.rows for step in mine):,} rows"
+        parts += [el("h3", f"{level}: {in_words(mine)}"), el("p", f"Nightly, {counted}.", class_="soft")]
+        parts.append(
+            intervals(
+                [
+                    Whisker(
+                        step.name, step.difference, step.low, step.high,
+                        f"own against the parent's weights, {step.segments:,} segments, {step.rows:,} rows",
+                    )
+                    for step in mine
+                ]
+            )
+        )  # fmt: skip
+    if not steps:
+        parts.append(el("p", "No row was served by a segment's own weights.", class_="soft"))
+    lead = "Loss per row with a segment's own weights minus its parent's, by the support rows behind the own ones. "
+    return section(f"Own weights by support: {objective}", f"{lead}Intervals are bootstrapped by segment.", *parts)
+
+
+def lift_section(objective: str, levels: Sequence[Summary], earned: Sequence[Step]) -> Markup:
+    """Of each level, how many segments gain, and the ends of the scale; or why there is nothing to tell of it."""
+    parts: list[Child] = []
+    headers = ("segment", "rows", "measured", "shrunk", "standard deviation")
+    for one in levels:
+        parts += [el("h3", f"{one.level}: {one.in_words()}"), el("p", f"Nightly, {one.rows:,} rows.", class_="soft")]
+        for words, ends in (("those that gain most", one.best), ("those that gain least", one.worst)):
+            figures = ((f"{told.difference:+.4f}", f"{told.shrunk:+.4f}", f"{told.deviation:.4f}") for told in ends)
+            rows = ((told.segment, f"{told.rows:,}", *row) for told, row in zip(ends, figures, strict=True))
+            parts += [el("p", f"{words}:", class_="soft"), table(headers, rows, len(headers) - 1)]
+    told_of = {one.level for one in levels}
+    for level in dict.fromkeys(step.level for step in earned if step.objective == objective):
+        if level not in told_of:
+            parts.append(el("p", f"{level}: {TOO_FEW}.", class_="soft"))
+    return section(
+        f"Segments: {objective}",
+        "Loss per row with a segment's own weights minus its parent's; below zero it is better off. A segment's "
+        "measured mean is drawn towards that of its level by how unsure it is (empirical Bayes); better and worse off "
+        "are those with a probability of 95 %.",
+        *parts,
+    )
 
 
 def cost_section(objective: str, costs: Sequence[Cost]) -> Markup:
@@ -71,8 +126,12 @@ def variety_section(objective: str, varieties: Sequence[Variety], exams: Sequenc
         if (line.objective, line.exam, line.slice, line.night) == (objective, "nightly", EVERYTHING, POOLED)
     }
     length = pooled[0].length
-    headers = ("method", "loss", f"coverage at {length}", "Gini index", "personalisation", "diversity in a list")
-    parts: list[Child] = [table(headers, (_variety_cells(one, loss) for one in pooled), len(headers) - 1, ADAPTED)]
+    headers = ["method", f"coverage at {length}", "Gini index", "personalisation", "diversity in a list"]
+    cells = [_variety_cells(one) for one in pooled]
+    if loss:
+        headers.insert(1, "loss")
+        cells = [(method, _figure(loss.get(method)), *others) for method, *others in cells]
+    parts: list[Child] = [table(headers, cells, len(headers) - 1, ADAPTED)]
     for words, figures in (
         ("Coverage", [(one, one.coverage) for one in pooled]),
         ("Personalisation", [(one, one.personalisation) for one in pooled]),
@@ -86,7 +145,8 @@ def variety_section(objective: str, varieties: Sequence[Variety], exams: Sequenc
         one.method: [told.personalisation if (told := by_night.get((one.method, night))) else None for night in nights]
         for one in pooled
     }
-    parts += [el("p", "Personalisation by night:", class_="soft"), lines(nights, series, marked=ADAPTED)]
+    if len(nights) > 1:
+        parts += [el("p", "Personalisation by night:", class_="soft"), lines(nights, series, marked=ADAPTED)]
     return section(
         f"Lists: {objective}",
         f"The {length} best of one set of candidates for a sample of each night's users: {pooled[0].users:,} users in "
@@ -99,6 +159,9 @@ def variety_section(objective: str, varieties: Sequence[Variety], exams: Sequenc
     )
 
 
-def _variety_cells(one: Variety, loss: dict[str, float]) -> tuple[str, ...]:
-    figures = (loss.get(one.method), one.coverage, one.gini, one.personalisation, one.diversity)
-    return (one.method, *("–" if value is None else f"{value:.4f}" for value in figures))
+def _variety_cells(one: Variety) -> tuple[str, ...]:
+    return (one.method, *map(_figure, (one.coverage, one.gini, one.personalisation, one.diversity)))
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

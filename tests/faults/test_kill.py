@@ -33,7 +33,7 @@ from tests.prefect_homes import home_with, servers_of
 PIPELINE = "tiny"
 STEPS = (
     *("ingest", "validate", "docs", "history", "statistics", "prepare", "meta-train", "adapt-exam", "evaluate"),
-    *("retention", "judge", "adapt-ship", "graph", "export", "publish"),
+    *("recommend", "retention", "judge", "adapt-ship", "graph", "export", "publish"),
 )
 LEASE = "^tiny/lease$"
 

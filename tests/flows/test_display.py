@@ -22,7 +22,16 @@ from flows.display import (
 from flows.nightly import NightResult
 from flows.replay import ReplayedNight
 from tasks.errors import ExpectationsFailed, NightrankError, StoreUnavailable
-from tasks.references import PrepareRef, PublishRef, ReleaseRow, RetentionRef, ScoreRow, ValidateRef, VerdictRef
+from tasks.references import (
+    ListsRef,
+    PrepareRef,
+    PublishRef,
+    ReleaseRow,
+    RetentionRef,
+    ScoreRow,
+    ValidateRef,
+    VerdictRef,
+)
 from tasks.release.cost import Cost
 from tasks.release.earned import Step
 from tasks.release.lift import Served, Summary

@@ -32,8 +32,8 @@ from tasks.steps import open_workspace
 from tests.finished import Finished
 
 STEPS = [
-    "ingest", "validate", "prepare", "meta-train", "adapt-exam", "evaluate", "retention", "judge", "adapt-ship",
-    "export", "publish",
+    "ingest", "validate", "prepare", "meta-train", "adapt-exam", "evaluate", "recommend", "retention", "judge",
+    "adapt-ship", "export", "publish",
 ]  # fmt: skip
 
 

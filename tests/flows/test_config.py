@@ -10,6 +10,7 @@ import yaml
 
 from flows.config import RetrainConfig, load_config
 from tasks.errors import InvalidConfig
+from tasks.learning.adapters import AdapterConfig
 from tests.world import write_world
 
 ROOT = Path(__file__).parent.parent.parent
@@ -213,6 +214,25 @@ def test_an_outer_loop_that_the_adapter_cannot_serve_is_refused_with_the_remedy(
     for adapter in ({"kind": "gradient"}, {"kind": "gradient", "bends": "dense"}, {"kind": "film"}, {"kind": "lora"}):
         tree["adapter"] = adapter
         assert RetrainConfig.model_validate(tree).training.outer == outer
+
+
+def test_every_adapter_loop_and_freeze_that_go_together_can_be_configured(tree: dict[str, Any]) -> None:
+    """All that gradient steps make, every loop trains for; the rest has no steps for two of the loops."""
+    closed: list[dict[str, Any]] = [{"kind": kind} for kind in ("none", "bias", "ridge", "matching")]
+    stepping: list[dict[str, Any]] = [{"kind": kind} for kind in ("gradient", "film", "lora")]
+    stepping.append({"kind": "gradient", "bends": "dense"})
+    tree.pop("adapter", None)
+    for adapter in closed + stepping:
+        for outer in ("second_order", "first_order", "reptile", "joint"):
+            for freeze in ("nothing", "embeddings", "all_but_head"):
+                asked = {**tree, "adapter": adapter, "training": {"outer": outer, "freeze": freeze}}
+                if adapter in closed and outer in ("first_order", "reptile"):
+                    with pytest.raises(ValueError, match=f"training.outer: '{outer}' is made of the gradient steps"):
+                        RetrainConfig.model_validate(asked)
+                    continue
+                config = RetrainConfig.model_validate(asked)
+                assert (config.training.outer, config.training.freeze) == (outer, freeze)
+                assert config.adapter == AdapterConfig.model_validate(adapter)
 
 
 @pytest.mark.parametrize("zone", ["Mars/Olympus", "", "../UTC", "/etc/localtime"])

@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression, Ridge
 
 from tasks.errors import InvalidConfig
 from tasks.learning.baselines import Baselines, BaselinesConfig
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
-from tasks.learning.trees import library
+from tasks.learning.neighbours import ItemKnn
+from tasks.learning.trees import Trees, library
 from tests.learning.slow_ladder import SlowLadder
 from tests.learning.small_rows import FIRST, ladder_of, one_aim, opposed, part, with_labels
+from tests.learning.test_regression import matrix
 
 NIGHT = 3
 KINDS = ("binary", "rating")
@@ -231,3 +234,77 @@ def test_the_seed_decides_the_factors_and_items_first_seen_tonight_have_none(row
     at, said = scores(fresh, 0)[name]
     assert (fresh.item[at] == 99).any()
     assert torch.isfinite(said).all()
+
+
+# By reference implementations
+
+
+def test_the_factors_are_alternating_least_squares_on_what_the_item_rates_leave(rows):
+    """One user and one item at a time, from the same start: weights, missing labels, clicks by curvature."""
+    fitted, known = baselines(rows), np.flatnonzero(rows.night < FIRST + NIGHT)
+    users, user = np.unique(rows.user[known], return_inverse=True)
+    item, count = rows.item[known], int(rows.item[known].max()) + 1
+    for aim, kind in enumerate(KINDS):
+        offset, label = (part[known, aim].astype(float) for part in (rows.statistics, rows.labels))
+        given = rows.weights[known] * ~np.isnan(label)
+        chance = sigmoid(offset)
+        slope = given * np.nan_to_num(label - (chance if kind == "binary" else offset))
+        curve = given * (chance * (1 - chance) if kind == "binary" else 1.0)
+        factors = np.random.default_rng(CONFIG.seed).normal(0.0, 0.1, (count, 2))
+        factors[0] = 0.0
+        factors[[at for at in range(count) if at not in item]] = 0.0
+        for _ in range(CONFIG.sweeps):
+            tastes, moved = np.zeros((len(users), 3)), np.zeros_like(factors)
+            for who in range(len(users)):
+                mine = user == who
+                inputs = np.c_[np.ones(mine.sum()), factors[item[mine]]]
+                system = inputs.T @ (inputs * curve[mine, None]) + 2.0 * np.eye(3)
+                tastes[who] = np.linalg.solve(system, inputs.T @ slope[mine])
+            for one in np.unique(item[item > 0]):
+                mine = item == one
+                inputs, bias = tastes[user[mine], 1:], tastes[user[mine], 0]
+                system = inputs.T @ (inputs * curve[mine, None]) + 2.0 * np.eye(2)
+                moved[one] = np.linalg.solve(system, inputs.T @ (slope[mine] - curve[mine] * bias))
+            factors = moved
+        np.testing.assert_allclose(fitted._factorisation.tables[aim].numpy(), factors, atol=1e-5)
+        assert np.abs(factors).max() > 0.1
+
+
+def test_the_regression_among_them_is_scikit_learn_s_on_earlier_nights(rows):
+    """On the matrix of `test_regression`, at the strength of the config."""
+    config = CONFIG.model_copy(update={"regression_strength": 7.0, "regression_steps": 30})
+    at, said = scores(rows, 2, config=config)["logistic regression"]
+    known = np.flatnonzero(rows.night < FIRST + NIGHT)
+    inputs = matrix(rows, known)
+    for aim in range(2):
+        given = known[~np.isnan(rows.labels[known, aim])]
+        example = (inputs[given], rows.labels[given, aim].astype(float), rows.weights[given].astype(float))
+        if aim == 0:
+            model = LogisticRegression(C=1 / 7.0, tol=1e-10, max_iter=10_000).fit(*example)
+            expected = model.predict_proba(inputs[at])[:, 1]
+        else:
+            expected = Ridge(alpha=7.0).fit(*example).predict(inputs[at])
+        np.testing.assert_allclose(said[:, aim].numpy(), expected, atol=2e-4)
+
+
+def test_the_neighbours_among_them_are_those_of_the_config(rows):
+    """Of earlier nights alone, every number in its place; `test_neighbours` says what they are."""
+    config = BaselinesConfig(neighbours=3, neighbour_shrinkage=2.0, neighbour_mass=0.3, neighbour_rows=25)
+    tonight, known = visits(rows), np.flatnonzero(rows.night < FIRST + NIGHT)
+    parts = (Ladder(rows, ladder_of(), "shopper"), Material(rows), KINDS, known)
+    alone = ItemKnn(*parts, most=3, shrinkage=2.0, mass=0.3, user_rows=25)
+    expected = alone.scores(tonight, np.full(len(tonight), 5))
+    expected = torch.stack([torch.sigmoid(expected[:, 0]), expected[:, 1]], dim=1)
+    torch.testing.assert_close(scores(rows, 5, config=config)["item-kNN"][1], expected, rtol=0, atol=1e-6)
+
+
+def test_the_trees_among_them_are_those_of_the_config(rows):
+    """Of earlier nights alone, every number in its place; `test_trees` says what they are."""
+    if not lightgbm_is_there():
+        pytest.skip("LightGBM cannot be loaded")
+    config = BaselinesConfig(trees=True, tree_rounds=20, tree_leaves=5, tree_rate=0.2, tree_leaf_rows=6, seed=4)
+    at, said = scores(rows, 5, config=config)["boosted trees"]
+    known = np.flatnonzero(rows.night < FIRST + NIGHT)
+    alone = Trees(Material(rows), known, KINDS, rounds=20, leaves=5, rate=0.2, leaf_rows=6, seed=4)
+    torch.testing.assert_close(said, alone.predictions(at, torch.zeros(len(at), 2)), rtol=0, atol=1e-6)
+    assert said.std() > 0.05

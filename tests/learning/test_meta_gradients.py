@@ -65,9 +65,7 @@ class Case:
         self.told, norm = descent._step(network, precisions, optimiser, setting.visits, None, random)
         # The step has cut the gradient to length 1.
         longer = max(1.0, norm + 1e-6)
-        self.slopes = {
-            name: part.grad * longer for name, part in network.named_parameters() if part.grad is not None
-        }
+        self.slopes = {name: part.grad * longer for name, part in network.named_parameters() if part.grad is not None}
         self.rates = None if precisions.logarithm.grad is None else precisions.logarithm.grad * longer
         self.trained = [name for name, part in network.named_parameters() if part.requires_grad]
 

@@ -276,9 +276,7 @@ def nearness():
     return table(user, np.tile(np.repeat(np.arange(3), each), users), price=price, labels=labels)
 
 
-TOWERS = STILL.model_copy(
-    update={"hidden": 16, "factors": 0, "category_factors": 0, "direct": False, "features": 6}
-)
+TOWERS = STILL.model_copy(update={"hidden": 16, "factors": 0, "category_factors": 0, "direct": False, "features": 6})
 """Adapters on what the towers have learned, and on nothing else."""
 AIMED = {
     "epochs": 1, "steps_per_epoch": 20, "visits_per_step": 12, "stop_nights": 1, "learning_rate": 0.03, "average": 0.0,

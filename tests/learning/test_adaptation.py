@@ -97,8 +97,10 @@ def test_visits_are_served_alike_alone_in_any_order_and_without_support_as_by_ze
     together, base = adapted(np.arange(len(visits)))
     assert torch.equal(together, base) == (kind == "none")
     close = {"rtol": 1e-8, "atol": 1e-9}
-    alone = torch.cat([adapted(np.array([number]))[0] for number in range(len(visits))])
-    torch.testing.assert_close(alone, together, **close)
+    for number in range(0, len(visits), 4):
+        alone = adapted(np.array([number]))[0]
+        first = int((visits.rows.lengths - after)[:number].sum())
+        torch.testing.assert_close(alone, together[first : first + len(alone)], **close)
     torch.testing.assert_close(adapted(np.random.default_rng(0).permutation(len(visits)))[0], together, **close)
     assert torch.equal(*adapted(np.arange(len(visits)), Ladder(rows, ladder_of(THREE, min_support=99), "shopper")))
 

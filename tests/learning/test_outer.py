@@ -21,7 +21,7 @@ from tasks.learning.outer import check_outer, reptile, thaw
 from tasks.learning.training_config import TrainingConfig
 from tests.learning.reptile_loop import Precise, slow_reptile, stirred
 from tests.learning.small_rows import ladder_of, one_aim, opposed, shape, table, with_labels
-from tests.learning.test_training import NIGHTS, SHORT, SMALL, stop_losses, train
+from tests.learning.test_training import NIGHTS, SHORT, stop_losses, train
 
 GRADIENT = AdapterConfig(kind="gradient")
 LOOPS = ("second_order", "first_order", "reptile", "joint")
@@ -144,35 +144,6 @@ def test_reptile_copies_and_moves_only_what_is_trained(episodes):
 # Freezing
 
 
-@pytest.mark.parametrize("freeze", ["nothing", "embeddings", "all_but_head"])
-@pytest.mark.parametrize(("kind", "outer"), [("ridge", "second_order"), ("gradient", "reptile")])
-def test_what_is_frozen_stays_as_it_is_to_the_bit(monkeypatch, history, kind, outer, freeze):
-    """From the closed-form start on; the rest moves. The last closed forms are set aside."""
-    starts = []
-    start = Losses.of_stop
-
-    def spy(self, network, *rest):
-        starts.append(copy.deepcopy(network.state_dict()))
-        return start(self, network, *rest)
-
-    def as_trained(self, network, precisions, through):
-        return Base(network, precisions, self.setting.levels, self.setting.adapter, through)
-
-    monkeypatch.setattr(Losses, "of_stop", spy)
-    monkeypatch.setattr(Initialisation, "refreshed", as_trained)
-    train(history, adapter=AdapterConfig(kind=kind), config=loop(outer, freeze=freeze))
-    first, last = starts[0], starts[-1]
-    for name, _ in Ranker(shape(history), SMALL).named_parameters():
-        moves = {
-            "nothing": True,
-            "embeddings": "tables." not in name,
-            "all_but_head": name.startswith(("wide.", "head.", "joint.3.", "warm_up.constant", "warm_up.line")),
-        }[freeze]
-        if name.startswith("candidate_tables.0") and outer == "reptile" and freeze == "nothing":
-            moves = True
-        assert torch.equal(first[name], last[name]) == (not moves), name
-
-
 @pytest.fixture(scope="module")
 def few():
     """One short history for every combination."""
@@ -200,7 +171,9 @@ def test_every_combination_trains_and_keeps_what_is_frozen_to_the_bit(monkeypatc
     config = TrainingConfig.model_validate(
         {"outer": outer, "freeze": freeze, "epochs": 1, "steps_per_epoch": 1, "visits_per_step": 4, "stop_nights": 1}
     )
-    made = train(few, adapter=AdapterConfig.model_validate(ADAPTERS[kind]), config=config, ranker=STILL, night=3)
+    linear = kind in ("ridge", "gradient")
+    ranker = STILL.model_copy(update={"prior": linear})
+    made = train(few, adapter=AdapterConfig.model_validate(ADAPTERS[kind]), config=config, ranker=ranker, night=3)
     assert (made.epoch, len(starts)) == (1, 2)
     assert np.isfinite(made.curve[1][1])
     network, moved = made.base.network, set()
@@ -209,14 +182,15 @@ def test_every_combination_trains_and_keeps_what_is_frozen_to_the_bit(monkeypatc
         if parameter.detach().numpy().tobytes() != starts[0][name].numpy().tobytes():
             moved.add(name)
     names = {name for name, _ in network.named_parameters()}
-    head = ("wide.", "joint.3.", "head.", "low_rank", "matching.")
+    head = ("wide.", "joint.3.", "head.", "low_rank", "matching.", "prior")
     frozen = {
         "nothing": set(),
         "embeddings": {name for name in names if "tables." in name},
         "all_but_head": {name for name in names if not name.startswith(head)},
     }[freeze]
-    # What no loss reads: the features of adapters that are not there, or not used, and factors of what has a constant.
-    unread = ("head.", "factor_tables.", "low_rank", "matching.") if outer == "joint" or kind == "none" else ()
+    # What no loss reads: features of adapters that the loss knows nothing of, and factors of one that is a constant.
+    unread = ("factor_tables.", "low_rank", "matching.") if outer == "joint" or kind == "none" else ()
+    unread += ("head.",) if unread and not linear else ()
     unread += ("factor_tables.",) if kind == "bias" else ()
     assert moved == {name for name in names - frozen if not name.startswith(unread)}
     assert len(moved) > 3

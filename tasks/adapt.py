@@ -113,10 +113,10 @@ def cost_of(bank: StepRecord) -> list[Spent]:
 
 def support_histogram(bank: Bank) -> list[tuple[str, int]]:
     """Segments with weights of their own, by support rows."""
-    support = np.concatenate([level.support for level in bank.levels])
     edges = [1, 6, 21, 51, 101, 10**18]
     labels = ["1 to 5", "6 to 20", "21 to 50", "51 to 100", "101 and more"]
-    return list(zip(labels, np.histogram(support, edges)[0].tolist(), strict=True))
+    counts = np.sum([np.histogram(level.support, edges)[0] for level in bank.levels], axis=0)
+    return list(zip(labels, counts.tolist(), strict=True))
 
 
 def refuser(rows: Rows, vocabularies: Vocabularies, proven: Sequence[Mapping[str, object]]) -> Harmful:

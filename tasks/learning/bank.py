@@ -6,6 +6,7 @@ Shapes: G slots, slot 0 the base; K objectives; D numbers of an adapter; N rows.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,9 @@ from torch import Tensor
 from tasks.data.columns import Rows
 from tasks.data.segments import mixed_radix, split_keys
 from tasks.learning.adapters import Adaptation
-from tasks.learning.ladder import Ladder, climb
+from tasks.learning.ladder import Ladder, Stage, solved
 from tasks.learning.material import I64, Material, Scorer
+from tasks.learning.shards import Shards, shard_size
 
 F32 = npt.NDArray[np.float32]
 Harmful = Callable[[int, I64, I64], npt.NDArray[np.bool_]]
@@ -103,7 +105,10 @@ def fill_bank(
     harmful: Harmful | None = None,
     milliseconds: list[float] | None = None,
 ) -> Bank:
-    """Solve every segment from its rows before a night.
+    """Solve every segment from its rows before a night, shard by shard.
+
+    Beside the bank itself, memory is bounded by a shard and does not grow with rows or segments, but for one number a
+    segment of the level above the one that is solved: who serves it.
 
     Args:
         ladder: the segments over the rows.
@@ -112,50 +117,68 @@ def fill_bank(
         precisions: ``[L, K, D]``.
         adaptation: how to solve.
         night: ordinal; rows of that night and later are not read.
-        harmful: which segments get no weights of their own, by level, key and support; asked once per level, about
+        harmful: which segments get no weights of their own, by level, key and support; asked once per shard, about
             those that have the rows for them. None refuses nobody.
-        milliseconds: gets the wall time of every level, finest first (`climb`).
+        milliseconds: gets the wall time of every level, finest first: its support read and scored, its systems solved.
+            Arithmetic that another device was given is waited for, and only then. The first level of a process also
+            pays for what libraries load on first use.
 
     Returns:
-        The bank. Slots are numbered level by level, coarsest first, by key.
+        The bank. Slots are numbered level by level, coarsest first, by key. Memory of segments that were refused stays
+        behind its end.
     """
-    stages, chosen = ladder.bank_stages(night)
-    levels = ladder.rows.levels
-    keep: list[npt.NDArray[np.bool_]] = []
-    refused: list[I64] = []
-    for number, (stage, segment) in enumerate(zip(stages, chosen, strict=True)):
-        at = len(levels) - 1 - number
-        keys, support = np.asarray(levels[at].keys)[segment], stage.windows.lengths
-        own = support > 0
-        guilty = np.zeros(len(own), bool)
-        if harmful is not None:
-            guilty[own] = harmful(at, keys[own], support[own])
-        keep.append(own & ~guilty)
-        refused.append(keys[guilty])
-    spent: list[float] | None = None if milliseconds is None else []
-    with torch.no_grad():
-        solutions = climb(stages, scorer, material, precisions, adaptation, keep, milliseconds=spent)
-    if milliseconds is not None and spent is not None:
-        milliseconds += reversed(spent)
-    table = [precisions.new_zeros(1, *precisions.shape[1:])]
+    rows, limits = ladder.rows, ladder.segments
+    shape, device = precisions.shape[1:], precisions.device
+    size = shard_size(shape.numel())
+    shards = [Shards(rows, at, limits, night, size) for at in range(len(rows.levels))]
+    table = torch.zeros(1 + sum(of_level.own for of_level in shards), *shape, dtype=precisions.dtype)
     made: list[BankLevel] = []
-    size, above = 1, np.zeros(1, np.int64)
-    for stage, segment, own, out, solution, level in zip(
-        stages, chosen, keep, refused, solutions, reversed(levels), strict=True
-    ):
-        parent = above[stage.parent]  # -1 picks the last entry, which stands for the base
-        slots = np.where(own, size + np.cumsum(own) - 1, parent)
-        table.append(solution[torch.from_numpy(own).to(solution.device)])
-        made.append(
-            BankLevel(
-                np.array(level.radices, np.int64),
-                np.asarray(level.keys)[segment][own],
-                slots[own],
-                stage.windows.lengths[own],
-                parent[own],
-                out,
-            )
-        )
-        size, above = size + int(own.sum()), np.r_[slots, 0]
-    weights: F32 = torch.cat(table).float().cpu().numpy()
+    spent: list[float] = []
+    end, above = 1, np.zeros(1, np.int64)
+    for at, level in reversed(list(enumerate(rows.levels))):
+        number, order = at + (0 if ladder.personal else 1), np.asarray(level.order)
+        tables = {name: np.zeros(shards[at].own, np.int64) for name in ("keys", "slots", "support", "parent")}
+        refused = [np.zeros(0, np.int64)]
+        # Who serves each of the level's segments; of the finest one nobody asks.
+        served = np.zeros(1 + (level.size if at else 0), np.int64)
+        begin, took = end, 0.0
+        for shard in shards[at]:
+            keys, support = np.asarray(level.keys)[shard.segment], shard.windows.lengths
+            own = support > 0
+            guilty = np.zeros(len(own), bool)
+            if harmful is not None:
+                guilty[own] = harmful(at, keys[own], support[own])
+            kept = own & ~guilty
+            parent = above[shard.parent]  # -1 picks the last entry, which stands for the base
+            begun = 0.0 if milliseconds is None else _now(precisions)
+            with torch.no_grad():
+                inherited = table[torch.from_numpy(parent)].to(device)
+                stage = Stage(number, order, shard.windows, parent)
+                solution = inherited + solved(stage, inherited, scorer, material, precisions[number], adaptation)
+                count = int(np.count_nonzero(kept))
+                table[end : end + count] = solution[torch.from_numpy(kept).to(device)].cpu()
+            took += 0.0 if milliseconds is None else 1000 * (_now(precisions) - begun)
+            slots = np.where(kept, end + np.cumsum(kept) - 1, parent)
+            place = slice(end - begin, end - begin + count)
+            for name, values in {"keys": keys, "slots": slots, "support": support, "parent": parent}.items():
+                tables[name][place] = values[kept]
+            if at:
+                served[shard.segment] = slots
+            refused.append(keys[guilty])
+            end += count
+        radices = np.array(level.radices, np.int64)
+        own_tables = {name: values[: end - begin] for name, values in tables.items()}
+        made.append(BankLevel(radices=radices, **own_tables, refused=np.concatenate(refused)))
+        spent.append(took)
+        above = served
+    if milliseconds is not None:
+        milliseconds += reversed(spent)
+    weights: F32 = table[:end].float().numpy()
     return Bank(weights, tuple(reversed(made)))
+
+
+def _now(near: Tensor) -> float:
+    """Seconds of a clock, read when the device that holds a tensor has done what it was given."""
+    if near.is_cuda:
+        torch.cuda.synchronize(near.device)
+    return perf_counter()

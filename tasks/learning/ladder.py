@@ -8,7 +8,7 @@ Shapes: E segments of a level, V visits, K objectives, D adapter features.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -60,8 +60,18 @@ class Ladder:
         self.rows, self.segments = rows, segments
         self.personal = segments.levels[0] == (user,)
         self.coarse = rows.levels[1:] if self.personal else rows.levels
-        self.whole = tuple(_whole(level) for level in rows.levels)
-        self._keys = [self._searchable(level) for level in self.coarse]
+
+    @cached_property
+    def _keys(self) -> list[I64]:
+        """Of every coarse level, what its rows are found by: (segment, night), in its own order."""
+        return [self._searchable(level) for level in self.coarse]
+
+    @cached_property
+    def _whole(self) -> list[npt.NDArray[np.bool_]]:
+        """Which coarse segments have a known value in every column: the unknown share an id, but no taste."""
+        return [
+            np.asarray((split_keys(np.asarray(level.keys), level.radices) > 0).all(axis=1)) for level in self.coarse
+        ]
 
     def _searchable(self, level: Level) -> I64:
         order = np.asarray(level.order)
@@ -100,41 +110,6 @@ class Ladder:
         thin = border - start < self.segments.min_support
         return Windows(np.where(thin, border, start), border)
 
-    def bank_stages(self, night: int) -> tuple[list[Stage], list[I64]]:
-        """Stages of the config's levels for every segment that has rows before a night (an ordinal).
-
-        A segment of a coarser level that may not have weights of its own is there too, without support: finer ones
-        reach its parent through it.
-
-        Returns:
-            Stages, coarsest first, and each stage's dense segment indices.
-        """
-        levels = self.rows.levels
-        stages: list[Stage] = []
-        chosen: list[I64] = []
-        place: I64 | None = None
-        for at in reversed(range(len(levels))):
-            level = levels[at]
-            order, offsets = np.asarray(level.order), np.asarray(level.offsets)
-            everyone = np.arange(len(level.keys), dtype=np.int64)
-            stop = np.searchsorted(self._searchable(level), everyone * STRIDE + night, side="left").astype(np.int64)
-            support = np.minimum(stop - offsets[:-1], self.segments.max_support)
-            usable = self.whole[at] & (support >= self.segments.min_support)
-            if at == 0 and np.count_nonzero(usable) > self.segments.max_leaves:
-                best = np.lexsort((np.asarray(level.keys), -(stop - offsets[:-1]) * usable))
-                usable[best[self.segments.max_leaves :]] = False
-            segment = np.flatnonzero(usable if at == 0 else support > 0)
-            start = np.where(usable, stop - support, stop)[segment]
-            parent = np.full(len(segment), -1, np.int64)
-            if place is not None:
-                # The parent is that of the newest support row: a later row must not move it.
-                parent = place[np.asarray(levels[at + 1].segment)[order[stop[segment] - 1]]]
-            stages.append(Stage(at + (0 if self.personal else 1), order, Windows(start, stop[segment]), parent))
-            chosen.append(segment)
-            place = np.full(len(level.keys), -1, np.int64)
-            place[segment] = np.arange(len(segment))
-        return stages, chosen
-
     def _coarse_stages(self, row: I64, night: I64) -> tuple[list[Stage], I64]:
         """Stages of the coarser levels for the segments of given rows as of given nights, and who serves each."""
         passed: list[tuple[I64, Windows]] = []
@@ -154,7 +129,7 @@ class Ladder:
             _, one, serving_now = np.unique(
                 pair * np.int64(len(row) + 1) + serving, return_index=True, return_inverse=True
             )
-            whole = self.whole[at + 1 if self.personal else at][segment[one]]
+            whole = self._whole[at][segment[one]]
             mine = windows.take(one)
             usable = whole & (mine.lengths >= self.segments.min_support)
             support = Windows(np.where(usable, mine.start, mine.stop), mine.stop)
@@ -163,19 +138,12 @@ class Ladder:
         return stages, serving
 
 
-def _whole(level: Level) -> npt.NDArray[np.bool_]:
-    """Which segments have a known value in every column: the unknown share an id, but no taste."""
-    return np.asarray((split_keys(np.asarray(level.keys), level.radices) > 0).all(axis=1))
-
-
 def climb(
     stages: Sequence[Stage],
     scorer: Scorer,
     material: Material,
     precisions: Tensor,
     adaptation: Adaptation,
-    keep: Sequence[npt.NDArray[np.bool_]] | None = None,
-    milliseconds: list[float] | None = None,
 ) -> list[Tensor]:
     """Cumulative weights of every stage's segments.
 
@@ -185,32 +153,16 @@ def climb(
         material: labels and weights of positions.
         precisions: ``[L, K, D]``.
         adaptation: how to solve.
-        keep: for each stage, which segments may leave their parent; None for all.
-        milliseconds: gets the wall time of every stage: its support read and scored, its systems solved. Arithmetic
-            that another device was given is waited for, and only then. The first stage of a process also pays for what
-            libraries load on first use.
 
     Returns:
         One tensor ``[E, K, D]`` per stage. A segment without support has exactly its parent's weights.
     """
     solutions: list[Tensor] = []
-    for number, stage in enumerate(stages):
-        begun = 0.0 if milliseconds is None else _now(precisions)
+    for stage in stages:
         inherited = inherit(stage, solutions, precisions)
-        own = _solve_stage(stage, inherited, scorer, material, precisions[stage.level], adaptation)
-        if keep is not None:
-            own = own * torch.from_numpy(keep[number]).to(own.device)[:, None, None]
+        own = solved(stage, inherited, scorer, material, precisions[stage.level], adaptation)
         solutions.append(inherited + own)
-        if milliseconds is not None:
-            milliseconds.append(1000 * (_now(precisions) - begun))
     return solutions
-
-
-def _now(near: Tensor) -> float:
-    """Seconds of a clock, read when the device that holds a tensor has done what it was given."""
-    if near.is_cuda:
-        torch.cuda.synchronize(near.device)
-    return perf_counter()
 
 
 @dataclass(frozen=True)
@@ -325,7 +277,7 @@ def inherit(stage: Stage, above: Sequence[Tensor], precisions: Tensor) -> Tensor
     return inherited
 
 
-def _solve_stage(
+def solved(
     stage: Stage,
     inherited: Tensor,
     scorer: Scorer,
@@ -333,6 +285,7 @@ def _solve_stage(
     precision: Tensor,
     adaptation: Adaptation,
 ) -> Tensor:
+    """What a stage's segments add to the weights ``[E, K, D]`` that they inherit; arguments as for `climb`."""
     if inherited.numel() == 0:
         return torch.zeros_like(inherited)
     return own_weights(supports(stage, inherited, scorer, material, adaptation), inherited, precision, adaptation)

@@ -82,7 +82,7 @@ class Segments:
 
     def limits(self) -> SegmentsConfig:
         """Users only, so that a plain loop has no parents to solve first."""
-        return ladder_of(USERS_ONLY)
+        return ladder_of(USERS_ONLY, max_leaves=len(self.bounds) - 1)
 
     def fill(self, ladder: Ladder) -> Bank:
         """The bank of all segments, as a night fills it."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from tasks.learning import ladder as ladder_module
+from tasks.learning import bank as module
 from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.bank import Bank, fill_bank
 from tasks.learning.episodes import score_visits
@@ -264,7 +264,7 @@ def test_milliseconds_of_a_level_are_those_of_its_own_rows(monkeypatch):
         clock[0] += len(at)
         return scorer(at)
 
-    monkeypatch.setattr(ladder_module, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(module, "perf_counter", lambda: clock[0])
     milliseconds = []
     segments = ladder_of(THREE, min_support=4)
     bank = fill_bank(

@@ -24,6 +24,8 @@ from tasks.steps import Product, Progress, carry_out, device_of, open_workspace,
 from tasks.tensorboard import scalars_of
 
 VERSION = 3
+BENT_VERSION = 2
+"""Of second-order training through bent layers; the other trainings answer as they did before it."""
 
 
 @verb
@@ -54,6 +56,7 @@ def meta_train(
         "training": training.model_dump(mode="json", exclude=set(BESIDE)),
         "adapter": adapter.model_dump(mode="json"),
         "device": device,
+        **({"bent": BENT_VERSION} if adapter.bent is not None and training.outer == "second_order" else {}),
     }
 
     def work(folder: Path, progress: Progress) -> Product:

@@ -217,10 +217,9 @@ class Adaptation:
             return solve(features, *rows)
         if self.first_order:
             features, layers, origin = features.detach(), layers.detach(), origin.detach()
-        before = bent.change(layers, features, origin)
-        return descend_through(
-            lambda own: bent.change(layers, features, origin + own) - before, *rows, self.first_order
-        )
+        change = bent.changes(layers, features)
+        before = change(origin)
+        return descend_through(lambda own: change(origin + own) - before, *rows, self.first_order)
 
     def apply(self, logits: Tensor, features: Tensor, weights: Tensor) -> Tensor:
         """Scores ``[S, K]`` of rows that share the weights ``[K, D]``, from their logits and features ``[S, D]``."""

@@ -7,6 +7,7 @@ Shapes: ``...`` leading axes, S rows that share an adapter, X inputs, H hidden u
 adapter per objective, r rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -79,27 +80,35 @@ class Bent:
         >>> Bent("film").change(layers, torch.tensor([[3.0]]), torch.tensor([[0.5, 0.5, 1.0]]))
         tensor([[4.5000]])
         """
+        return self.changes(layers, inputs)(weights)
+
+    def changes(self, layers: Perceptron, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+        """`change` of rows as a function of the deviations ``[..., K, P]``: what they have no part in is done once."""
         hidden, width = layers.first.shape[-2], inputs.shape[-1]
         plain = inputs @ layers.first.mT + layers.shift[..., None, :]
         read = inputs if layers.down is None else inputs @ layers.down.mT
-        changes = []
-        # One objective after the other: onnxruntime neither sums nor broadcasts batches of four axes that are empty.
-        for objective in range(weights.shape[-2]):
-            parts = self.parts(width, hidden).items()
-            own = {name: weights[..., objective, part].unsqueeze(-2) for name, part in parts}
-            if self.kind == "film":
-                moved = plain * (1 + own["scales"]) + own["shifts"]
-            elif self.kind == "lora":
-                moved = plain + read @ own["updates"].reshape(*weights.shape[:-2], hidden, self.rank).mT
-            else:
-                moved = plain + inputs @ own["first weights"].reshape(*weights.shape[:-2], hidden, width).mT
-                moved = moved + own["shifts"]
-            after = torch.relu(moved)
-            change = (after - torch.relu(plain)) @ layers.last[..., objective, :].unsqueeze(-1)
-            if self.kind == "dense":
-                change = change + after @ own["last weights"].mT
-            changes.append(change + own["constant"])
-        return torch.cat(changes, dim=-1)
+        parts = self.parts(width, hidden).items()
+
+        def change(weights: Tensor) -> Tensor:
+            changes = []
+            # One objective after another: onnxruntime neither sums nor broadcasts batches of four axes that are empty.
+            for objective in range(weights.shape[-2]):
+                own = {name: weights[..., objective, part].unsqueeze(-2) for name, part in parts}
+                if self.kind == "film":
+                    moved = plain * (1 + own["scales"]) + own["shifts"]
+                elif self.kind == "lora":
+                    moved = plain + read @ own["updates"].reshape(*weights.shape[:-2], hidden, self.rank).mT
+                else:
+                    moved = plain + inputs @ own["first weights"].reshape(*weights.shape[:-2], hidden, width).mT
+                    moved = moved + own["shifts"]
+                after = torch.relu(moved)
+                score = (after - torch.relu(plain)) @ layers.last[..., objective, :].unsqueeze(-1)
+                if self.kind == "dense":
+                    score = score + after @ own["last weights"].mT
+                changes.append(score + own["constant"])
+            return torch.cat(changes, dim=-1)
+
+        return change
 
     def fan_in(self, inputs: int, hidden: int) -> Tensor:
         """How many numbers of a kind meet in one hidden unit, or in the score ``[P]``.

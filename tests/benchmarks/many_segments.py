@@ -40,17 +40,18 @@ ADAPTER = AdapterConfig()
 ADAPTATION = Adaptation(CLICK, ADAPTER)
 
 
-def default_ranker(rows: Rows) -> Ranker:
+def default_ranker(rows: Rows, config: AdapterConfig = ADAPTER) -> Ranker:
     """The default ranker over a row table, none of whose adapter features is 0 everywhere."""
-    network = Ranker(shape(rows, *CLICK, more=1), RankerConfig())
+    network = Ranker(shape(rows, *CLICK, more=1), RankerConfig(), config.bent, config.matching)
     for part in (*network.factor_tables, network.joint[-1], network.wide):
         nn.init.normal_(part.weight, std=0.3)
     return network
 
 
-def default_width() -> int:
-    """D of the default ranker: 1, its factors, those of one categorical column, and the numeric columns."""
-    return default_ranker(table([1], [0], price=np.ones((1, NUMBERS)))).width
+def ranker_alone(config: AdapterConfig = ADAPTER) -> Ranker:
+    """The default ranker without a world; of linear adapters D is 1, its factors, those of one column, and numbers."""
+    torch.manual_seed(0)
+    return default_ranker(table([1], [0], price=np.ones((1, NUMBERS))), config).eval()
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,12 @@ class Segments:
     Attributes:
         rows: the table, by user.
         bounds: first row of each segment, and behind them the number of rows [E + 1].
-        catalogue: features of every item [I, D]; the first is 1.
+        catalogue: of every item what adapters read: features [I, D], the first of which is 1, shares in prototypes,
+            or inputs of the joint perceptron [I, X].
         logits: of every item [I, 1].
         device: where the tensors are.
+        adaptation: how they are adapted.
+        held: precision of every number of an adapter ``[D or P]``.
     """
 
     rows: Rows
@@ -70,6 +74,8 @@ class Segments:
     catalogue: Tensor
     logits: Tensor
     device: str
+    adaptation: Adaptation
+    held: Tensor
 
     def score(self, at: np.ndarray) -> tuple[Tensor, Tensor]:
         """A scorer that looks both up."""
@@ -77,8 +83,8 @@ class Segments:
         return self.logits[item], self.catalogue[item]
 
     def precisions(self) -> Tensor:
-        """One level's: ``[1, 1, D]``."""
-        return torch.full((1, 1, self.catalogue.shape[1]), ADAPTER.precision, device=self.device)
+        """One level's: ``[1, 1, D or P]``."""
+        return self.held[None, None].to(self.device)
 
     def limits(self) -> SegmentsConfig:
         """Users only, so that a plain loop has no parents to solve first."""
@@ -87,7 +93,7 @@ class Segments:
     def fill(self, ladder: Ladder) -> Bank:
         """The bank of all segments, as a night fills it."""
         material = Material(self.rows, self.device)
-        return fill_bank(ladder, material, self.score, self.precisions(), ADAPTATION, FIRST + 1)
+        return fill_bank(ladder, material, self.score, self.precisions(), self.adaptation, FIRST + 1)
 
 
 def mixed_sizes(count: int, random: np.random.Generator) -> np.ndarray:
@@ -95,20 +101,27 @@ def mixed_sizes(count: int, random: np.random.Generator) -> np.ndarray:
     return np.clip(np.exp(random.normal(2.62, 0.9, count)), 1, 128).astype(np.int64)
 
 
-def segments(count: int, device: str = "cpu", sizes: np.ndarray | None = None, seed: int = 0) -> Segments:
+def segments(
+    count: int, device: str = "cpu", sizes: np.ndarray | None = None, seed: int = 0, config: AdapterConfig = ADAPTER
+) -> Segments:
     """Random segments of mixed size (or of given sizes) whose clicks follow tastes of their own."""
+    network = ranker_alone(config).requires_grad_(False).to(device)
     random = np.random.default_rng(seed)
     sizes = mixed_sizes(count, random) if sizes is None else sizes
     bounds = np.r_[0, np.cumsum(sizes)]
-    catalogue = random.normal(0, 0.5, (ITEMS + 1, default_width())).astype(np.float32)
+    width = network.width if network.bent is None else network.joint_inputs
+    catalogue = random.normal(0, 0.5, (ITEMS + 1, width)).astype(np.float32)
     catalogue[:, 0] = 1.0
+    if config.matching:
+        catalogue = np.exp(2 * catalogue) / np.exp(2 * catalogue).sum(axis=1, keepdims=True)
     logits = random.normal(0, 0.5, (ITEMS + 1, 1)).astype(np.float32)
     item = random.integers(1, ITEMS + 1, bounds[-1])
     user = np.repeat(np.arange(1, count + 1), sizes)
     pull = logits[item, 0] + catalogue[item, 1] * np.where(user % 2 == 0, 2.0, -2.0)
     click = random.random(len(item)) < 1 / (1 + np.exp(-pull))
     rows = table(user, np.zeros(len(user), int), item=item, labels=click[:, None].astype(np.float32), levels=USERS_ONLY)
-    return Segments(rows, bounds, torch.from_numpy(catalogue).to(device), torch.from_numpy(logits).to(device), device)
+    told = (torch.from_numpy(part).to(device) for part in (catalogue, logits))
+    return Segments(rows, bounds, *told, device, Adaptation.of(network, config), config.precision * network.fan_in)
 
 
 def looped_descent(

@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.learning.adapters import Precisions
+from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions
 from tasks.learning.episodes import draw, row_loss, score_visits
 from tasks.learning.ladder import Ladder
-from tasks.learning.material import Material, visits_of
+from tasks.learning.material import Material, Visits, visits_of
 from tasks.learning.networks import Ranker
 from tasks.learning.solvers import solve
 from tests.benchmarks.conftest import Row
@@ -35,12 +35,13 @@ from tests.benchmarks.many_segments import (
     NUMBERS,
     USERS_ONLY,
     default_ranker,
-    default_width,
     looped_descent,
     looped_loss,
     looped_ridge,
+    ranker_alone,
     segments,
 )
+from tests.benchmarks.plain_loops import Own, begin_of, form_of, head, looped_match, looped_meta_loss, looped_steps
 from tests.learning.small_rows import FIRST, ladder_of, table
 
 DEVICES = [
@@ -49,6 +50,13 @@ DEVICES = [
 ]
 ROOT = Path(__file__).parents[2]
 SEGMENTS, EPISODES = 4096, 256
+STEPPING = {
+    "gradient": AdapterConfig(kind="gradient"),
+    "film": AdapterConfig(kind="film"),
+    "lora": AdapterConfig(kind="lora"),
+    "dense": AdapterConfig(kind="gradient", bends="dense"),
+}
+MATCHING = AdapterConfig(kind="matching")
 
 
 def seconds_of(work: Callable[[], object], device: str) -> float:
@@ -118,7 +126,49 @@ def test_segments_adapted_together_beside_segments_adapted_in_a_loop(benchmark, 
     beside.row(row, what + f"a loop of the same ridge ({ADAPTER.steps} Newton steps) in numpy", device, 1)
 
 
-def _meta_world(device: str) -> tuple[Material, Ranker, Precisions, Ladder]:
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", [*STEPPING, "matching"])
+def test_other_adapters_beside_a_loop_of_gradient_steps_on_copies(benchmark, row, device, name):
+    """As above. The loop copies what a segment has of its own, and takes as many steps; matching is a head to it."""
+    config = STEPPING.get(name, MATCHING)
+    world = segments(SEGMENTS, device, config=config)
+    ladder, adaptation = Ladder(world.rows, world.limits(), "shopper"), world.adaptation
+    logits, features = world.score(np.arange(len(world.rows)))
+    labels, layers = torch.from_numpy(world.rows.labels[:, 0]).to(device), adaptation.perceptron
+    own = Own(begin_of(config, features.shape[1], layers), head if name == "matching" else form_of(config)).to(device)
+    with torch.no_grad():
+        offsets = logits[:, 0] - own(features, layers)
+
+    def looped(bounds: np.ndarray) -> list[Own]:
+        return looped_steps(own, layers, features, offsets, labels, bounds, config.steps)
+
+    # Both sides adapt: the support of the first segments is told better than before.
+    few, clicks = world.bounds[:51], torch.nn.functional.binary_cross_entropy_with_logits
+    at, whose = np.arange(few[-1]), np.repeat(np.arange(50), np.diff(few))
+    bank, found = world.fill(ladder), looped(few)
+    with torch.no_grad():
+        weights = torch.from_numpy(bank.weights[1:]).to(device)
+        ours = adaptation.scores(logits[at], features[at], weights, whose)[:, 0]
+        parts = [one(features[slice(*few[n : n + 2])], layers) for n, one in enumerate(found)]
+        theirs = offsets[at] + torch.cat(parts)
+        before = float(clicks(logits[at, 0], labels[at]))
+        assert max(float(clicks(scores, labels[at])) for scores in (ours, theirs)) < before - 0.001
+    others = [lambda: looped(world.bounds)]
+    if name == "matching":
+        arrays = [part.cpu().numpy() for part in (features, offsets, labels)]
+        held = world.held.numpy()
+        same = looped_match(*arrays, world.bounds, held)
+        np.testing.assert_allclose(bank.weights[1:, 0], same, atol=1e-4, rtol=0)
+        others.append(lambda: looped_match(*arrays, world.bounds, held))
+
+    beside = Beside(benchmark, lambda: world.fill(ladder), others, device, 3)
+    what = f"{name}, {SEGMENTS:,} segments, {len(world.rows) / SEGMENTS:.0f} rows each, {len(world.held):,} numbers: "
+    beside.row(row, what + f"beside a loop of {config.steps} SGD steps on copies", device)
+    if name == "matching":
+        beside.row(row, what + "beside a loop of the same in numpy", device, 1)
+
+
+def _meta_world(device: str, config: AdapterConfig = ADAPTER) -> tuple[Material, Ranker, Precisions, Ladder]:
     """Users who come on three nights with about ten rows each, and a base without dropout for them."""
     random = np.random.default_rng(1)
     user = np.repeat(np.arange(1, 401), random.integers(6, 60, 400))
@@ -133,23 +183,37 @@ def _meta_world(device: str) -> tuple[Material, Ranker, Precisions, Ladder]:
         levels=USERS_ONLY,
     )
     torch.manual_seed(0)
-    network = default_ranker(rows).to(device).eval()
-    precisions = Precisions(1, 1, network.width, ADAPTER).to(device)
+    network = default_ranker(rows, config).to(device).eval()
+    precisions = Precisions(1, 1, network.width, config, network.fan_in).to(device)
     return Material(rows, device), network, precisions, Ladder(rows, ladder_of(USERS_ONLY), "shopper")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_step_through_the_adaptation_of_many_episodes_beside_a_loop_over_the_episodes(benchmark, row, device):
-    """Forward, the loss behind the adaptation, backward into network and precisions; the optimiser is left out."""
-    material, network, precisions, ladder = _meta_world(device)
+def _drawn(
+    material: Material, ladder: Ladder
+) -> tuple[tuple[Tensor, ...], Tensor, Visits, np.ndarray, list[tuple[int, int, int]]]:
+    """Inputs and labels of all rows, and episodes: as visits with their support rows, and as the loops take them."""
     everything = np.arange(len(material.rows))
-    inputs, labels = material.inputs(everything), material.labels(everything)[:, 0]
     late = visits_of(material.rows).of_nights(FIRST + 1, FIRST + 2)
     visits, after = draw(late.take(np.flatnonzero(late.rows.lengths > 1)), EPISODES, np.random.default_rng(2))
     assert len(visits) == EPISODES
     border = visits.rows.start + after
     start = np.maximum(visits.first, border - ladder.segments.max_support)
     episodes = list(zip(start.tolist(), border.tolist(), visits.rows.stop.tolist(), strict=True))
+    return material.inputs(everything), material.labels(everything)[:, 0], visits, after, episodes
+
+
+def _size(episodes: list[tuple[int, int, int]]) -> str:
+    start, border, stop = np.array(episodes).T
+    return (
+        f"{EPISODES} episodes, {np.mean(border - start):.0f} support and {np.mean(stop - border):.0f} query rows each"
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_through_the_adaptation_of_many_episodes_beside_a_loop_over_the_episodes(benchmark, row, device):
+    """Forward, the loss behind the adaptation, backward into network and precisions; the optimiser is left out."""
+    material, network, precisions, ladder = _meta_world(device)
+    inputs, labels, visits, after, episodes = _drawn(material, ladder)
     parameters = [*network.parameters(), *precisions.parameters()]
     ones = torch.ones(1, device=device)
 
@@ -175,15 +239,50 @@ def test_a_step_through_the_adaptation_of_many_episodes_beside_a_loop_over_the_e
         torch.testing.assert_close(gradient, other, atol=1e-4 * min(1.0, scale), rtol=1e-4)
 
     beside = Beside(benchmark, lambda: backward(together), [lambda: backward(looped)], device, 5)
-    what = (
-        f"step through {EPISODES} episodes, {np.mean(border - start):.0f} support and "
-        f"{np.mean(visits.rows.stop - border):.0f} query rows each: beside a loop over the episodes"
-    )
-    beside.row(row, what, device)
+    beside.row(row, f"step through {_size(episodes)}: beside a loop over the episodes", device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", [*STEPPING, "matching"])
+def test_a_second_order_step_through_other_adapters_beside_a_loop_over_the_episodes(benchmark, row, device, name):
+    """The loop is MAML with learned rates; of matching it is the same, answers and gradients included."""
+    config = STEPPING.get(name, MATCHING)
+    material, network, precisions, ladder = _meta_world(device, config)
+    inputs, labels, visits, after, episodes = _drawn(material, ladder)
+    parameters, ones = [*network.parameters(), *precisions.parameters()], torch.ones(1, device=device)
+
+    def together() -> Tensor:
+        how = Adaptation.of(network, config)
+        scores = score_visits(ladder, visits, after, material.scorer(network), material, precisions(), how)
+        return row_loss(scores.adapted, material.labels(scores.rows), CLICK, ones)
+
+    def looped() -> Tensor:
+        return looped_meta_loss(network, inputs, labels, episodes, precisions()[0, 0], config)
+
+    def backward(loss: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
+        for parameter in parameters:
+            parameter.grad = None
+        value = loss()
+        value.backward()
+        return value.item(), [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+    (ours, gradients), (theirs, same) = backward(together), backward(looped)
+    for slopes in (gradients, same):
+        assert float(slopes[-1].abs().max()) > 1e-6  # through the solve into the rates
+        assert all(torch.isfinite(slope).all() for slope in slopes)
+    if name == "matching":
+        assert ours == pytest.approx(theirs, abs=1e-5)
+        for gradient, other in zip(gradients, same, strict=True):
+            torch.testing.assert_close(gradient, other, atol=1e-4 * min(1.0, float(other.abs().max())), rtol=1e-4)
+
+    beside = Beside(benchmark, lambda: backward(together), [lambda: backward(looped)], device, 5)
+    beside.row(row, f"{name}, second-order step through {_size(episodes)}: beside a loop over the episodes", device)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from Linux' /proc")
-@pytest.mark.parametrize(("count", "most"), [(1_000, None), (10_000, None), (100_000, None), (100_000, 1)])
+@pytest.mark.parametrize(
+    ("count", "most"), [(1_000, None), (10_000, None), (100_000, None), (400_000, None), (100_000, 1), (400_000, 1)]
+)
 def test_time_and_memory_of_a_bank_by_its_number_of_segments(benchmark, row, count, most):
     """One process per size: the most memory above the inputs, and the seconds; `most` rows make thin segments."""
     command = [
@@ -208,7 +307,7 @@ def test_time_and_memory_of_a_bank_by_its_number_of_segments(benchmark, row, cou
         "cpu",
         f"{cost['seconds'] / count * 1e6:.0f} µs a segment",
         f"{cost['working'] / 2**20:.0f} MiB peak",
-        f"{cost['working'] / count:,.0f} bytes a segment at the peak; the bank itself {cost['bank'] / count:,.0f}",
+        f"{(cost['working'] - cost['bank']) / 2**20:.0f} MiB beside the bank of {cost['bank'] / 2**20:.1f}",
     )
 
 
@@ -245,7 +344,7 @@ def traffic(count: int, rows: int, objectives: int, width: int, steps: int) -> i
 def test_operations_a_second_of_one_solve_beside_a_matrix_product(benchmark, row, device, rows):
     """Against the roofline: the rate of a large product, or what the traffic allows at the rate of a large copy."""
     size, big = (8192, 2**28) if device == "cuda" else (1024, 2**25)
-    width, count = default_width(), 2048
+    width, count = ranker_alone().width, 2048
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(count, rows, width, generator=generator).to(device)
     offsets = torch.randn(count, rows, 1, generator=generator).to(device)

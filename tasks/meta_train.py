@@ -57,6 +57,7 @@ def meta_train(
         "adapter": adapter.model_dump(mode="json"),
         "device": device,
         **({"bent": BENT_VERSION} if adapter.bent is not None and training.outer == "second_order" else {}),
+        **solved_from(data),
     }
 
     def work(folder: Path, progress: Progress) -> Product:
@@ -92,6 +93,24 @@ def meta_train(
         stop_loss=kept[0] if kept else None,
         parameters=record.content["parameters"],
     )
+
+
+def solved_from(data: DataConfig) -> dict[str, str]:
+    """What factors are solved from, for the key of a training: nothing to say where there is one objective.
+
+    With several it says that they are solved from all of them, so that no training counts whose factors were solved
+    from the first one's rows alone.
+
+    >>> columns = [{"name": name, "role": name, "dtype": "int64"} for name in ("user", "item")]
+    >>> columns += [{"name": name, "role": "label", "dtype": "int64"} for name in ("liked", "bought")]
+    >>> columns += [{"name": "at", "role": "time", "dtype": "timestamp"}]
+    >>> aims = [{"name": name, "column": name} for name in ("liked", "bought")]
+    >>> solved_from(DataConfig(source="lake", columns=columns, objectives=aims))
+    {'factors': 'all objectives'}
+    >>> solved_from(DataConfig(source="lake", columns=columns, objectives=aims[:1]))
+    {}
+    """
+    return {"factors": "all objectives"} if len(data.objectives) > 1 else {}
 
 
 class CheckpointFile:

@@ -38,7 +38,7 @@ from tasks.learning.setting import Setting
 from tasks.learning.space import BELONGS, Parameter, Sections, Settings, Value, candidate_kinds
 from tasks.learning.study import Told, Tried, remembered
 from tasks.learning.training_config import BESIDE, TrainingConfig
-from tasks.meta_train import rows_of
+from tasks.meta_train import rows_of, solved_from
 from tasks.references import HistoryRef, Place
 from tasks.release.evidence import compare, losses
 from tasks.release.gate import GateConfig
@@ -160,6 +160,7 @@ def search_settings(
         "space": {name: one.model_dump(mode="json") for name, one in space.items()},
         "plan": plan.model_dump(mode="json", include={"seed", "block", "cuts"}),
         "device": bench.device,
+        **solved_from(data),
     }
     begun = time.monotonic()
 

@@ -122,7 +122,7 @@ class ObjectiveConfig(Section):
     kind: Literal["binary", "rating"] = "binary"
     """`binary`: a probability, labels 0 and 1. `rating`: an expected value on the label's own scale."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Its weight in the training loss."""
+    """Its weight in the training loss, and, relative to the largest, where factors are solved."""
 
 
 class ExpectationConfig(Section):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tasks.learning.layers import WarmUp
+from tasks.learning.layers import SMALLEST_SCALE, WarmUp
 from tasks.learning.solvers import SMALLEST_CURVATURE, ObjectiveKind
 
 CHUNK = 262_144
@@ -77,34 +77,87 @@ def calibrate(
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """The rows of all objectives, one objective's behind the other's, M = K N.
+
+    Attributes:
+        row: which row each is, int64 ``[M]``.
+        owner: whose taste it tells of, int64 ``[M]``: every user has one for each objective.
+        residual: weighted residual, 0 where the label is missing ``[M]``.
+        curvature: ``[M]``.
+        voice: what it counts where factors are solved, which all objectives share ``[M]``.
+        tastes: K U.
+    """
+
+    row: Tensor
+    owner: Tensor
+    residual: Tensor
+    curvature: Tensor
+    voice: Tensor
+    tastes: int
+
+
+@dataclass(frozen=True)
 class Rated:
     """Rows of users whose residuals factors are solved from, and how strongly all that is solved is held.
 
+    A factor is a feature that the adapters of every objective weigh in their own way. So factors are solved from the
+    rows of all objectives at once, with a taste per user and objective: a collective factorisation whose factors are
+    shared (Singh and Gordon, Relational Learning via Collective Matrix Factorization, 2008).
+
+    - What an objective is worth is said relative to the one that is worth most. It is how loud its rows are where
+      factors are solved; a taste is of one objective, and held to its own rows as if that were the only one.
+    - Log-loss has no unit. The squared error of a rating has, and beside others it is divided by the variance of the
+      rating's residuals, as in the likelihood of a Gaussian, and its tastes are in standard deviations: that stars
+      are counted up to 50 in place of 5 changes nothing. A rating alone is left in its units.
+
     Attributes:
         users: dense user index of each row, int64 ``[N]``.
-        offsets: ``[N]``.
-        labels: ``[N]``, NaN where missing.
+        offsets: ``[N, K]``.
+        labels: ``[N, K]``, NaN where missing.
         weights: ``[N]``.
-        kind: kind of the objective.
+        kinds: kind of each objective.
         count: U.
         strength: precision of every factor, in rows.
         bias_strength: precision of the users' bias, in rows.
         sweeps: passes over both sides.
+        worth: weight of each objective, positive; none for 1 each.
     """
 
     users: Tensor
     offsets: Tensor
     labels: Tensor
     weights: Tensor
-    kind: ObjectiveKind
+    kinds: tuple[ObjectiveKind, ...]
     count: int
     strength: float = 4.0
     bias_strength: float = 4.0
     sweeps: int = 10
+    worth: tuple[float, ...] = ()
 
-    def residuals(self) -> tuple[Tensor, Tensor]:
-        """Weighted residuals of the offsets, and curvatures, ``[N]``."""
-        return weighted_residual(self.offsets.double(), self.labels.double(), self.weights.double(), self.kind)
+    def stacked(self) -> Stacked:
+        """Residuals of the offsets and curvatures of every row and objective."""
+        count, objectives = len(self.users), len(self.kinds)
+        residuals, curvatures = zip(*map(self._residuals, range(objectives)), strict=True)
+        worth = self.users.new_tensor(self.worth or (1.0,) * objectives, dtype=torch.float64)
+        return Stacked(
+            row=torch.arange(count, device=self.users.device).repeat(objectives),
+            owner=torch.cat([self.users + at * self.count for at in range(objectives)]),
+            residual=torch.cat(residuals),
+            curvature=torch.cat(curvatures),
+            voice=(worth / worth.max()).repeat_interleave(count),
+            tastes=objectives * self.count,
+        )
+
+    def _residuals(self, at: int) -> tuple[Tensor, Tensor]:
+        """Weighted residuals and curvatures of one objective ``[N]``, in units that all have in common."""
+        offsets, labels, weights = self.offsets[:, at].double(), self.labels[:, at].double(), self.weights.double()
+        residual, curvature = weighted_residual(offsets, labels, weights, self.kinds[at])
+        if self.kinds[at] == "binary" or len(self.kinds) == 1:
+            return residual, curvature
+        squares = torch.nansum(residual * (labels - offsets))
+        scale = (squares / curvature.sum().clamp_min(SMALLEST_SCALE)).sqrt()
+        return residual / torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale)), curvature
 
     def held(self, width: int) -> Tensor:
         """Precisions of a user's bias and of factors ``[1 + F]``."""
@@ -114,10 +167,10 @@ class Rated:
 
 
 def factorise(rated: Rated, items: Tensor, factors: Tensor, mean: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Item factors by alternating least squares on the residuals of the offsets.
+    """Item factors by alternating least squares on the residuals of the offsets, of all objectives together.
 
     Each row is weighted by its curvature, so a sweep is one Newton step of the logistic model per side (for ratings,
-    exact least squares). Users get a bias besides their factors. Hu, Koren, Volinsky, Collaborative Filtering for
+    exact least squares). Users get a bias besides their tastes. Hu, Koren, Volinsky, Collaborative Filtering for
     Implicit Feedback Datasets, 2008; Zhou et al., Large-scale Parallel Collaborative Filtering, 2008.
 
     Args:
@@ -129,7 +182,9 @@ def factorise(rated: Rated, items: Tensor, factors: Tensor, mean: Callable[[Tens
     Returns:
         Item factors ``[I, F]``.
     """
-    users, (residual, curvature) = rated.users, rated.residuals()
+    rows = rated.stacked()
+    owner, item, residual, curvature = rows.owner, items[rows.row], rows.residual, rows.curvature
+    heard = curvature * rows.voice
     factors = factors.double().clone()
     factors[torch.bincount(items, minlength=len(factors)) == 0] = 0.0
     factors[0] = 0.0
@@ -138,11 +193,12 @@ def factorise(rated: Rated, items: Tensor, factors: Tensor, mean: Callable[[Tens
         return factors.float()
     prior = rated.held(width)
     for _ in range(rated.sweeps):
-        tastes = _one_side(users, rated.count, residual, curvature, prior, factors, items, constant=True)
-        rest = torch.cat([residual[part] - curvature[part] * tastes[users[part], 0] for part in _chunks(len(users))])
+        tastes = _one_side(owner, rows.tastes, residual, curvature, prior, factors, item, constant=True)
+        left = [residual[part] - curvature[part] * tastes[owner[part], 0] for part in _chunks(len(owner))]
+        rest = torch.cat(left).mul_(rows.voice)
         towards = 0.0 if mean is None else mean(factors)
         factors = _one_side(
-            items, len(factors), rest, curvature, prior[1:], tastes[:, 1:], users, constant=False, mean=towards
+            item, len(factors), rest, heard, prior[1:], tastes[:, 1:], owner, constant=False, mean=towards
         )
         factors[0] = 0.0
     return factors.float()
@@ -211,27 +267,30 @@ def factorise_lists(rated: Rated, rows: Tensor, values: Tensor, factors: Tensor)
     Returns:
         Factors of the values ``[I, F]``.
     """
-    users, (residual, curvature) = rated.users, rated.residuals()
+    of, count, objectives = rated.stacked(), len(rated.users), len(rated.kinds)
+    residual, curvature = of.residual, of.curvature
     factors = factors.double().clone()
     factors[0] = 0.0
     width = factors.shape[1]
     if width == 0:
         return factors.float()
     prior = rated.held(width)
-    each = torch.arange(len(users), device=users.device)
-    share = 1.0 / torch.bincount(rows, minlength=len(users)).clamp_min(1).double()
-    owner, part = users[rows], share[rows]
-    mass = part * curvature[rows]
+    share = 1.0 / torch.bincount(rows, minlength=count).clamp_min(1).double()
+    # A value tells of its row's taste for every objective.
+    told = torch.cat([rows + at * count for at in range(objectives)])
+    value, owner, part = values.repeat(objectives), of.owner[told], share[rows].repeat(objectives)
+    mass, voice = part * curvature[told], of.voice[told]
+    heard = mass * voice
     for _ in range(rated.sweeps):
-        mean = factors.new_zeros(len(users), width)
+        mean = factors.new_zeros(count, width)
         for some in _chunks(len(rows)):
             mean.index_add_(0, rows[some], factors[values[some]] * part[some, None])
-        tastes = _one_side(users, rated.count, residual, curvature, prior, mean, each, constant=True)
-        said = [(tastes[users[some], 1:] * mean[some]).sum(dim=1) for some in _chunks(len(users))]
-        left = residual - curvature * (tastes[users, 0] + torch.cat(said))
-        own = [(tastes[owner[some], 1:] * factors[values[some]]).sum(dim=1) for some in _chunks(len(rows))]
-        rest = part * left[rows] + mass * torch.cat([*own, mass[:0]])
-        factors = _one_side(values, len(factors), rest, mass, prior[1:], tastes[:, 1:], owner, constant=False)
+        tastes = _one_side(of.owner, of.tastes, residual, curvature, prior, mean, of.row, constant=True)
+        said = [(tastes[of.owner[some], 1:] * mean[of.row[some]]).sum(dim=1) for some in _chunks(len(of.row))]
+        left = residual - curvature * (tastes[of.owner, 0] + torch.cat(said))
+        own = [(tastes[owner[some], 1:] * factors[value[some]]).sum(dim=1) for some in _chunks(len(told))]
+        rest = (part * left[told] + mass * torch.cat([*own, mass[:0]])).mul_(voice)
+        factors = _one_side(value, len(factors), rest, heard, prior[1:], tastes[:, 1:], owner, constant=False)
         factors[0] = 0.0
     return factors.float()
 

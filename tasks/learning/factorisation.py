@@ -130,10 +130,10 @@ class Factorisation:
         users, user = np.unique(np.asarray(self.material.rows.user)[at], return_inverse=True)
         rated = Rated(
             users=torch.from_numpy(user.astype(np.int64)).to(self.material.device),
-            offsets=item_rate(self.material, at, len(self.kinds))[:, objective],
-            labels=self.material.labels(at)[:, objective],
+            offsets=item_rate(self.material, at, len(self.kinds))[:, [objective]],
+            labels=self.material.labels(at)[:, [objective]],
             weights=self.material.weights(at),
-            kind=self.kinds[objective],
+            kinds=(self.kinds[objective],),
             count=len(users),
             strength=strength,
             bias_strength=strength,

@@ -208,7 +208,8 @@ class Initialisation:
         """Solve the closed forms of the start on rows at positions."""
         setting = self.setting
         counts = counts_by_age(np.asarray(setting.rows.night)[at], setting.training.half_life_nights)
-        solve_start(network, setting.material, at, setting.adapter, sweeps, counts)
+        worth = [objective.weight for objective in setting.data.objectives]
+        solve_start(network, setting.material, at, setting.adapter, sweeps, counts, worth)
 
     def refreshed(self, network: Ranker, precisions: Precisions, through: date) -> Base:
         """The base with its closed forms solved once more on every night of the history.

@@ -132,8 +132,11 @@ def solve_start(
     adapter: AdapterConfig,
     sweeps: int,
     counts: npt.NDArray[np.float64] | None = None,
+    worth: Sequence[float] = (),
 ) -> None:
     """Solve the calibration of the statistics, then every table of factors, with the rest of the network as it is.
+
+    The tables are solved from what the calibration leaves of every objective, see `closed_form.Rated`.
 
     Args:
         network: is changed.
@@ -142,6 +145,7 @@ def solve_start(
         adapter: how strongly the factors are held.
         sweeps: passes of the factorisation.
         counts: what each row counts, times its own weight [N]; None for 1.
+        worth: weight of each objective; none for 1 each.
     """
     network.eval()
     kinds, wide = network.shape.kinds, network.wide
@@ -160,14 +164,15 @@ def solve_start(
         users, user = np.unique(np.asarray(material.rows.user)[at], return_inverse=True)
         rated = Rated(
             users=torch.from_numpy(user.astype(np.int64)).to(scores.device),
-            offsets=scores[:, 0],
-            labels=labels[:, 0],
+            offsets=scores,
+            labels=labels,
             weights=weights,
-            kind=kinds[0],
+            kinds=kinds,
             count=len(users),
             strength=adapter.precision,
             bias_strength=adapter.precision,
             sweeps=sweeps,
+            worth=tuple(worth),
         )
         ids = np.asarray(material.rows.candidate_ids)[at]
         tables = [_weight(module) for module in network.factor_tables]

@@ -103,7 +103,8 @@ def run(user, item, labels, start, kind, sweeps=10, strength=1.0, bias=2.0, weig
     weights = np.ones(len(user)) if weights is None else weights
     offsets = np.zeros(len(user)) if offsets is None else offsets
     users, items, *rest = tensors(user, item, offsets, labels, weights)
-    rated = Rated(users, *rest, kind, int(user.max()) + 1, strength, bias, sweeps)
+    offset, label, weight = rest
+    rated = Rated(users, offset[:, None], label[:, None], weight, (kind,), int(user.max()) + 1, strength, bias, sweeps)
     return factorise(rated, items, torch.from_numpy(start), mean)
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from datetime import date
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
@@ -269,34 +270,46 @@ def test_factors_of_lists_of_one_are_the_factors_of_items():
     item = torch.from_numpy(np.random.default_rng(1).integers(0, 8, len(user)))
     rows, none = torch.arange(len(user)), torch.zeros(len(user))
     for kind, labels in (("rating", label), ("binary", (label > 0).double())):
-        rated = Rated(user, none, labels, weight, kind, 30, strength=2.0, bias_strength=3.0, sweeps=4)
+        table = labels[:, None]
+        rated = Rated(user, none[:, None], table, weight, (kind,), 30, strength=2.0, bias_strength=3.0, sweeps=4)
         expected = factorise(rated, item, start)
         found = factorise_lists(rated, rows, item, start)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_factors_of_lists_lower_the_joint_loss_with_every_sweep_and_end_where_it_is_flat():
-    """The loss is written out and its slope taken by autograd; users' parts are solved exactly for given factors."""
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_factors_of_lists_lower_the_joint_loss_with_every_sweep_and_end_where_it_is_flat(objectives):
+    """The loss is written out and its slope taken by autograd; users' parts are solved exactly for given factors.
+
+    A second rating is of the opposite tastes, in other units, missing here and there, and worth half as much.
+    """
     user, row, value, label, weight, start = planted()
+    labels, worth = torch.stack([label, -7 * label][:objectives], dim=1), (4.0, 2.0)[:objectives]
+    labels[::5, 1:] = float("nan")
+    given = ~torch.isnan(labels)
+    mass = weight[:, None] * given
+    spread = [1.0] if objectives == 1 else ((mass * labels.nan_to_num() ** 2).sum(dim=0) / mass.sum(dim=0)).sqrt()
     share = 1.0 / torch.bincount(row, minlength=len(user)).clamp_min(1)
 
     def loss(factors):
         mean = torch.zeros(len(user), 2, dtype=torch.float64)
         mean = mean.index_add(0, row, factors[value] * share[row, None])
         total = 3.0 * (factors[1:] ** 2).sum() / 2
-        for one in range(30):
-            mine = user == one
+        for one, aim in product(range(30), range(objectives)):
+            mine = (user == one) & given[:, aim]
+            told, own = labels[mine, aim] / spread[aim], weight[mine]
             inputs = torch.cat([torch.ones_like(mean[mine, :1]), mean[mine]], dim=1)
-            system = inputs.T @ (weight[mine, None] * inputs) + torch.diag(torch.tensor([5.0, 3.0, 3.0]).double())
-            taste = torch.linalg.solve(system, inputs.T @ (weight[mine] * label[mine]))
-            left = label[mine] - inputs @ taste
-            total = total + (weight[mine] * left**2).sum() / 2 + (5 * taste[0] ** 2 + 3 * (taste[1:] ** 2).sum()) / 2
+            system = inputs.T @ (own[:, None] * inputs) + torch.diag(torch.tensor([5.0, 3.0, 3.0]).double())
+            taste = torch.linalg.solve(system, inputs.T @ (own * told))
+            left = (own * (told - inputs @ taste) ** 2).sum() + 5 * taste[0] ** 2 + 3 * (taste[1:] ** 2).sum()
+            total = total + worth[aim] / worth[0] * left / 2
         return total
 
     found, losses = start.clone(), []
     found[0] = 0.0
     for sweeps in (1, 1, 1, 300):
-        rated = Rated(user, torch.zeros(len(user)), label, weight, "rating", 30, 3.0, 5.0, sweeps)
+        kinds = ("rating",) * objectives
+        rated = Rated(user, torch.zeros_like(labels), labels, weight, kinds, 30, 3.0, 5.0, sweeps, worth)
         found = factorise_lists(rated, row, value, found).double()
         losses.append(float(loss(found)))
     assert losses == sorted(losses, reverse=True)

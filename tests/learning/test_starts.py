@@ -117,20 +117,23 @@ def test_every_table_is_the_factorisation_of_its_own_column(history, column):
         offsets = material.scorer(network)(at)[0]
         normal = network.normal_statistics(material.inputs(at)[4])
     solved = calibrate(normal, offsets, material.labels(at), material.weights(at), ["binary"]).float()
-    scores = offsets[:, 0] + normal @ solved[0, :-1] + solved[0, -1]
+    scores = offsets + normal @ solved[:, :-1].T + solved[:, -1]
     told = partial(fit_warm_up, copy.deepcopy(network.warm_up), **described(network, history)) if column == 0 else None
     starts.solve_start(network, material, at, AdapterConfig(precision=3.0), 2)
     users = torch.from_numpy(np.unique(history.user, return_inverse=True)[1])
     rated = Rated(
-        *(users, scores, material.labels(at)[:, 0], material.weights(at), "binary", int(users.max()) + 1, 3.0, 3.0, 2)
+        *(users, scores, material.labels(at), material.weights(at), ("binary",), int(users.max()) + 1, 3.0, 3.0, 2)
     )
     expected = factorise(rated, torch.from_numpy(history.candidate_ids[:, column].copy()), before[column], told)
     torch.testing.assert_close(network.factor_tables[column].weight.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("warm_up", [True, False])
-def test_what_a_user_likes_of_new_items_is_known_by_their_columns_alone(warm_up):
-    """Tastes for a price and a genre, learned through items that were seen; 20 of 60 items are new to the base."""
+@pytest.mark.parametrize(("warm_up", "aims"), [(True, 1), (True, 2), (False, 1), (False, 2)])
+def test_what_a_user_likes_of_new_items_is_known_by_their_columns_alone(warm_up, aims):
+    """Tastes for a price and a genre, learned through items that were seen; 20 of 60 items are new to the base.
+
+    They stand in the last objective; a first one is of no taste.
+    """
     random = np.random.default_rng(0)
     item = np.concatenate([random.permutation(60)[:30] + 1 for _ in range(80)])
     user = np.repeat(np.arange(80), 30)
@@ -138,23 +141,26 @@ def test_what_a_user_likes_of_new_items_is_known_by_their_columns_alone(warm_up)
     taste = random.choice([-2.0, 2.0], (80, 2))
     pull = taste[user, 0] * price[item] + taste[user, 1] * np.where(genre[item] == 1, 1, -1)
     clicks = (random.random(len(user)) < 1 / (1 + np.exp(-pull))).astype(np.float32)
-    rows = table(user + 1, 0 * user, item=item, labels=clicks[:, None], price=price[item], genre=genre[item])
+    labels = np.stack([random.integers(0, 2, len(user)), clicks], axis=1)[:, -aims:]
+    rows = table(user + 1, 0 * user, item=item, labels=labels, price=price[item], genre=genre[item])
     seen, new = (np.flatnonzero(mask) for mask in (rows.item <= 40, rows.item > 40))
-    sized = shape(rows).model_copy(update={"candidate_vocabularies": (41, 3)})
+    kinds = ("binary",) * aims
+    sized = shape(rows, *kinds).model_copy(update={"candidate_vocabularies": (41, 3)})
     torch.manual_seed(0)
     config = RankerConfig(embedding=4, hidden=8, factors=2, category_factors=0, direct=False, warm_up=warm_up)
     network, material = Ranker(sized, config), Material(rows)
-    starts.normalise(network, contract(), rows, seen)
+    starts.normalise(network, contract(*kinds), rows, seen)
     starts.solve_start(network, material, seen, AdapterConfig(), 10)
     with torch.no_grad():
         logits, features = material.scorer(network.eval())(np.arange(len(rows)))
+    logits, said = logits[:, [-1]], material.labels(np.arange(len(rows)))[:, [-1]]
     held, losses = torch.full((1, 3), 4.0), []
     for who in range(1, 81):
         mine, theirs = (torch.from_numpy(part[rows.user[part] == who]) for part in (seen, new))
-        support = (features[mine], logits[mine], material.labels(mine.numpy()), torch.ones(len(mine)))
+        support = (features[mine], logits[mine], said[mine], torch.ones(len(mine)))
         own = solve(*(part[None] for part in support), held, ["binary"], 2)[0]
         scores = (logits[theirs], logits[theirs] + features[theirs] @ own.T)
-        losses += [binary_cross_entropy_with_logits(one, material.labels(theirs.numpy())).item() for one in scores]
+        losses += [binary_cross_entropy_with_logits(one, said[theirs]).item() for one in scores]
     unadapted, adapted = np.array(losses).reshape(80, 2).mean(axis=0)
     assert (adapted < 0.8 * unadapted) == warm_up, (adapted, unadapted)
 

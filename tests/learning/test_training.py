@@ -183,9 +183,9 @@ def test_episodes_and_both_solves_are_of_nights_that_count_by_their_age(history,
         drawn.append(dict(zip(visits.night - FIRST, chances, strict=True)))
         return draw(visits, count, random, chances)
 
-    def solves(network, material, at, adapter, sweeps, counts=None):
+    def solves(network, material, at, adapter, sweeps, counts=None, worth=()):
         solved.append(dict(zip(np.asarray(material.rows.night)[at] - FIRST, counts, strict=True)))
-        solve_start(network, material, at, adapter, sweeps, counts)
+        solve_start(network, material, at, adapter, sweeps, counts, worth)
 
     monkeypatch.setattr(epochs, "draw", draws)
     monkeypatch.setattr(initialisation, "solve_start", solves)

@@ -150,8 +150,8 @@ def _adapters(adapters: Adapters) -> Markup:
             )
             for row in adapters.tested
         ]
-        headers = ("level", "tested", "verdict", "exam rows", "own − parent", "shrunk", "p of no harm", "segments")
-        parts.append(el("details", el("summary", "Segments and groups tested for harm"), table(headers, rows, 5)))
+        of_tests = ("level", "tested", "verdict", "exam rows", "own − parent", "shrunk", "p of no harm", "segments")
+        parts.append(el("details", el("summary", "Segments and groups tested for harm"), table(of_tests, rows, 5)))
     return section("Who got which adapter", "A segment without an adapter of its own is served by its parent.", *parts)
 
 

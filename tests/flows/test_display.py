@@ -23,7 +23,6 @@ from flows.nightly import NightResult
 from flows.replay import ReplayedNight
 from tasks.errors import ExpectationsFailed, NightrankError, StoreUnavailable
 from tasks.references import (
-    ListsRef,
     PrepareRef,
     PublishRef,
     ReleaseRow,

@@ -120,7 +120,7 @@ def test_another_setting_of_the_baselines_leaves_the_release_as_it_is(damageable
     changed = RetrainConfig.model_validate({**damageable.world.config, "baselines": baselines})
     after = plain_night(changed, before.night)
     reused = {step.step: step.reused for step in after.steps}
-    assert [step for step, again in reused.items() if not again] == ["evaluate", "judge", "publish"]
+    assert [step for step, again in reused.items() if not again] == ["evaluate", "recommend", "judge", "publish"]
     # Nothing was decided otherwise about a segment, so what is shipped is what was shipped.
     every = open_workspace(changed.place()).records("evaluate")
     records = [record for record in every if night_of(record) == before.night.isoformat()]

@@ -54,6 +54,10 @@ def test_users_who_are_new_on_the_night_fall_back_with_their_step(
         {"convicted": [], "steps": [], "acquitted": []},
     ]
 
+    told = [alarm for alarm in result.verdict.alarms if "proven to do harm" in alarm]
+    assert len(told) == 1
+    assert "own weights of level user_id are proven to do harm: to all with support 16 to 31 (+" in told[0]
+
     words = vocabulary.load(data, open_workspace(place).file(records["prepare"], "vocabulary.parquet"))
     ship = Bank.load(open_workspace(place).file(records["adapt-ship"], "bank.safetensors"))
     users, markets = ship.levels
@@ -69,6 +73,7 @@ def test_users_who_are_new_on_the_night_fall_back_with_their_step(
     assert others <= set(names(users.refused))
     assert len(markets.refused) == 0
 
+    assert acquitted not in json.dumps(records["evaluate"].notes)  # users are counted, not named
     run = json.loads(damageable.store.get(f"tiny/releases/{result.published.release}/run.json").data)
     counts = [(level["adapted"], level["fallen_back"]) for level in run["report"]["adapters"]["levels"]]
     assert counts == [(len(level.keys), len(level.refused)) for level in ship.levels]

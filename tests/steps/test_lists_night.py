@@ -7,7 +7,6 @@ import json
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from tasks import evaluate
 from tasks.champion import _ask
 from tasks.errors import InvalidConfig, ReleaseRefused
 from tasks.learning.base import load_base
+from tasks.night_alarms import of_inputs
 from tasks.release import alarms
 from tasks.release.golden import reference_scores
 from tasks.release.manifest import CONTENT
@@ -145,16 +145,8 @@ def test_a_list_that_tells_the_label_is_named(night: Night, monkeypatch: pytest.
     if name == "look":
         looks[:] = 5 * liked[:, None]
     planted = replace(rows, candidate_values=tags, candidate_vectors=looks)
-    monkeypatch.setattr(evaluate, "rows_of", lambda *_: planted)
     monkeypatch.setattr(alarms, "LEAK_CLASS_ROWS", 20)  # the night is small
-    table = evaluate.exam_table(place, steps["evaluate"].key)
-    lead = data.objectives[0]
-    asked: Any = (place, data, night.config.gate, lead, table, [], steps["prepare"])
-    told = [
-        alarm.message
-        for alarm in evaluate._alarms(*asked, SimpleNamespace(night=night.world.nights[4]))
-        if alarm.name == "leaking"
-    ]
+    told = [alarm.message for alarm in of_inputs(data, planted, night.world.nights[4].toordinal())]
     assert [str(name) in message for message in told] == ([] if name is None else [True])
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from flows.config import RetrainConfig
 from tasks.evaluate import judge
+from tasks.learning.adapters import AdapterConfig
 from tasks.retention import check_retention
 from tests.finished import Finished
 from tests.steps.leaks import Pipeline
@@ -41,15 +42,21 @@ def test_a_leak_and_an_adapter_that_does_nothing_are_named_before_anything_is_pu
     retention = check_retention.fn(
         *(config.place(), config.data, config.segments, config.gate), *(made.ingested, made.prepared, made.base)
     )
-    alarms = judge.fn(
-        *(config.place(), config.data, config.segments, config.adapter, config.gate),
-        *(made.ingested, made.validated, made.prepared, made.exam, retention),
-    ).alarms
+
+    def heard(adapter: AdapterConfig) -> tuple[str, ...]:
+        return judge.fn(
+            *(config.place(), config.data, config.segments, adapter, config.gate),
+            *(made.ingested, made.validated, made.prepared, made.exam, retention),
+        ).alarms
+
+    alarms = heard(config.adapter)
     assert [alarm.split(" alone")[0] for alarm in alarms if alarm.startswith("leaking")] == [
         "leaking: input 'seconds'",
         "leaking: input 'outcome'",
     ]
     assert [alarm.split(":")[0] for alarm in alarms if not alarm.startswith("leaking")] == ["inert"]
+    asked_for_nothing = heard(AdapterConfig(kind="none"))
+    assert asked_for_nothing == tuple(alarm for alarm in alarms if alarm.startswith("leaking"))
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["as they were", "turned"])

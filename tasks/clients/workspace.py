@@ -181,7 +181,7 @@ class Workspace:
         target = self._scratch / digest_of(digests)
         try:
             if not self._is_laid_out(target, digests):
-                self._lay_out(target, inside)
+                self._lay_out(target, inside, digests)
         except OSError as error:
             raise StoreUnwritable(f"cannot lay out {target}: {error.strerror}; free space there") from error
         return target
@@ -202,8 +202,8 @@ class Workspace:
             return False
         return all((target / name).is_file() and self._is_intact(target / name, digests[name]) for name in digests)
 
-    def _lay_out(self, target: Path, inside: Mapping[str, Path]) -> None:
-        new = self._scratch / f".{uuid.uuid4().hex}"
+    def _lay_out(self, target: Path, inside: Mapping[str, Path], digests: Mapping[str, str]) -> None:
+        new, old = (self._scratch / f".{uuid.uuid4().hex}" for _ in range(2))
         try:
             for name, source in inside.items():
                 link = new / name
@@ -212,15 +212,16 @@ class Workspace:
                     os.link(source, link)
                 except OSError:  # another file system, or one without hard links
                     shutil.copyfile(source, link)
-            if target.exists():  # damaged, or a previous run's half copy
-                shutil.rmtree(target)
             try:
                 new.rename(target)
             except OSError:
-                if not target.is_dir():  # else another process was quicker
-                    raise
+                # Another process was quicker, and may read it by now; or it is damaged, or a previous run's half copy.
+                if not self._is_laid_out(target, digests):
+                    target.rename(old)
+                    new.rename(target)
         finally:
             shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
     def _is_intact(self, path: Path, sha256: str) -> bool:
         """Whether a file has its digest; a file seen before is known by inode, time and size."""

@@ -1,6 +1,7 @@
 """The memory of steps: first write wins, damage is found, nothing half-done is ever recalled."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,28 @@ def test_a_damaged_folder_is_laid_out_anew(workspace: Workspace, files: dict[str
     (folder / "deep" / "copy.npy").unlink()
     assert (workspace.folder(record, "rows") / "labels.npy").read_bytes() == b"labels"
     assert (workspace.folder(record, "rows") / "deep" / "copy.npy").read_bytes() == b"labels"
+
+
+def test_a_folder_that_another_run_laid_out_meanwhile_is_left_to_it(
+    workspace: Workspace, files: dict[str, Path], store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pipelines of one lake share a scratch: the slower one comes when the other reads already."""
+    record = _remember(workspace, files)
+    other = Workspace(store, "movies", tmp_path / "scratch")
+    link, opened = os.link, []
+
+    def meanwhile(source: Path, target: Path) -> None:
+        if not opened:
+            monkeypatch.setattr(os, "link", link)
+            opened.append((other.folder(record, "rows") / "labels.npy").stat().st_ino)
+            (other.folder(record, "rows") / "mine").touch()
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", meanwhile)
+    folder = workspace.folder(record, "rows")
+    assert (folder / "mine").exists()
+    assert [(folder / "labels.npy").stat().st_ino] == opened
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
 def test_a_copy_in_scratch_that_was_damaged_is_fetched_again(

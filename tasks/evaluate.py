@@ -181,12 +181,13 @@ def judge(
         against = {name: vs for name, (vs, _) in compare([table, *earlier], "nightly", lead, seed=0).items()}
         against.pop(PARENT, None)
         verdict = decide_release(gate, against, None if ingested.champion is None else CHAMPION)
-        rows = rows_of(place, record_of(place, prepared))
+        layout, night = record_of(place, prepared), ingested.night.toordinal()
+        rows = rows_of(place, layout)
+        words = vocabulary.load(data, open_workspace(place).file(layout, "vocabulary.parquet"))
         alarms = list(of_adaptation(data, adapter, gate, rows, [table, *earlier]))
         alarms += of_segments(data, gate, rows, record_of(place, exam))
-        alarms += of_inputs(data, rows, ingested.night.toordinal())
-        if earlier:
-            alarms += of_lost_segments(data, gate, rows, table, earlier[0])
+        alarms += of_inputs(data, rows, night)
+        alarms += of_lost_segments(data, gate, rows, night, words, earlier)
         if (figures := record_of(place, retention).content["figures"]) is not None:
             alarms += filter(None, [forgetting(against_parent(figures), gate.golden.margin)])
         content = {"go": verdict.go, "decided_by": verdict.decided_by, "reasons": list(verdict.reasons)}

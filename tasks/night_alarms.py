@@ -11,8 +11,9 @@ from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, ObjectiveConfig
 from tasks.data.lists import spans
 from tasks.data.segments import level_name
+from tasks.data.vocabulary import Vocabularies
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.exams import CANDIDATE, PARENT, ZERO_STEPS, column
+from tasks.learning.exams import CANDIDATE, PARENT, ZERO_STEPS, column, segment_names
 from tasks.learning.material import I64
 from tasks.release.alarms import (
     LEAK_VECTOR_ROWS,
@@ -103,20 +104,32 @@ def of_inputs(data: DataConfig, rows: Rows, night: int) -> Iterator[Alarm]:
 
 
 def of_lost_segments(
-    data: DataConfig, gate: GateConfig, rows: Rows, tonight: pa.Table, before: pa.Table
+    data: DataConfig, gate: GateConfig, rows: Rows, night: int, words: Vocabularies, earlier: Sequence[pa.Table]
 ) -> Iterator[Alarm]:
-    """Which segments of the exam before have no rows tonight."""
-    for number, level in enumerate(rows.levels):
-        if level.columns == (data.user,):
+    """Which segments of all earlier exams have no rows tonight, whoever's weights would have served them.
+
+    Args:
+        data: the contract.
+        gate: how many rows a segment is missed from.
+        rows: history and night.
+        night: its ordinal.
+        words: raw keys.
+        earlier: exams, the newest first. A cohort that comes on some nights and not on others is none that vanished.
+    """
+    at = np.flatnonzero(np.asarray(rows.night) == night)
+    for number, level in enumerate(rows.levels if earlier else ()):
+        if data.user in level.columns:
             continue
-        then = before.filter(pc.equal(before["level"], number))
-        then = then.group_by("segment").aggregate([([], "count_all")])
-        now = tonight.filter(pc.equal(tonight["level"], number))["segment"].to_numpy(zero_copy_only=False)
+        now = segment_names(level.keys[np.unique(level.segment[at])], level.columns, level.radices, words)
+        served = [one.filter(pc.equal(one["level"], number))["segment"] for one in earlier]
+        then = served[0].value_counts()
+        before, count = (then.field(name).to_numpy(zero_copy_only=False) for name in ("values", "counts"))
+        always = np.logical_and.reduce([pc.is_in(then.field("values"), one).to_numpy(False) for one in served])
         alarm = vanished(
             level_name(level.columns),
-            then["segment"].to_numpy(zero_copy_only=False).astype(str),
-            then["count_all"].to_numpy(),
-            np.unique(now.astype(str)),
+            before[always].astype(str),
+            count[always],
+            now.to_numpy(zero_copy_only=False).astype(str),
             gate.min_exam_rows,
         )
         if alarm is not None:

@@ -218,7 +218,8 @@ def _replay(options: argparse.Namespace, console: "Console") -> None:
     with embedded(), Screen(console) as screen, watched_by(screen), replay_told_to(ReplayScreen(console)):
         result = replay(config, **given)
     written = result.written
-    steps, gained = earned.load(Path(written.earned)), lift.summaries(lift.load(Path(written.lift)))
+    unnamed = lift.unnamed_levels(config.data, config.segments.levels)
+    steps, gained = earned.load(Path(written.earned)), lift.summaries(lift.load(Path(written.lift)), unnamed)
     paid, shown = cost.load(Path(written.cost)), variety.load(Path(written.variety))
     paths = (written.table, written.earned, written.lift, written.cost, written.variety, written.page)
     show_replay(console, load(Path(written.table)), steps, gained, paid, shown, paths, options.per_night)

@@ -14,7 +14,6 @@ from tasks.champion import champion_scores
 from tasks.clients.workspace import digest_of
 from tasks.data import vocabulary
 from tasks.data.contract import DataConfig, ObjectiveConfig, SegmentsConfig
-from tasks.data.segments import level_name
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.bank import Bank
 from tasks.learning.baselines import Baselines, BaselinesConfig
@@ -120,7 +119,7 @@ def evaluate(
         }
         notes = {
             "nights": len(tables),
-            "unnamed": [level_name(columns) for columns in segments.levels if data.user in columns],
+            "unnamed": lift.unnamed_levels(data, segments.levels),
             "tested": verdicts.table([data.user not in columns for columns in segments.levels]),
             "convicted": [verdicts.share(number) for number in range(len(segments.levels))],
             "spent": [asdict(one) for one in spent],
@@ -184,10 +183,11 @@ def judge(
         layout, night = record_of(place, prepared), ingested.night.toordinal()
         rows = rows_of(place, layout)
         words = vocabulary.load(data, open_workspace(place).file(layout, "vocabulary.parquet"))
-        alarms = list(of_adaptation(data, adapter, gate, rows, [table, *earlier]))
+        alike = [table, *(one for one in earlier if _alike(one, table))]
+        alarms = list(of_adaptation(data, adapter, gate, rows, alike))
         alarms += of_segments(data, gate, rows, record_of(place, exam))
         alarms += of_inputs(data, rows, night)
-        alarms += of_lost_segments(data, gate, rows, night, words, earlier)
+        alarms += of_lost_segments(data, gate, rows, night, words)
         if (figures := record_of(place, retention).content["figures"]) is not None:
             alarms += filter(None, [forgetting(against_parent(figures), gate.golden.margin)])
         content = {"go": verdict.go, "decided_by": verdict.decided_by, "reasons": list(verdict.reasons)}

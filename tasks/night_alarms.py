@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from tasks.clients.workspace import StepRecord
 from tasks.data.columns import Rows
@@ -42,31 +41,37 @@ def asked_for(table: pa.Table, objective: ObjectiveConfig) -> bool:
 def of_adaptation(
     data: DataConfig, adapter: AdapterConfig, gate: GateConfig, rows: Rows, tables: Sequence[pa.Table]
 ) -> Iterator[Alarm]:
-    """What adaptation as a whole, and that of each level, does to the objectives; the newest exam comes first."""
+    """What adaptation as a whole, and that of each level, does to the objectives.
+
+    Args:
+        data: the contract.
+        adapter: which kind it is.
+        gate: the rate of false discoveries.
+        rows: for the levels' names.
+        tables: exams of weights of the same kind, tonight's first: what others did is no news of these.
+    """
     if adapter.kind == "none":
         return
     tonight, served = tables[0], tables[0]["level"].to_numpy()
-    for objective in data.objectives:
-        said = {
-            (condition, method): tonight[column(condition, method, objective.name)].to_numpy()
-            for condition, methods in (
-                ("contact 0", (CANDIDATE, ZERO_STEPS)),
-                ("contact 5", (CANDIDATE, ZERO_STEPS)),
-                ("nightly", (CANDIDATE, PARENT)),
-            )
-            for method in methods
-        }
+
+    def said(condition: str, method: str) -> list[FloatArray]:
+        """Of every objective."""
+        return [tonight[column(condition, method, one.name)].to_numpy() for one in data.objectives]
+
+    adapted = zip(said("contact 0", CANDIDATE), said("contact 5", CANDIDATE), strict=True)
+    without = zip(said("contact 0", ZERO_STEPS), said("contact 5", ZERO_STEPS), strict=True)
+    idle = 0
+    for objective, after, before in zip(data.objectives, adapted, without, strict=True):
+        asked = ~np.isnan(after[1])
         name = objective.name if len(data.objectives) > 1 else ""
-        asked = ~np.isnan(said["contact 5", CANDIDATE])
-        own, zero = (np.r_[said["contact 0", one], said["contact 5", one][asked]] for one in (CANDIDATE, ZERO_STEPS))
-        if (alarm := inert(own, zero, of=name)) is not None:
+        if (alarm := inert(np.r_[after[0], after[1][asked]], np.r_[before[0], before[1][asked]], of=name)) is not None:
             yield alarm
-            continue
-        for number, level in enumerate(rows.levels):
-            mine = served == number
-            own, parent = said["nightly", CANDIDATE][mine], said["nightly", PARENT][mine]
-            if (alarm := inert(own, parent, level_name(level.columns), name)) is not None:
-                yield alarm
+            idle += 1
+    own, parent = (np.stack(said("nightly", method)) for method in (CANDIDATE, PARENT))
+    for number, level in enumerate(rows.levels if idle < len(data.objectives) else ()):
+        mine = served == number
+        if (alarm := inert(own[:, mine], parent[:, mine], level_name(level.columns))) is not None:
+            yield alarm
     against = {
         objective.name: compare([one for one in tables if asked_for(one, objective)], "nightly", objective, seed=0)
         for objective in data.objectives
@@ -104,34 +109,30 @@ def of_inputs(data: DataConfig, rows: Rows, night: int) -> Iterator[Alarm]:
 
 
 def of_lost_segments(
-    data: DataConfig, gate: GateConfig, rows: Rows, night: int, words: Vocabularies, earlier: Sequence[pa.Table]
+    data: DataConfig, gate: GateConfig, rows: Rows, night: int, words: Vocabularies
 ) -> Iterator[Alarm]:
-    """Which segments of all earlier exams have no rows tonight, whoever's weights would have served them.
+    """Which segments came on each of the nights before and have no rows tonight, whoever's weights serve them.
 
     Args:
         data: the contract.
-        gate: how many rows a segment is missed from.
+        gate: how many rows a segment is missed from, and how many nights count, tonight included. A cohort that comes
+            on some nights and not on others is none that vanished.
         rows: history and night.
         night: its ordinal.
         words: raw keys.
-        earlier: exams, the newest first. A cohort that comes on some nights and not on others is none that vanished.
     """
-    at = np.flatnonzero(np.asarray(rows.night) == night)
-    for number, level in enumerate(rows.levels if earlier else ()):
+    nights = np.asarray(rows.night)
+    before = np.unique(nights[nights < night])[1 - gate.pool_nights :] if gate.pool_nights > 1 else nights[:0]
+    for level in rows.levels if len(before) else ():
         if data.user in level.columns:
             continue
-        now = segment_names(level.keys[np.unique(level.segment[at])], level.columns, level.radices, words)
-        served = [one.filter(pc.equal(one["level"], number))["segment"] for one in earlier]
-        then = served[0].value_counts()
-        before, count = (then.field(name).to_numpy(zero_copy_only=False) for name in ("values", "counts"))
-        always = np.logical_and.reduce([pc.is_in(then.field("values"), one).to_numpy(False) for one in served])
-        alarm = vanished(
-            level_name(level.columns),
-            before[always].astype(str),
-            count[always],
-            now.to_numpy(zero_copy_only=False).astype(str),
-            gate.min_exam_rows,
-        )
+        segment = np.asarray(level.segment)
+        counts = [np.bincount(segment[nights == one], minlength=level.size) for one in (*before, night)]
+        always = np.flatnonzero(np.min(counts[:-1], axis=0) > 0)
+        names = segment_names(level.keys[always], level.columns, level.radices, words)
+        keys = names.to_numpy(zero_copy_only=False).astype(str)
+        there = counts[-1][always] > 0
+        alarm = vanished(level_name(level.columns), keys, counts[-2][always], keys[there], gate.min_exam_rows)
         if alarm is not None:
             yield alarm
 

@@ -87,6 +87,7 @@ def compare_nights(
         steps = earned.curve(list(tables.values()), data, segments.levels, seed)
         gained = lift.lifts(list(tables.values()), data, segments.levels)
         paid = cost.costs(spent, gained, list(tables.values()), data, segments.levels, seed)
+    unnamed = lift.unnamed_levels(data, segments.levels)
     began = "the first one started cold" if start is None else f"the first one started from {start.name}"
     missing = [(night.isoformat(), why) for night, why in left_out]
     folder = Path(out)
@@ -97,7 +98,7 @@ def compare_nights(
         lift.save(gained, folder / f".{LIFT}")
         cost.save(paid, folder / f".{COST}")
         variety.save(shown, folder / f".{VARIETY}")
-        told = render(place.pipeline, began, lines, steps, lift.summaries(gained), paid, shown, missing, seed)
+        told = render(place.pipeline, began, lines, steps, lift.summaries(gained, unnamed), paid, shown, missing, seed)
         (folder / f".{PAGE}").write_text(told, encoding="utf-8")
         for name in FILES:  # whole or not at all: a reader may have the last one open
             os.replace(folder / f".{name}", folder / name)

@@ -7,6 +7,7 @@ Shapes: L levels, K objectives, D adapter features.
 """
 
 from collections.abc import Callable, Mapping
+from itertools import product
 
 import numpy as np
 import torch
@@ -101,12 +102,15 @@ def scaled(
     least = loss(precisions)
     places = {name: (slice(0, 1), part) for name, part in reversed(list(parts.items()))}
     places |= {f"level {at}": (slice(at, at + 1), slice(None)) for at in range(1, len(precisions))}
-    for name, (level, part) in places.items():
+    several = precisions.shape[1] > 1
+    # Objective by objective: each has a loss in units of its own, and moves no other's.
+    for (place, (level, part)), objective in product(places.items(), range(precisions.shape[1])):
+        name = f"{place} of objective {objective + 1}" if several else place
         scales[name] = 1.0
         for factor in (FACTOR, 1 / FACTOR):
             for _ in range(MOST_STEPS):
                 tried = precisions.clone()
-                tried[level, :, part] = (tried[level, :, part] * factor).clamp(LEAST, MOST)
+                tried[level, objective, part] = (tried[level, objective, part] * factor).clamp(LEAST, MOST)
                 now = loss(tried)
                 if not now < least - GAIN:
                     break

@@ -89,6 +89,11 @@ class Summary:
 
     def in_words(self) -> str:
         """What the level's own weights do for its segments."""
+        if self.gap == 0:
+            return (
+                f"{self.better:,} of {self.segments:,} segments are better off, {self.worse:,} worse; "
+                f"{self.mean:+.4f} on average, no difference between them can be told from noise"
+            )
         return (
             f"{self.better:,} of {self.segments:,} segments are better off, {self.worse:,} worse; "
             f"{self.mean:+.4f} on average, {self.gap:.4f} between the best and the worst served"
@@ -138,6 +143,16 @@ def lifts(tables: Sequence[pa.Table], data: DataConfig, levels: Sequence[Sequenc
                 )
             )
     return pa.concat_tables(parts)
+
+
+def unnamed_levels(data: DataConfig, levels: Sequence[Sequence[str]]) -> list[str]:
+    """Levels whose segments are single users: nobody's business by name, so summaries count them.
+
+    Args:
+        data: the contract.
+        levels: columns of the ladder's levels.
+    """
+    return [level_name(columns) for columns in levels if data.user in columns]
 
 
 def summaries(found: pa.Table, unnamed: Collection[str] = ()) -> list[Summary]:

@@ -103,8 +103,7 @@ class SegmentVerdicts:
     shrunk: F64
     """[H] expected true difference of a single segment, given all of its level; NaN where it was not shrunk."""
     p: F64
-    """[H] one-sided p value of "the adapter does no harm"; of a shrunk difference, no less than the probability that
-    its true value is no harm."""
+    """[H] one-sided p value of "the adapter does no harm"; 1 where a shrunk difference is no harm."""
     harmful: BoolArray
     """[H] proven, with false discovery controlled over all of them."""
     segments: I64
@@ -161,13 +160,12 @@ def decide_segments(config: GateConfig, evidence: SegmentEvidence) -> SegmentVer
     """Of which segments, and of which groups of them, it is proven that their own weights do harm.
 
     A segment with `min_exam_rows` pooled rows is judged by itself, among all segments of its level with about as much
-    support (`tasks.release.shrinkage`): its p value is that of its mean or, where that is greater, the probability that
-    its true lift is no harm once the mean is shrunk towards theirs. The first alone keeps the rate of false
-    discoveries; the second asks more where the others speak against harm. Where too few can be compared, as with three
-    markets, its own visits are the sample, if there are `MIN_CLUSTERS` of them. All others are tested together by level
-    and step of the support curve, the segments being the sample (ratio estimate, variance between segments). The
-    convicted are chosen by Benjamini-Hochberg over all tests at `false_discovery`. What is not convicted ships, and so
-    does what nothing speaks for.
+    support (`tasks.release.shrinkage`): its p value is that of its mean, with their noise; it is not convicted where
+    its lift, shrunk towards theirs, is no harm. The first keeps the rate of false discoveries, the second only takes
+    convictions away. Where too few can be compared, as with three markets, its own visits are the sample, if there are
+    `MIN_CLUSTERS` of them. All others are tested together by level and step of the support curve, the segments being
+    the sample (ratio estimate, variance between segments). The convicted are chosen by Benjamini-Hochberg over all
+    tests at `false_discovery`. What is not convicted ships, and so does what nothing speaks for.
 
     Args:
         config: the gate's section.
@@ -244,9 +242,8 @@ def _judged(evidence: SegmentEvidence, segment: I64, level: I64) -> tuple[F64, F
         p[members[by_visits]] = _harm_p(estimate[by_visits], variance, n - 1)
         sure = known.trusted
         shrunk[members[sure]] = known.shrunk[sure]
-        p[members[sure]] = np.maximum(
-            _tail(known.mean[sure], np.sqrt(known.variance[sure])), _tail(known.shrunk[sure], known.deviation[sure])
-        )
+        alone = _tail(known.mean[sure], np.sqrt(known.variance[sure]))
+        p[members[sure]] = np.where(known.shrunk[sure] > 0, alone, 1.0)
     return shrunk, p
 
 

@@ -166,13 +166,18 @@ def test_of_many_users_the_generator_draws_some(monkeypatch):
 # Scaling
 
 PARTS = {"constant": slice(0, 1), "numbers": slice(1, 4), "tower features": slice(4, 6)}
+COARSE = {"level 1": (1, slice(None)), "level 2": (2, slice(None))}
 HELD = torch.linspace(20.0, 90.0, 3 * 2 * 6).reshape(3, 2, 6)
 
 
 def steps_of(precisions, start=HELD):
-    """By how many factors each part is above where it began; every place of a part alike."""
+    """By how many factors each part of each objective is above where it began; every place of a part alike."""
     power = (precisions / start).log() / np.log(FACTOR)
-    places = {name: power[0, :, part] for name, part in PARTS.items()} | {"level 1": power[1], "level 2": power[2]}
+    places = {
+        f"{name} of objective {objective + 1}": power[level, objective, part]
+        for name, (level, part) in ({name: (0, part) for name, part in PARTS.items()} | COARSE).items()
+        for objective in (0, 1)
+    }
     for place in places.values():
         torch.testing.assert_close(place, place.flatten()[0].expand(place.shape), rtol=0, atol=1e-5)
     return {name: place.flatten()[0].item() for name, place in places.items()}
@@ -186,11 +191,12 @@ def bowl(best):
 @pytest.mark.parametrize(
     "best",
     [
-        {"constant": 2, "numbers": -3, "tower features": 0, "level 1": 1, "level 2": -1},
-        {"constant": 0, "numbers": 0, "tower features": 4, "level 1": 0, "level 2": 3},
+        {"constant": (2, 0), "numbers": (-3, 1), "tower features": (0, 0), "level 1": (1, -2), "level 2": (-1, -1)},
+        {"constant": (0, 3), "numbers": (0, 0), "tower features": (4, -1), "level 1": (0, 2), "level 2": (3, 0)},
     ],
 )
-def test_the_lowest_loss_is_found_part_by_part_and_level_by_level(best):
+def test_the_lowest_loss_is_found_part_by_part_level_by_level_and_for_each_objective(best):
+    best = {f"{name} of objective {at + 1}": one for name, both in best.items() for at, one in enumerate(both)}
     found, scales = scaled(HELD, PARTS, bowl(best))
     assert steps_of(found) == pytest.approx(best, abs=1e-5)
     assert scales == {name: pytest.approx(FACTOR**steps) for name, steps in best.items()}

@@ -127,7 +127,7 @@ def visits_of(true, visits, random):
 def test_a_segment_of_a_large_level_is_judged_by_its_shrunk_lift():
     """Balanced visits, where the estimates by moments are those of the textbook's analysis of variance."""
     random = np.random.default_rng(7)
-    evidence = visits_of(random.normal(-0.05, 0.2, 30), np.full(30, 10), random)
+    evidence = visits_of(random.normal(-0.1, 0.06, 30), np.full(30, 10), random)
     tested = decide_segments(GateConfig(), evidence)
     order = np.argsort(tested.key.astype(int))
     means = (evidence.sums / 12).reshape(30, 10)
@@ -135,12 +135,11 @@ def test_a_segment_of_a_large_level_is_judged_by_its_shrunk_lift():
     spread = mean.var(ddof=1) - error
     kept = spread / (spread + error)
     shrunk = mean.mean() + kept * (mean - mean.mean())
-    deviation = np.sqrt(kept * error + (1 - kept) ** 2 * (spread + error) / 30)
-    p = np.maximum(stats.norm.sf(shrunk / deviation), stats.norm.sf(mean / np.sqrt(error)))
+    p = np.where(shrunk > 0, stats.norm.sf(mean / np.sqrt(error)), 1.0)
     np.testing.assert_allclose(tested.estimate[order], mean, rtol=1e-9)
     np.testing.assert_allclose(tested.shrunk[order], shrunk, rtol=1e-9)
     np.testing.assert_allclose(tested.p[order], p, atol=1e-9)
-    assert 0 < (p > stats.norm.sf(mean / np.sqrt(error))).sum() < 30
+    assert ((mean > 0) & (shrunk <= 0)).sum() > 0
 
 
 def test_what_is_known_of_a_level_speaks_for_its_segments():
@@ -159,7 +158,7 @@ def test_what_is_known_of_a_level_speaks_for_its_segments():
         joined.key[: len(doubtful.key)] = joined.user[: len(doubtful.key)] = "x"
         tested = decide_segments(GateConfig(), joined)
         p.append(tested.p[tested.key.tolist().index("x")])
-    assert p[0] > 2 * p[1]
+    assert p[0] == 1.0
     assert p[1] > 0.1  # harm to others convicts nobody
 
 
@@ -275,7 +274,7 @@ def test_wrong_convictions_stay_below_the_false_discovery_rate(harmed):
         wrong.append((convicted & ~harm).sum() / max(convicted.sum(), 1))
         found.append((convicted & harm).sum() / max(harm.sum(), 1))
     assert np.mean(wrong) < 0.1
-    assert harmed == 0 or np.mean(found) > 0.4
+    assert harmed == 0 or np.mean(found) > 0.6
 
 
 def regular(true, visits, rows, noise, support, random, name):

@@ -26,6 +26,8 @@ from tasks.tensorboard import scalars_of
 VERSION = 3
 BENT_VERSION = 2
 """Of second-order training through bent layers; the other trainings answer as they did before it."""
+LOOSE_STARTS = 1
+"""Version of what is added to the keys of those trainings alone that may hold adapters less than their start does."""
 
 
 @verb
@@ -59,6 +61,8 @@ def meta_train(
         **({"bent": BENT_VERSION} if adapter.bent is not None and training.outer == "second_order" else {}),
         **solved_from(data),
     }
+    if adapter.reads_learned(ranker.features) and training.outer != "joint":
+        section["starts"] = LOOSE_STARTS
 
     def work(folder: Path, progress: Progress) -> Product:
         rows = rows_of(place, history)

@@ -38,7 +38,7 @@ from tasks.learning.setting import Setting
 from tasks.learning.space import BELONGS, Parameter, Sections, Settings, Value, candidate_kinds
 from tasks.learning.study import Told, Tried, remembered
 from tasks.learning.training_config import BESIDE, TrainingConfig
-from tasks.meta_train import rows_of, solved_from
+from tasks.meta_train import LOOSE_STARTS, rows_of, solved_from
 from tasks.references import HistoryRef, Place
 from tasks.release.evidence import compare, losses
 from tasks.release.gate import GateConfig
@@ -162,6 +162,8 @@ def search_settings(
         "device": bench.device,
         **solved_from(data),
     }
+    if {"ranker.features", "adapter.kind", "adapter.bends"} & space.keys() or adapter.reads_learned(ranker.features):
+        made_from["starts"] = LOOSE_STARTS
     begun = time.monotonic()
 
     def score(settings: Settings, told: Told) -> float:

@@ -127,6 +127,11 @@ class AdapterConfig(Section):
         """How many of a ranker's ``width`` numbers per objective are used (the constant's is the first)."""
         return {"none": 0, "bias": 1}.get(self.kind, width)
 
+    def reads_learned(self, features: int) -> bool:
+        """Whether any of its weights is on what training learns for it, in a ranker with so many `features`."""
+        linear = self.kind in ("ridge", "gradient") and features > 0
+        return linear or self.bent is not None or self.matching > 0
+
     @property
     def in_closed_form(self) -> "AdapterConfig":
         """The closed form that weighs the same features: itself, or the ridge in place of gradient steps."""

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tasks.learning.adapters import Precisions
 from tasks.learning.networks import Ranker
 
-FORMAT = 2
+FORMAT = 3
 _DIGEST = 64
 """Hexadecimal digits of the SHA-256 that goes before the tensors."""
-_STATE, _RANDOM = "state", "generator"
+_STATE, _RANDOM, _SILENCED = "state", "generator", "silenced"
 
 Weights = tuple[Ranker, Precisions]
 Point = tuple[int, float | None, float]
@@ -59,12 +59,14 @@ class TrainingState:
     Attributes:
         weights: what is trained.
         average: its moving average, which is what is scored.
-        best: the average with the lowest stop loss so far.
+        best: what was scored with the lowest stop loss so far.
         optimiser: of the weights.
         random: draws the episodes.
         curve: per epoch: number, mean training loss, stop loss.
         how: what there is to say about the start.
         setbacks: how often it had to go back to the best, because an epoch left the finite numbers.
+        silenced: log-precisions at the start of weights that training holds less, NaN for others ``[L, K, D]``; None
+            where there are none, see `Initialisation.loosen`.
     """
 
     weights: Weights
@@ -75,6 +77,7 @@ class TrainingState:
     curve: list[Point]
     how: str
     setbacks: int = 0
+    silenced: Tensor | None = None
 
     @property
     def epoch(self) -> int:
@@ -86,10 +89,10 @@ class TrainingState:
         """The first epoch with the lowest stop loss, -1 for the parent's base."""
         return min(self.curve, key=lambda point: point[2])[0]
 
-    def keep_best(self) -> None:
-        """Copy the average if the last epoch did best."""
+    def keep_best(self, scored: Weights) -> None:
+        """Copy what was scored after the last epoch if that did best."""
         if self.kept == self.epoch:
-            self.best = copy.deepcopy(self.average)
+            self.best = copy.deepcopy(scored)
 
     def set_back(self, optimiser: torch.optim.Optimizer) -> None:
         """Go back to the best, with an optimiser that remembers nothing of what came after."""
@@ -109,6 +112,8 @@ class TrainingState:
         }
         for number, entries in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{entry}": value for entry, value in entries.items()}
+        if self.silenced is not None:
+            tensors[_SILENCED] = self.silenced
         device = next(self.weights[0].parameters()).device
         tensors[f"{_RANDOM}.cpu"] = torch.get_rng_state()
         if device.type == "cuda":
@@ -147,6 +152,7 @@ class TrainingState:
             self.optimiser.load_state_dict(groups)
             self.curve = [(int(epoch), trained, stop) for epoch, trained, stop in state["curve"]]
             self.how, self.setbacks = state["how"], int(state["setbacks"])
+            self.silenced = tensors[_SILENCED].to(self.weights[1].logarithm.device) if _SILENCED in tensors else None
             self.random.bit_generator.state = state["random"]
             torch.set_rng_state(tensors[f"{_RANDOM}.cpu"])
             if f"{_RANDOM}.cuda" in tensors:

@@ -33,6 +33,8 @@ Report = Callable[[float, float | None, str], None]
 
 MOST_SETBACKS, SLOWER = 3, 0.1
 """How often a descent goes back to its best epoch before it ends there, and how much slower it goes on each time."""
+LONGER = 3
+"""How many times longer a descent is waited for that has to find what its adapters read, until it first does."""
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ class Descent:
         saved, saved_epoch = time.monotonic(), -1 if fresh else state.epoch
         while (
             state.epoch < config.epochs
-            and state.epoch - max(state.kept, 0) < config.patience
+            and state.epoch - max(state.kept, 0) < config.patience * (LONGER if _unheard(state) else 1)
             and state.setbacks <= MOST_SETBACKS
         ):
             try:
@@ -117,6 +119,8 @@ class Descent:
             except (TrainingDiverged, LinAlgError) as error:
                 logger.warning("epoch %s of night %s is taken back: %s", state.epoch + 1, self.setting.night, error)
                 state.set_back(self.initialisation.optimiser(*state.weights))
+                if state.silenced is not None:
+                    self.initialisation.loosen(state)
                 continue
             self.scalars.write(state.epoch, _losses_at(state.curve[-1]) | told)
             if time.monotonic() - saved >= config.checkpoint_seconds:
@@ -151,9 +155,9 @@ class Descent:
             keep = share_kept(config, step)
             blend(average[0], network, keep)
             blend(average[1], precisions, keep)
-        stop = self.losses.of_stop(*average, plan.stop)
-        state.curve.append((state.epoch + 1, sum(losses) / len(losses), stop))
-        state.keep_best()
+        scored = self.initialisation.settled(state, plan.stop)
+        state.curve.append((state.epoch + 1, sum(losses) / len(losses), self.losses.of_stop(*scored, plan.stop)))
+        state.keep_best(scored)
         return {
             "learning rate": state.optimiser.param_groups[0]["lr"],
             "gradient norm": sum(norms) / len(norms),
@@ -230,6 +234,11 @@ def _losses_at(point: Point) -> dict[str, float]:
     """A point of the curve by name."""
     _, trained, stop = point
     return {"stop loss": stop} | ({} if trained is None else {"training loss": trained})
+
+
+def _unheard(state: TrainingState) -> bool:
+    """Whether features that said nothing at the start have led to nothing better yet."""
+    return state.silenced is not None and state.kept < 1
 
 
 def _taken_back(state: TrainingState) -> str:

@@ -5,11 +5,13 @@ closed forms solved once more.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tasks.errors import NotEnoughHistory
 from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions, check_width
@@ -18,10 +20,10 @@ from tasks.learning.checkpoint import Point, TrainingState, Weights
 from tasks.learning.descent import optimiser_of
 from tasks.learning.episodes import counts_by_age
 from tasks.learning.losses import Losses
-from tasks.learning.material import I64, Visits, remembered
+from tasks.learning.material import I64, Scorer, Visits, remembered
 from tasks.learning.networks import Ranker
 from tasks.learning.outer import thaw
-from tasks.learning.priors import MOST_USERS, estimate, scaled
+from tasks.learning.priors import MOST_USERS, estimate, loosened, scaled
 from tasks.learning.prototypes import place, unmatched
 from tasks.learning.rehearsal import REMEMBERED
 from tasks.learning.setting import Setting
@@ -36,6 +38,11 @@ CLUSTERED = 16_384
 """Most rows, the newest, that prototypes are placed by."""
 DRIFTING = frozenset({"constant"})
 """Parts whose weights change from night to night more than the evidence of all nights together knows."""
+GIVEN = FITTED | DRIFTING | {"numbers"}
+"""Parts that say at the start what they ever will, or nearly so; features of all others have to be learned first."""
+
+HEARD = 0.01
+"""Share of the stop loss that weights must save to be held less than at a start that had no use for them."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,53 @@ class Initialisation:
         state = TrainingState(
             (network, precisions), average, best, self.optimiser(network, precisions), random, curve, how
         )
-        state.keep_best()
+        state.keep_best(average)
+        self.loosen(state)
         return state
+
+    def loosen(self, state: TrainingState) -> None:
+        """Let go, in training, of what the start holds so strongly that it would never be learned.
+
+        The start itself has been scored, and what did best is kept, as they are.
+        """
+        if self.setting.training.outer == "joint":  # its loss knows of no adapter
+            return
+        for network, precisions in (state.weights, state.average):
+            parts = self._learned(network, precisions)
+            with torch.no_grad():
+                held = precisions.logarithm.exp()
+                freed = loosened(held, self._configured(network).logarithm.exp(), parts.values())
+                changed = freed != held
+                if state.silenced is None and changed.any():
+                    names = ", ".join(name for name, part in parts.items() if changed[..., part].any())
+                    state.how = f"{state.how}; held in training as configured: {names}"
+                    state.silenced = torch.where(changed, precisions.logarithm, torch.nan)
+                precisions.logarithm[changed] = freed[changed].log()
+
+    def settled(self, state: TrainingState, stop: Visits) -> Weights:
+        """The average as it would be the night's base.
+
+        What was let go is held as it was at the start, unless the stop nights are told so much better without that it
+        is no luck: of the rows that trained it a base knows the labels, so supports of later rows move weights further.
+        """
+        if state.silenced is None:
+            return state.average
+        network, precisions = copy.deepcopy(state.average)
+        network.eval()
+        with torch.no_grad():
+            free, parts = precisions(), self._learned(network, precisions)
+            loss = self._rehearsed(network, self._scorer(network), free, stop, state.random)
+            found, _ = scaled(free, parts, loss)
+            held = torch.where(state.silenced.isnan(), free, state.silenced.exp())
+            heard = loss(found) < (1 - HEARD) * loss(held)
+            precisions.logarithm.copy_((found if heard else held).log())
+        return network, precisions
+
+    @staticmethod
+    def _learned(network: Ranker, precisions: Precisions) -> dict[str, slice]:
+        """Parts whose features training learns, of those that adapters weigh."""
+        width = precisions.logarithm.shape[-1]
+        return {name: part for name, part in network.parts.items() if part.stop <= width and name not in GIVEN}
 
     def fresh(self) -> Weights:
         """Weights that nothing was learned by yet."""
@@ -145,10 +197,14 @@ class Initialisation:
         network = Ranker(setting.shape, setting.ranker, setting.adapter.bent, setting.adapter.matching)
         network = network.to(setting.device)
         check_width(setting.adapter, network.width if network.matching is None else network.matching.width)
-        width = setting.adapter.width(network.width)
+        return network, self._configured(network)
+
+    def _configured(self, network: Ranker) -> Precisions:
+        """Precisions as the config has them."""
+        setting, width = self.setting, self.setting.adapter.width(network.width)
         kinds, fan_in = len(setting.shape.kinds), network.fan_in[:width]
         precisions = Precisions(len(setting.levels), kinds, width, setting.adapter, fan_in)
-        return network, precisions.to(setting.device)
+        return precisions.to(setting.device)
 
     def optimiser(self, network: Ranker, precisions: Precisions) -> torch.optim.Optimizer:
         """An optimiser of what the config trains."""
@@ -182,27 +238,35 @@ class Initialisation:
         if precisions.logarithm.shape[-1] == 0:
             return "nothing is adapted"
         network.eval()
-        adaptation = Adaptation.of(network, setting.adapter)
         with torch.no_grad():
-            scorer = setting.material.scorer(network)
-            if len(setting.rows) * (network.width if network.bent is None else network.joint_inputs) <= REMEMBERED:
-                scorer = remembered(scorer, len(setting.rows))
-            found = precisions()
+            scorer, found = self._scorer(network), precisions()
             weighed = network.bent is None and network.matching is None
             if weighed:
+                adaptation = Adaptation.of(network, setting.adapter)
                 found = estimate(setting.ladder, fit, setting.material, scorer, found, adaptation, random)
             width = found.shape[-1]
             parts = {name: part for name, part in network.parts.items() if part.stop <= width}
             for name in sorted((FITTED | DRIFTING).intersection(parts)):
                 found[0, :, parts[name]] = found[0, :, parts[name]].clamp_min(setting.adapter.precision)
-            few = stop
-            if len(stop) > MOST_USERS:
-                few = stop.take(np.sort(random.choice(len(stop), MOST_USERS, replace=False)))
-            found, scales = scaled(found, parts, self.losses.rehearsed(scorer, found, adaptation, few))
+            found, scales = scaled(found, parts, self._rehearsed(network, scorer, found, stop, random))
             precisions.logarithm.copy_(found.log())
         changed = ", ".join(f"{name} by {scale:g}" for name, scale in scales.items() if scale != 1)
         how = "precisions by evidence" if weighed else "precisions as configured"
         return how + (f", scaled on the stop nights ({changed})" if changed else "")
+
+    def _scorer(self, network: Ranker) -> Scorer:
+        """The network as it is; its answers are remembered where they are few."""
+        scorer, rows = self.setting.material.scorer(network), len(self.setting.rows)
+        few = rows * (network.width if network.bent is None else network.joint_inputs) <= REMEMBERED
+        return remembered(scorer, rows) if few else scorer
+
+    def _rehearsed(
+        self, network: Ranker, scorer: Scorer, like: Tensor, stop: Visits, random: np.random.Generator
+    ) -> Callable[[Tensor], float]:
+        """Loss on the stop nights, or on some of their visits where they are many, as a function of precisions."""
+        if len(stop) > MOST_USERS:
+            stop = stop.take(np.sort(random.choice(len(stop), MOST_USERS, replace=False)))
+        return self.losses.rehearsed(scorer, like, Adaptation.of(network, self.setting.adapter), stop)
 
     def _solve(self, network: Ranker, at: I64, sweeps: int) -> None:
         """Solve the closed forms of the start on rows at positions."""

@@ -6,7 +6,7 @@ magnitude on a new data set, and everything that adaptation could do is lost or 
 Shapes: L levels, K objectives, D adapter features.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 
 import numpy as np
@@ -28,6 +28,9 @@ FACTOR, MOST_STEPS = 4.0, 5
 """How far one step of the scaling goes, and how many it takes at most."""
 GAIN = 1e-5
 """Loss that a step of the scaling has to save."""
+SILENT = 8.0
+"""Precision of a weight, over that of the config, beyond which its feature has next to no part in a score; one step of
+the scaling stays below it."""
 
 
 def estimate(
@@ -119,3 +122,32 @@ def scaled(
             if scales[name] != 1.0:
                 break
     return precisions, scales
+
+
+def loosened(precisions: Tensor, usual: Tensor, parts: Iterable[slice]) -> Tensor:
+    """Precisions that leave a gradient to features of which nothing is known yet.
+
+    Features that have not been learned explain nothing, so their weights are held down; but how far they move a weight
+    is all that tells them what to become (Meta-SGD's rates, at 0, would teach nothing). A part counts as silent where
+    the users' own level holds each of its weights beyond `SILENT` times the usual: an objective that hears one of the
+    features learns the others beside it.
+
+    Args:
+        precisions: ``[L, K, D]``.
+        usual: as the config has them ``[L, K, D]``.
+        parts: of the features, those that training learns.
+
+    Returns:
+        Precisions ``[L, K, D]``: of silent parts those of the config, at every level that is as silent; all others are
+        the same numbers.
+
+    >>> held, usual = torch.tensor([[[9.0, 50.0, 50.0, 1.0]]]), torch.ones(1, 1, 4)
+    >>> loosened(held, usual, [slice(0, 2), slice(2, 4)]).tolist()
+    [[[1.0, 1.0, 50.0, 1.0]]]
+    """
+    found = precisions.clone()
+    for part in parts:
+        held, start = precisions[:, :, part], usual[:, :, part]
+        silent = (held > SILENT * start).all(dim=2, keepdim=True)
+        found[:, :, part] = torch.where(silent & silent[:1], start, held)
+    return found

@@ -51,7 +51,7 @@ def meta_train(
     history = recalled(place, "history", prepared.history)
     device = device_of(place)
     inputs = {"history": history.digest, "parent": ingested.parent.digest if ingested.parent else "none"}
-    section = {
+    section: dict[str, object] = {
         "objectives": [objective.model_dump(mode="json") for objective in data.objectives],
         "segments": segments.model_dump(mode="json"),
         "ranker": ranker.model_dump(mode="json"),

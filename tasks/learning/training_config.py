@@ -102,7 +102,8 @@ class TrainingConfig(Section):
     `scratch`, five times the size of the network. A night that died goes on from there when it is run again, and ends
     at the same weights."""
     patience: Annotated[int, Field(ge=1)] = 2
-    """Epochs without a better stop loss before training ends."""
+    """Epochs without a better stop loss before training ends; three times as many until the first better one, where
+    what adapters read has still to be learned and told nothing at the start."""
     stop_nights: Annotated[int, Field(ge=1)] = 7
     """Newest nights that training is stopped on and does not train on, when there is no parent."""
     min_stop_rows: Annotated[int, Field(ge=1)] = 200

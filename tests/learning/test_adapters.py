@@ -230,3 +230,18 @@ def test_the_second_derivative_is_that_of_finite_differences(shape):
         lambda features, offsets, labels, precision: solve(features, offsets, labels, weights, precision, KINDS, 2),
         inputs,
     )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "features", "reads"),
+    [
+        *(({"kind": kind}, 4, kind in ("ridge", "gradient", "film", "lora", "matching"))
+          for kind in ("none", "bias", "ridge", "gradient", "film", "lora", "matching")),
+        *(({"kind": kind}, 0, kind in ("film", "lora", "matching"))
+          for kind in ("none", "bias", "ridge", "gradient", "film", "lora", "matching")),
+        ({"kind": "gradient", "bends": "dense"}, 0, True),
+    ],
+)  # fmt: skip
+def test_only_weights_on_towers_layers_and_prototypes_are_on_what_training_learns(adapter, features, reads):
+    """The default config's are not: keys of its nights say nothing of how starts are loosened."""
+    assert AdapterConfig(**adapter).reads_learned(features) == reads

@@ -18,6 +18,7 @@ from tasks.learning.starts import normalise, spread
 from tests.learning.reptile_loop import Precise, slow_reptile, stirred
 from tests.learning.small_rows import before, contract, ladder_of, one_aim, opposed, shape, table, with_labels
 from tests.learning.test_bending import BENDING, DENSE, FILM, LORA
+from tests.learning.test_checkpoint import Memory, Stopped, stopped_after
 from tests.learning.test_ensemble import setting_of
 from tests.learning.test_outer import AIMED, KINDS, LOOPS, STILL, loop
 from tests.learning.test_training import SHORT, stop_losses, train
@@ -165,20 +166,70 @@ def secrets():
     return table(user, night, item=item, price=price, labels=labels)
 
 
+def sought(rows, config, outer, seed, **more):
+    """Trained with as much patience as there is by default."""
+    ranker = STILL.model_copy(update={"embedding": 8, "hidden": 16})
+    aimed = loop(outer, **{**AIMED, "learning_rate": 0.02, "patience": 2, "seed": seed, **more})
+    return train(rows, adapter=config, config=aimed, ranker=ranker, night=3)
+
+
 @pytest.mark.parametrize(
-    ("config", "outer"),
-    [(LORA, "second_order"), (DENSE, "reptile"), (DENSE, "joint")],
-    ids=lambda one: one if isinstance(one, str) else one.bends if one.bends == "dense" else one.kind,
+    ("config", "outer", "seed"),
+    [
+        (DENSE, "second_order", 3),
+        *((LORA, "second_order", seed) for seed in (0, 1, 3)),
+        (LORA, "first_order", 1),
+        *((FILM, "second_order", seed) for seed in (0, 1)),
+        (FILM, "first_order", 1),
+        (DENSE, "reptile", 1),
+        (LORA, "joint", 1),
+    ],
+    ids=lambda one: str(one) if not isinstance(one, AdapterConfig) else one.bends if one.bends == "dense" else one.kind,
 )
 def test_where_bent_layers_tell_nothing_at_the_start_training_for_them_can_and_joint_training_cannot(
-    unscaled, secrets, config, outer
+    secrets, config, outer, seed
 ):
-    """The same adapter, from the closed-form start and behind one epoch."""
-    ranker = STILL.model_copy(update={"embedding": 8, "hidden": 16})
-    aimed = loop(outer, **{**AIMED, "learning_rate": 0.02, "seed": 1})
-    (_, _, start), (_, _, end) = train(secrets, adapter=config, config=aimed, ranker=ranker, night=3).curve
+    """The stop nights have made the start hold such layers as good as fast."""
+    made = sought(secrets, config, outer, seed, epochs=2)
+    start, least = made.curve[0][2], min(stop for _, _, stop in made.curve)
     assert start > 0.67  # a coin's is 0.69
-    assert end > 0.67 if outer == "joint" else end < 0.75 * start
+    assert "scaled on the stop nights" in made.why
+    assert ("held in training as configured" in made.why) == (outer != "joint")
+    assert least > 0.65 if outer == "joint" else least < 0.75 * start
+
+
+def test_what_training_has_found_no_use_for_is_held_as_it_was(secrets):
+    """An epoch of steps too small to learn anything: what was let go meanwhile is scored, and kept, as at the start."""
+    still = {"learning_rate": 1e-7, "weight_decay": 0.0, "embedding_decay": 0.0}
+    at_once, later = (sought(secrets, LORA, "second_order", 0, epochs=epochs, **still) for epochs in (0, 1))
+    assert "held in training as configured: updates" in later.why
+    torch.testing.assert_close(later.base.table(), at_once.base.table(), rtol=1e-4, atol=0)
+    assert later.curve[1][2] == pytest.approx(later.curve[0][2], abs=1e-4)
+
+
+def test_the_night_after_a_start_that_found_nothing_looks_again(secrets):
+    """Its parent holds the layers fast, and that is no reason to leave them so."""
+    parent = sought(before(secrets, 2), LORA, "second_order", 0, epochs=0).base
+    config = Initialisation(setting_of(secrets, SHORT, LORA, STILL), None).fresh()[1]().detach()
+    assert (parent.table()[0, :, 1:].min() > 8 * config[0, :, 1:].max()).all()
+    ranker = STILL.model_copy(update={"embedding": 8, "hidden": 16})
+    aimed = loop("second_order", **{**AIMED, "learning_rate": 0.02, "patience": 2, "epochs": 2, "min_stop_rows": 1})
+    made = train(secrets, adapter=LORA, config=aimed, ranker=ranker, night=3, parent=parent)
+    assert "started from the parent's base" in made.why
+    assert "held in training as configured" in made.why
+    assert min(stop for epoch, _, stop in made.curve if epoch > 0) < 0.75 * made.curve[0][2]
+
+
+def test_a_training_that_lets_go_goes_on_from_its_checkpoint_to_the_same_numbers(secrets):
+    parts = {"config": loop("second_order", **{**AIMED, "epochs": 2, "checkpoint_seconds": 0.0}), "night": 3}
+    whole, checkpoint = train(secrets, adapter=LORA, ranker=STILL, **parts), Memory()
+    with pytest.raises(Stopped):
+        train(secrets, adapter=LORA, ranker=STILL, checkpoint=checkpoint, report=stopped_after(1), **parts)
+    resumed = train(secrets, adapter=LORA, ranker=STILL, checkpoint=checkpoint, **parts)
+    assert "held in training as configured" in whole.why
+    assert "resumed after epoch 1" in resumed.why
+    assert resumed.curve == whole.curve
+    assert torch.equal(resumed.base.table(), whole.base.table())
 
 
 def test_equal_inputs_train_to_equal_numbers(unscaled, history):

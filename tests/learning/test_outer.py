@@ -238,16 +238,20 @@ def test_every_adapter_under_every_loop_beats_zero_steps(made, history, pair):
     assert np.isfinite(trained_on)
 
 
-@pytest.fixture(scope="module")
-def nearness():
+def near(each):
     """Half of the users like prices near the middle and the others those far from it: no straight line, and no unit of
     an untrained tower, says so, and nothing of a user but his rows does."""
-    random, users, each = np.random.default_rng(3), 24, 20
+    random, users = np.random.default_rng(3), 24
     user = np.repeat(np.arange(1, users + 1), 3 * each)
     price = random.uniform(-1, 1, len(user))
     pull = 3.0 * np.where(user % 2 == 0, 1, -1) * np.where(np.abs(price) < 0.5, 1, -1)
     labels = (random.random(len(user)) < 1 / (1 + np.exp(-pull)))[:, None].astype(float)
     return table(user, np.tile(np.repeat(np.arange(3), each), users), price=price, labels=labels)
+
+
+@pytest.fixture(scope="module")
+def nearness():
+    return near(20)
 
 
 TOWERS = STILL.model_copy(update={"hidden": 16, "factors": 0, "category_factors": 0, "direct": False, "features": 6})
@@ -270,6 +274,17 @@ def test_where_the_start_cannot_adapt_training_for_adaptation_can_and_joint_trai
     else:
         assert made.epoch == 1
         assert end < 0.8 * start
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.parametrize(("kind", "outer"), [("ridge", "second_order"), ("gradient", "first_order")])
+def test_features_that_the_start_has_no_use_for_are_found(kind, outer, seed):
+    """Three units of an untrained tower: the history and the stop nights hold their weights as good as fast."""
+    ranker = TOWERS.model_copy(update={"features": 3})
+    config = loop(outer, **{**AIMED, "steps_per_epoch": 15, "seed": seed, "patience": 2})
+    made = train(near(12), adapter=AdapterConfig(kind=kind), config=config, ranker=ranker, night=3)
+    assert "held in training as configured: tower features" in made.why
+    assert made.curve[1][2] < 0.75 * made.curve[0][2]
 
 
 def test_every_loop_trains_in_its_own_way(made):

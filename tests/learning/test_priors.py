@@ -11,7 +11,7 @@ from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig
-from tasks.learning.priors import FACTOR, GAIN, LEAST, MOST, MOST_STEPS, estimate, scaled
+from tasks.learning.priors import FACTOR, GAIN, LEAST, MOST, MOST_STEPS, estimate, loosened, scaled
 from tasks.learning.setting import Setting
 from tasks.learning.training import meta_train
 from tasks.learning.training_config import TrainingConfig
@@ -231,6 +231,26 @@ def test_precisions_stay_within_their_bounds():
     assert low[0, 0].tolist() == pytest.approx([LEAST, LEAST, 0.3 * MOST / FACTOR**5])
     assert high[0, 0, 2] <= MOST
     assert low.min() >= LEAST
+
+
+# Silent parts
+
+
+def test_a_part_without_a_use_at_the_users_own_level_is_held_as_configured_and_nothing_else_changes():
+    """By hand: two levels, two objectives, three parts of two, the last of which is not asked about."""
+    usual = torch.tensor([4.0, 150.0])[:, None, None].expand(2, 2, 6).clone()
+    times = torch.tensor([
+        [[9.0, 99.0, 9.0, 7.0, 99.0, 99.0], [1.0, 2.0, 64.0, 64.0, 99.0, 99.0]],
+        [[64.0, 64.0, 64.0, 64.0, 64.0, 64.0], [64.0, 64.0, 0.5, 9.0, 64.0, 64.0]],
+    ])  # fmt: skip
+    expected = torch.tensor([
+        [[1.0, 1.0, 9.0, 7.0, 99.0, 99.0], [1.0, 2.0, 1.0, 1.0, 99.0, 99.0]],
+        [[1.0, 1.0, 64.0, 64.0, 64.0, 64.0], [64.0, 64.0, 0.5, 9.0, 64.0, 64.0]],
+    ])  # fmt: skip
+    held = usual * times
+    assert torch.equal(loosened(held, usual, [slice(0, 2), slice(2, 4)]), usual * expected)
+    assert torch.equal(held, usual * times)
+    assert torch.equal(loosened(held, usual, []), held)
 
 
 # In training

@@ -1,4 +1,4 @@
-"""Which trainings have a key of their own since gradients through bent layers changed in their last bits."""
+"""Which trainings have keys of their own since what they answer has changed; the others keep their records."""
 
 from datetime import date
 from types import SimpleNamespace
@@ -21,16 +21,17 @@ class Asked(Exception):
 @pytest.mark.parametrize(
     ("adapter", "outer", "own"),
     [
-        ({}, "second_order", False),
-        ({"kind": "gradient"}, "second_order", False),
-        ({"kind": "matching"}, "second_order", False),
-        ({"kind": "film"}, "first_order", False),
-        ({"kind": "film"}, "second_order", True),
-        ({"kind": "lora"}, "second_order", True),
-        ({"kind": "gradient", "bends": "dense"}, "second_order", True),
+        ({}, "second_order", set()),
+        ({"kind": "gradient"}, "second_order", set()),
+        ({"kind": "film"}, "joint", set()),
+        ({"kind": "matching"}, "second_order", {"starts"}),
+        ({"kind": "film"}, "first_order", {"starts"}),
+        ({"kind": "film"}, "second_order", {"starts", "bent"}),
+        ({"kind": "lora"}, "second_order", {"starts", "bent"}),
+        ({"kind": "gradient", "bends": "dense"}, "second_order", {"starts", "bent"}),
     ],
 )
-def test_only_second_order_training_through_bent_layers_is_another_one(monkeypatch, tmp_path, adapter, outer, own):
+def test_only_trainings_that_have_changed_are_others(monkeypatch, tmp_path, adapter, outer, own):
     def asked(place, step, version, night, inputs, section, work):
         raise Asked((step, version, section))
 
@@ -47,4 +48,4 @@ def test_only_second_order_training_through_bent_layers_is_another_one(monkeypat
     step, version, section = found.value.args[0]
     assert (step, version) == ("meta-train", 3)
     before = {"objectives", "segments", "ranker", "training", "adapter", "device"}
-    assert set(section) == before | ({"bent"} if own else set())
+    assert set(section) == before | own

@@ -100,21 +100,21 @@ def meta_train(
 
 
 def solved_from(data: DataConfig) -> dict[str, str]:
-    """What factors are solved from, for the key of a training: nothing to say where there is one objective.
+    """How a start is solved for several objectives, for the key of a training: nothing to say where there is one.
 
-    With several it says that they are solved from all of them, so that no training counts whose factors were solved
-    from the first one's rows alone.
+    Factors are solved from all of them, and precisions are scaled for each by itself: no training counts whose factors
+    were solved from the first one's rows alone, or whose precisions were scaled for all alike.
 
     >>> columns = [{"name": name, "role": name, "dtype": "int64"} for name in ("user", "item")]
     >>> columns += [{"name": name, "role": "label", "dtype": "int64"} for name in ("liked", "bought")]
     >>> columns += [{"name": "at", "role": "time", "dtype": "timestamp"}]
     >>> aims = [{"name": name, "column": name} for name in ("liked", "bought")]
     >>> solved_from(DataConfig(source="lake", columns=columns, objectives=aims))
-    {'factors': 'all objectives'}
+    {'factors': 'all objectives', 'precisions': 'each objective'}
     >>> solved_from(DataConfig(source="lake", columns=columns, objectives=aims[:1]))
     {}
     """
-    return {"factors": "all objectives"} if len(data.objectives) > 1 else {}
+    return {"factors": "all objectives", "precisions": "each objective"} if len(data.objectives) > 1 else {}
 
 
 class CheckpointFile:

@@ -99,7 +99,7 @@ def scaled(
         loss: of precisions, on rows that neither they nor the network were solved from.
 
     Returns:
-        Precisions ``[L, K, D]``, and by how much each part was scaled.
+        Precisions ``[L, K, D]``, and by how much each part was scaled, for each objective where there are several.
     """
     scales: dict[str, float] = {}
     least = loss(precisions)

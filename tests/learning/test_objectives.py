@@ -241,3 +241,12 @@ def test_tastes_of_one_objective_are_learned_wherever_it_is_listed(kinds):
     for adapted, factorised, popular in (last[:, 1], first[:, 1]):
         assert adapted < 1.01 * factorised < 0.85 * popular
     np.testing.assert_allclose(first, last, rtol=0.01)
+
+
+def test_the_unit_of_a_rating_is_not_felt_in_the_tastes_for_another_objective():
+    """Stars without any taste, up to 5 and up to 50, beside clicks that are all taste, through start and training."""
+    kinds, units = ("rating", "binary"), np.array([10, 1])
+    rows = world(kinds)
+    statistics = rows.statistics * np.tile([10, 1, 1], 3).astype(np.float32)
+    stars = replace(rows, labels=(rows.labels * units).astype(np.float32), statistics=statistics)
+    np.testing.assert_allclose(told(stars, kinds, 5)[:, 1], told(rows, kinds, 5)[:, 1], rtol=0.01)

@@ -18,20 +18,28 @@ class Asked(Exception):
     """Ends a step when it asks for its record."""
 
 
+ONE, TWO = ("binary",), ("binary", "rating")
+
+
 @pytest.mark.parametrize(
-    ("adapter", "outer", "own"),
+    ("adapter", "outer", "kinds", "own"),
     [
-        ({}, "second_order", set()),
-        ({"kind": "gradient"}, "second_order", set()),
-        ({"kind": "film"}, "joint", set()),
-        ({"kind": "matching"}, "second_order", {"starts"}),
-        ({"kind": "film"}, "first_order", {"starts"}),
-        ({"kind": "film"}, "second_order", {"starts", "bent"}),
-        ({"kind": "lora"}, "second_order", {"starts", "bent"}),
-        ({"kind": "gradient", "bends": "dense"}, "second_order", {"starts", "bent"}),
+        ({}, "second_order", ONE, set()),
+        ({"kind": "gradient"}, "second_order", ONE, set()),
+        ({"kind": "film"}, "joint", ONE, set()),
+        ({"kind": "matching"}, "second_order", ONE, {"starts"}),
+        ({"kind": "film"}, "first_order", ONE, {"starts"}),
+        ({"kind": "film"}, "second_order", ONE, {"starts", "bent"}),
+        ({"kind": "lora"}, "second_order", ONE, {"starts", "bent"}),
+        ({"kind": "gradient", "bends": "dense"}, "second_order", ONE, {"starts", "bent"}),
+        ({}, "second_order", ("rating",), set()),
+        ({}, "second_order", TWO, {"factors", "precisions"}),
+        ({"kind": "film"}, "second_order", TWO, {"starts", "bent", "factors", "precisions"}),
     ],
 )
-def test_only_trainings_that_have_changed_are_others(monkeypatch, tmp_path, adapter, outer, own):
+def test_a_training_has_a_key_of_its_own_only_where_its_answers_are_others(
+    monkeypatch, tmp_path, adapter, outer, kinds, own
+):
     def asked(place, step, version, night, inputs, section, work):
         raise Asked((step, version, section))
 
@@ -43,7 +51,7 @@ def test_only_trainings_that_have_changed_are_others(monkeypatch, tmp_path, adap
     place = Place(store="s", pipeline="tiny", scratch=str(tmp_path))
     with pytest.raises(Asked) as found:
         module.meta_train.fn(
-            place, contract(), *configs, AdapterConfig(**adapter), night, SimpleNamespace(history=None)
+            place, contract(*kinds), *configs, AdapterConfig(**adapter), night, SimpleNamespace(history=None)
         )
     step, version, section = found.value.args[0]
     assert (step, version) == ("meta-train", 3)

@@ -34,8 +34,6 @@ SWEEPS, MORE_SWEEPS = 10, 3
 FITTED = frozenset({"item factors", "category factors"})
 """Parts of the adapter features that are solved from the history: its rows overstate what they are worth, so training
 leaves their precisions alone; the stop nights scale them where a chain of nights starts."""
-MOST_STOPPED = 4
-"""At most one in so many nights is stopped on: in a short history the closed forms need the others."""
 CLUSTERED = 16_384
 """Most rows, the newest, that prototypes are placed by."""
 DRIFTING = frozenset({"constant"})
@@ -95,7 +93,7 @@ class Initialisation:
         newest_night, enough = int(nights[-1]), True
         start = None if parent is None else self._usable(parent)
         how = "started in closed form" + ("" if parent is None else ": the parent's base does not fit")
-        last = int(nights[-1 - min(training.stop_nights, max(1, len(nights) // MOST_STOPPED))])
+        last = int(nights[-1 - min(training.stop_nights, len(nights) - 1)])
         if start is not None:
             through = start.trained_through.toordinal()
             seen = int(visits.of_nights(through + 1, newest_night).rows.lengths.sum())

@@ -105,8 +105,7 @@ class TrainingConfig(Section):
     """Epochs without a better stop loss before training ends; three times as many until the first better one, where
     what adapters read has still to be learned and told nothing at the start."""
     stop_nights: Annotated[int, Field(ge=1)] = 7
-    """Newest nights that training is stopped on and does not train on, when there is no parent; of a short history at
-    most a quarter of its nights."""
+    """Newest nights that training is stopped on and does not train on, when there is no parent."""
     min_stop_rows: Annotated[int, Field(ge=1)] = 200
     """Fewest rows of new stop nights with which a parent's base is trained on; with fewer it is kept as it is."""
     start_rows: Annotated[int, Field(ge=1)] = 2_000_000

@@ -121,7 +121,7 @@ def test_the_kept_base_ends_with_its_closed_forms_solved_on_the_whole_history(hi
 
 def test_labels_of_the_stop_nights_reach_the_closed_forms_alone(history):
     """They choose the epoch, scale the precisions part by part and enter the last solve; nothing else sees them."""
-    stop = np.asarray(history.night) >= FIRST + NIGHTS - 1
+    stop = np.asarray(history.night) >= FIRST + NIGHTS - 2
     flipped = with_labels(history, np.where(stop[:, None], 1 - history.labels, history.labels))
     first, second = (train(rows, config=SHORT.model_copy(update={"epochs": 0})) for rows in (history, flipped))
     ours, theirs = (run.base.network.state_dict() for run in (first, second))
@@ -190,7 +190,7 @@ def test_episodes_and_both_solves_are_of_nights_that_count_by_their_age(history,
     monkeypatch.setattr(epochs, "draw", draws)
     monkeypatch.setattr(initialisation, "solve_start", solves)
     train(history, config=SHORT.model_copy(update={"half_life_nights": 2.0, "outer": outer, "epochs": 1}))
-    fit = {night: 0.5 ** ((NIGHTS - 2 - night) / 2) for night in range(NIGHTS - 1)}
+    fit = {night: 0.5 ** ((NIGHTS - 3 - night) / 2) for night in range(NIGHTS - 2)}
     whole = {night: 0.5 ** ((NIGHTS - 1 - night) / 2) for night in range(NIGHTS)}
     assert drawn == [pytest.approx(fit)] * SHORT.steps_per_epoch
     assert solved == [pytest.approx(fit), pytest.approx(whole)]
@@ -368,7 +368,7 @@ def test_the_stop_nights_are_never_trained_on(monkeypatch, history):
     """Their labels changed, and how they scale the precisions set aside: every training loss is the same number, every
     stop loss another."""
     monkeypatch.setattr(initialisation, "scaled", lambda precisions, parts, loss: (precisions, {}))
-    stop = np.asarray(history.night) >= FIRST + NIGHTS - 1
+    stop = np.asarray(history.night) >= FIRST + NIGHTS - 2
     flipped = with_labels(history, np.where(stop[:, None], 1 - history.labels, history.labels))
     ours, theirs = (train(rows).curve for rows in (history, flipped))
     assert [loss for _, loss, _ in ours] == [loss for _, loss, _ in theirs]
@@ -376,26 +376,24 @@ def test_the_stop_nights_are_never_trained_on(monkeypatch, history):
 
 
 def test_what_is_learned_from_the_training_nights_does_come_from_their_labels(trained, history):
-    fit = np.asarray(history.night) < FIRST + NIGHTS - 1
+    fit = np.asarray(history.night) < FIRST + NIGHTS - 2
     other = train(with_labels(history, np.where(fit[:, None], 1 - history.labels, history.labels)))
     assert [loss for _, loss, _ in other.curve[1:]] != [loss for _, loss, _ in trained.curve[1:]]
 
 
-@pytest.mark.parametrize(("nights", "asked", "stopped"), [(6, 1, 1), (6, 7, 1), (12, 2, 2), (12, 7, 3), (2, 7, 1)])
-def test_stop_nights_are_the_newest_and_at_most_a_quarter(monkeypatch, nights, asked, stopped):
+def test_stop_nights_are_the_newest_and_one_night_is_left_to_train_on(monkeypatch, history):
+    """`stop_nights` beyond the history leaves its first night to train on."""
     seen = {}
     descend = epochs.Descent.run
 
     def spy(self, plan, seed):
-        seen["fit"], seen["stop"] = sorted({*plan.fit.night}), sorted({*plan.stop.night})
+        seen["fit"], seen["stop"] = sorted({*plan.fit.night - FIRST}), sorted({*plan.stop.night - FIRST})
         return descend(self, plan, seed)
 
     monkeypatch.setattr(epochs.Descent, "run", spy)
-    rows = one_aim(opposed(nights=nights, users=12))
-    every = sorted({*np.asarray(rows.night).tolist()})
-    train(rows, config=SHORT.model_copy(update={"stop_nights": asked, "epochs": 0}), night=nights)
-    assert len(every) == nights
-    assert (seen["fit"], seen["stop"]) == (every[:-stopped], every[-stopped:])
+    for nights, (fit, stop) in ((2, ([0, 1, 2, 3], [4, 5])), (99, ([0], [1, 2, 3, 4, 5]))):
+        train(history, config=SHORT.model_copy(update={"stop_nights": nights, "epochs": 0}))
+        assert (seen["fit"], seen["stop"]) == (fit, stop)
 
 
 # Warm

@@ -147,6 +147,34 @@ def looped_descent(
     return torch.stack(heads)
 
 
+def looped_copies(
+    network: Ranker, inputs: tuple[Tensor, ...], labels: Tensor, bounds: np.ndarray, steps: int = 3, rate: float = 0.05
+) -> list[nn.Module]:
+    """Plain fine-tuning: per segment, copy the whole ranker and take some steps of SGD on all of it.
+
+    Args:
+        network: is not changed.
+        inputs: what it takes, for all rows, ordered by segment.
+        labels: ``[N]``.
+        bounds: first row of each segment, and behind them the number of rows [E + 1].
+        steps: of SGD.
+        rate: of SGD.
+
+    Returns:
+        A ranker for each segment.
+    """
+    found: list[nn.Module] = []
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        rows, label, own = [part[start:stop] for part in inputs], labels[start:stop], copy.deepcopy(network)
+        optimiser = torch.optim.SGD(own.parameters(), lr=rate)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            nn.functional.binary_cross_entropy_with_logits(own(*rows)[0][:, 0], label).backward()
+            optimiser.step()
+        found.append(own)
+    return found
+
+
 def looped_ridge(
     features: np.ndarray, offsets: np.ndarray, labels: np.ndarray, bounds: np.ndarray, precision: np.ndarray, steps: int
 ) -> np.ndarray:

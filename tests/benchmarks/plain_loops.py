@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.bending import Perceptron
@@ -117,6 +118,34 @@ def looped_match(
         rows, chance = shares[start:stop], 1 / (1 + np.exp(-offsets[start:stop]))
         found[at] = ((labels[start:stop] - chance) @ rows) / ((chance * (1 - chance)) @ rows + precision)
     return found
+
+
+def looped_maml(
+    network: Ranker, inputs: tuple[Tensor, ...], labels: Tensor, episodes: list[Episode], steps: int, rate: float = 0.05
+) -> Tensor:
+    """Second-order MAML of the whole ranker, episode by episode: every parameter takes steps on the support.
+
+    Args:
+        network: where every episode begins.
+        inputs: what it takes, for all rows.
+        labels: ``[N]``.
+        episodes: of the rows.
+        steps: of SGD.
+        rate: of SGD.
+    """
+    losses = []
+    for start, border, stop in episodes:
+        support, query = (tuple(part[one] for part in inputs) for one in (slice(start, border), slice(border, stop)))
+        own = dict(network.named_parameters())
+        for _ in range(steps if border > start else 0):
+            loss = clicks(functional_call(network, own, support)[0][:, 0], labels[start:border])
+            slopes = torch.autograd.grad(loss, list(own.values()), create_graph=True, allow_unused=True)
+            own = {
+                name: part if slope is None else part - rate * slope
+                for (name, part), slope in zip(own.items(), slopes, strict=True)
+            }
+        losses.append(clicks(functional_call(network, own, query)[0][:, 0], labels[border:stop], reduction="sum"))
+    return torch.stack(losses).sum() / sum(stop - border for _, border, stop in episodes)
 
 
 def looped_meta_loss(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions
+from tasks.learning.bank import Bank, fill_bank
 from tasks.learning.episodes import draw, row_loss, score_visits
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, Visits, visits_of
@@ -35,13 +36,24 @@ from tests.benchmarks.many_segments import (
     NUMBERS,
     USERS_ONLY,
     default_ranker,
+    looped_copies,
     looped_descent,
     looped_loss,
     looped_ridge,
+    mixed_sizes,
     ranker_alone,
     segments,
 )
-from tests.benchmarks.plain_loops import Own, begin_of, form_of, head, looped_match, looped_meta_loss, looped_steps
+from tests.benchmarks.plain_loops import (
+    Own,
+    begin_of,
+    form_of,
+    head,
+    looped_maml,
+    looped_match,
+    looped_meta_loss,
+    looped_steps,
+)
 from tests.learning.small_rows import FIRST, ladder_of, table
 
 DEVICES = [
@@ -71,7 +83,11 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
 
 
 class Beside:
-    """Times of some work and of what it is compared with, run in turn."""
+    """Times of some work and of what it is compared with, run in turn.
+
+    Before it is timed the work has just been done once: a loop's turns find in the processor's caches what the turn
+    before them left there, and a night's steps and shards follow one another as well.
+    """
 
     def __init__(self, benchmark, work, others, device: str, rounds: int) -> None:
         self.own: list[float] = []
@@ -80,6 +96,7 @@ class Beside:
         def before() -> None:
             for times, other in zip(self.others, others, strict=True):
                 times.append(seconds_of(other, device))
+            work()
 
         benchmark.group = "adaptation"
         benchmark.pedantic(lambda: self.own.append(seconds_of(work, device)), setup=before, rounds=rounds)
@@ -124,6 +141,47 @@ def test_segments_adapted_together_beside_segments_adapted_in_a_loop(benchmark, 
     what = f"{SEGMENTS:,} segments, {len(world.rows) / SEGMENTS:.0f} rows each, D = {features.shape[1]}: beside "
     beside.row(row, what + "a loop of 3 SGD steps on a copied head", device)
     beside.row(row, what + f"a loop of the same ridge ({ADAPTER.steps} Newton steps) in numpy", device, 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_segments_adapted_from_their_rows_beside_copies_of_the_whole_ranker(benchmark, row, device):
+    """Both sides begin with rows and a trained ranker, so both pay for its forward pass; the loop keeps no copy."""
+    random, sizes = np.random.default_rng(3), mixed_sizes(SEGMENTS, np.random.default_rng(0))
+    user, bounds = np.repeat(np.arange(1, SEGMENTS + 1), sizes), np.r_[0, np.cumsum(sizes)]
+    price = random.normal(size=(len(user), NUMBERS))
+    liked = random.random(len(user)) < 1 / (1 + np.exp(-2 * price[:, 0] * np.where(user % 2 == 0, 1, -1)))
+    item, genre = random.integers(1, ITEMS + 1, len(user)), random.integers(1, 20, len(user))
+    clicked = liked[:, None].astype(np.float32)
+    rows = table(user, np.zeros(len(user), int), item=item, genre=genre, labels=clicked, price=price, levels=USERS_ONLY)
+    torch.manual_seed(0)
+    network = default_ranker(rows).to(device).eval()
+    material, precisions = Material(rows, device), Precisions(1, 1, network.width, ADAPTER, network.fan_in).to(device)
+    ladder = Ladder(rows, ladder_of(USERS_ONLY, max_leaves=SEGMENTS), "shopper")
+    inputs, labels = material.inputs(np.arange(len(rows))), material.labels(np.arange(len(rows)))[:, 0]
+
+    def together() -> Bank:
+        with torch.no_grad():
+            return fill_bank(ladder, material, material.scorer(network), precisions(), ADAPTATION, FIRST + 1)
+
+    # Both sides adapt: the support of the first segments is told better than before.
+    few, clicks = bounds[:51], torch.nn.functional.binary_cross_entropy_with_logits
+    bank, copies, at = together(), looped_copies(network, inputs, labels, few), np.arange(few[-1])
+    with torch.no_grad():
+        logits, features = material.scorer(network)(at)
+        ours = ADAPTATION.scores(logits, features, torch.from_numpy(bank.weights[1:]).to(device), user[at] - 1)
+        theirs = [own(*(part[slice(*few[n : n + 2])] for part in inputs))[0] for n, own in enumerate(copies)]
+        before = float(clicks(logits[:, 0], labels[at]))
+        assert max(float(clicks(scores[:, 0], labels[at])) for scores in (ours, torch.cat(theirs))) < before - 0.01
+
+    def looped() -> None:
+        for first in range(0, SEGMENTS, 64):  # what was copied goes again
+            looped_copies(network, inputs, labels, bounds[first : first + 65])
+
+    beside = Beside(benchmark, together, [looped], device, 3)
+    what = (
+        f"{SEGMENTS:,} segments from their rows, {len(rows) / SEGMENTS:.0f} each, D = {network.width}: beside a loop "
+    )
+    beside.row(row, what + "of 3 SGD steps on a copy of the whole ranker", device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -237,9 +295,40 @@ def test_a_step_through_the_adaptation_of_many_episodes_beside_a_loop_over_the_e
     for gradient, other in zip(gradients, same, strict=True):
         scale = float(other.abs().max())
         torch.testing.assert_close(gradient, other, atol=1e-4 * min(1.0, scale), rtol=1e-4)
-
     beside = Beside(benchmark, lambda: backward(together), [lambda: backward(looped)], device, 5)
     beside.row(row, f"step through {_size(episodes)}: beside a loop over the episodes", device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_through_the_adaptation_of_many_episodes_beside_maml_of_the_whole_ranker(benchmark, row, device):
+    """As the libraries have it: in every episode all parameters take steps that the outer loss flows back through."""
+    material, network, precisions, ladder = _meta_world(device)
+    inputs, labels, visits, after, episodes = _drawn(material, ladder)
+    parameters, ones = [*network.parameters(), *precisions.parameters()], torch.ones(1, device=device)
+
+    def together() -> Tensor:
+        scores = score_visits(ladder, visits, after, material.scorer(network), material, precisions(), ADAPTATION)
+        return row_loss(scores.adapted, material.labels(scores.rows), CLICK, ones)
+
+    def looped() -> Tensor:
+        return looped_maml(network, inputs, labels, episodes, ADAPTER.steps)
+
+    def backward(loss: Callable[[], Tensor]) -> float:
+        for parameter in parameters:
+            parameter.grad = None
+        value = loss()
+        value.backward()
+        return value.item()
+
+    unadapted = looped_maml(network, inputs, labels, [(border, border, stop) for _, border, stop in episodes], 0)
+    for loss in (together, looped):
+        assert backward(loss) != pytest.approx(unadapted.item(), abs=1e-4)
+        assert max(float(one.grad.abs().max()) for one in parameters if one.grad is not None) > 1e-3
+    beside = Beside(benchmark, lambda: backward(together), [lambda: backward(looped)], device, 5)
+    what = (
+        f"step through {_size(episodes)}: beside MAML of the whole ranker ({ADAPTER.steps} steps), episode by episode"
+    )
+    beside.row(row, what, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,6 +1,6 @@
 """Default settings on worlds that they were not chosen on: nine kinds of signal, seven nights from a cold start each.
 
-    python -m tests.benchmarks.worlds [NAME ...]
+    python -m tests.benchmarks.worlds [--seed SEED] [NAME ...]
 
 A world has 1,500 users in four markets, 400 items in eight categories with three numbers, and 120 visits of about 15
 rows a night; nine nights are there before the first exam. Only what a row's logit is made of differs, beside a bias of
@@ -8,7 +8,7 @@ every user and item. The printed table compares log-loss (squared error and RMSE
 over the nights, with intervals by user.
 """
 
-import sys
+import argparse
 import tempfile
 from collections.abc import Callable
 from datetime import date, datetime, timedelta
@@ -122,13 +122,17 @@ def _config(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     """Replay each world and print the adapted ranker beside its best rival."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*WORLDS, []], metavar="NAME", help=", ".join(WORLDS))
+    parser.add_argument("--seed", type=int, default=0, help="of the worlds")
+    options = parser.parse_args()
     print("| world | exam | adapted | zero steps | best other | loss | adapted minus it, 95 % interval |")
     print("|---|---|---:|---:|---|---:|---:|")
-    for name in names or WORLDS:
+    for name in options.names or WORLDS:
         with tempfile.TemporaryDirectory() as folder:
-            config = written(name, Path(folder), seed=0)
+            config = written(name, Path(folder), options.seed)
             first, last = (START + timedelta(days=number) for number in (BEFORE, NIGHTS - 1))
             made = plain_replay(config, first, last, out=str(Path(folder) / "out"))
             lines = [one for one in load(Path(made.written.table)) if (one.slice, one.night) == (EVERYTHING, POOLED)]
@@ -144,4 +148,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

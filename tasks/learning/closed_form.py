@@ -107,9 +107,9 @@ class Rated:
 
     - What an objective is worth is said relative to the one that is worth most. It is how loud its rows are where
       factors are solved; a taste is of one objective, and held to its own rows as if that were the only one.
-    - Log-loss has no unit. The squared error of a rating has, and beside others it is divided by the variance of the
-      rating's residuals, as in the likelihood of a Gaussian, and its tastes are in standard deviations: that stars
-      are counted up to 50 in place of 5 changes nothing. A rating alone is left in its units.
+    - Log-loss has no unit. The squared error of a rating has, and is divided by the variance of the rating's residuals,
+      as in the likelihood of a Gaussian, and its tastes are in standard deviations: that stars are counted up to 50 in
+      place of 5 changes nothing.
 
     Attributes:
         users: dense user index of each row, int64 ``[N]``.
@@ -153,7 +153,7 @@ class Rated:
         """Weighted residuals and curvatures of one objective ``[N]``, in units that all have in common."""
         offsets, labels, weights = self.offsets[:, at].double(), self.labels[:, at].double(), self.weights.double()
         residual, curvature = weighted_residual(offsets, labels, weights, self.kinds[at])
-        if self.kinds[at] == "binary" or len(self.kinds) == 1:
+        if self.kinds[at] == "binary":
             return residual, curvature
         squares = torch.nansum(residual * (labels - offsets))
         scale = (squares / curvature.sum().clamp_min(SMALLEST_SCALE)).sqrt()

@@ -250,6 +250,8 @@ def test_the_factors_are_alternating_least_squares_on_what_the_item_rates_leave(
         chance = sigmoid(offset)
         slope = given * np.nan_to_num(label - (chance if kind == "binary" else offset))
         curve = given * (chance * (1 - chance) if kind == "binary" else 1.0)
+        if kind == "rating":
+            slope /= np.sqrt((slope * np.nan_to_num(label - offset)).sum() / given.sum())
         factors = np.random.default_rng(CONFIG.seed).normal(0.0, 0.1, (count, 2))
         factors[0] = 0.0
         factors[[at for at in range(count) if at not in item]] = 0.0

@@ -108,6 +108,11 @@ def run(user, item, labels, start, kind, sweeps=10, strength=1.0, bias=2.0, weig
     return factorise(rated, items, torch.from_numpy(start), mean)
 
 
+def unit_of(labels, offsets=0.0, weights=None):
+    """What a rating is counted in: the deviation of its residuals."""
+    return np.sqrt(np.average((labels - offsets) ** 2, weights=weights))
+
+
 def best_tastes(user, item, residual, curve, factors, strength, bias):
     """Each user's ridge on the factors of his items, the bias first [U, 1 + F]: one user at a time."""
     tastes = np.zeros((user.max() + 1, factors.shape[1] + 1))
@@ -139,6 +144,7 @@ def test_every_sweep_lowers_the_regularised_objective(seed, kind):
     chance = sigmoid(offsets)
     residual = weights * (labels - (chance if kind == "binary" else offsets))
     curve = weights * (chance * (1 - chance) if kind == "binary" else 1.0)
+    residual = residual if kind == "binary" else residual / unit_of(labels, offsets, weights)
     start[0] = 0.0
     values = [objective(user, item, residual, curve, start, 1.0, 2.0)]
     for sweeps in range(1, 8):
@@ -153,11 +159,12 @@ def test_every_sweep_lowers_the_regularised_objective(seed, kind):
 def test_a_sweep_is_one_ridge_per_user_and_then_one_per_item(bias):
     user, item, labels, start = planted(0)
     start[0] = 0.0
-    tastes = best_tastes(user, item, labels, np.ones(len(user)), start, 1.0, bias)
+    residual = labels / unit_of(labels)
+    tastes = best_tastes(user, item, residual, np.ones(len(user)), start, 1.0, bias)
     expected = np.zeros_like(start)
     for one in np.unique(item):
         mine = item == one
-        phi, rest = tastes[user[mine], 1:], labels[mine] - tastes[user[mine], 0]
+        phi, rest = tastes[user[mine], 1:], residual[mine] - tastes[user[mine], 0]
         expected[one] = np.linalg.solve(phi.T @ phi + np.eye(2), phi.T @ rest)
     np.testing.assert_allclose(run(user, item, labels, start, "rating", 1, bias=bias).numpy(), expected, atol=1e-5)
 
@@ -274,16 +281,17 @@ def test_factors_are_held_to_what_is_told_of_them_and_rows_take_over():
         seen.append(factors.clone())
         return torch.from_numpy(np.where(factors.numpy().any(axis=1, keepdims=True), mean, 0.0))
 
-    found = run(user, item, labels, start, "rating", sweeps=2, mean=told).numpy()
-    residual, curve = labels, np.ones(len(labels))
+    found = run(user, item, labels, start, "rating", sweeps=2, strength=0.3, mean=told).numpy()
+    residual, curve = labels / unit_of(labels), np.ones(len(labels))
     before = seen[1].numpy()
-    tastes = best_tastes(user, item, residual, curve, before, 1.0, 2.0)
+    tastes = best_tastes(user, item, residual, curve, before, 0.3, 2.0)
     for one in range(1, len(start)):
         mine = item == one
         phi, rest = tastes[user[mine], 1:], residual[mine] - tastes[user[mine], 0]
-        expected = np.linalg.solve(phi.T @ phi + np.eye(2), phi.T @ rest + mean[one]) if mine.any() else np.zeros(2)
+        system, told_and_seen = phi.T @ phi + 0.3 * np.eye(2), phi.T @ rest + 0.3 * mean[one]
+        expected = np.linalg.solve(system, told_and_seen) if mine.any() else np.zeros(2)
         np.testing.assert_allclose(found[one], expected, atol=1e-4)
     assert not found[[0, 9]].any()
-    plain = run(user, item, labels, start, "rating", sweeps=2).numpy()
+    plain = run(user, item, labels, start, "rating", sweeps=2, strength=0.3).numpy()
     moved = np.linalg.norm(found - plain, axis=1) / np.linalg.norm(mean, axis=1)
     assert moved[4] > 3 * np.median(moved[1:])

@@ -19,7 +19,7 @@ from tasks.learning.networks import Ranker, RankerConfig
 from tasks.learning.setting import Setting
 from tasks.learning.training import meta_train
 from tasks.learning.training_config import TrainingConfig
-from tests.learning.small_rows import FIRST, contract, ladder_of, opposed, shape, table
+from tests.learning.small_rows import FIRST, contract, ladder_of, one_aim, opposed, shape, table
 
 KINDS, WORTH = ("binary", "rating"), (1.5, 0.6)
 HELD, BIAS = 2.0, 3.0
@@ -118,9 +118,13 @@ def plain(users, items, offsets, labels, weights, factors, kind, sweeps):
 
 @pytest.mark.parametrize("aim", [0, 1])
 def test_one_objective_is_solved_to_the_bit_as_if_there_were_no_others(aim):
-    """In the rating's own units, and whatever it is worth: there is nothing that it is worth more or less than."""
+    """Whatever it is worth: there is nothing that it is worth more or less than. A rating is in deviations."""
     user, item, offsets, labels, weights, start = two_aims()
     offsets, labels = offsets[:, [aim]], labels[:, [aim]]
+    if KINDS[aim] == "rating":
+        given = ~np.isnan(labels[:, 0])
+        unit = np.sqrt(np.average((labels - offsets)[given, 0] ** 2, weights=weights[given]))
+        offsets, labels = offsets / unit, labels / unit
     found = solved(user, item, offsets, labels, weights, start, KINDS[aim : aim + 1], (0.3,))
     flat = (user, item, offsets[:, 0], labels[:, 0], weights, start)
     assert np.array_equal(found, plain(*map(torch.from_numpy, flat), KINDS[aim], 3))
@@ -223,7 +227,7 @@ def told(rows, kinds, night):
         rivals = baselines.score(visits, none)
     binary, labels = np.array(kinds) == "binary", rows.labels[scores.rows]
     losses = []
-    adapted = np.where(binary, sigmoid(scores.adapted.numpy()), scores.adapted)
+    adapted = np.where(binary, sigmoid(np.where(binary, scores.adapted.numpy(), 0.0)), scores.adapted)
     for said in (adapted, *(rivals[name][1].numpy() for name in (FACTORISATION, POPULARITY))):
         chance = np.where(binary, said, 0.5)
         entropy = -(labels * np.log(chance) + (1 - labels) * np.log1p(-chance))
@@ -250,3 +254,18 @@ def test_the_unit_of_a_rating_is_not_felt_in_the_tastes_for_another_objective():
     statistics = rows.statistics * np.tile([10, 1, 1], 3).astype(np.float32)
     stars = replace(rows, labels=(rows.labels * units).astype(np.float32), statistics=statistics)
     np.testing.assert_allclose(told(stars, kinds, 5)[:, 1], told(rows, kinds, 5)[:, 1], rtol=0.01)
+
+
+@pytest.mark.parametrize("unit", [0.03, 30.0])
+def test_the_unit_of_a_rating_alone_does_not_matter(unit):
+    """Seconds, stars or shares: what adapters leave of the variance is the same, through start and training."""
+    rows = world(("binary", "rating"))
+    alone = one_aim(
+        replace(rows, labels=rows.labels[:, ::-1].copy(), statistics=rows.statistics[:, [1, 0, *range(2, 9)]])
+    )
+    counted = np.array(["rate" in name for name in alone.statistics_names])
+    statistics = np.where(counted, alone.statistics * unit, alone.statistics).astype(np.float32)
+    other = replace(alone, labels=(alone.labels * unit).astype(np.float32), statistics=statistics)
+    losses = [told(one, ("rating",), 5)[:, 0] / scale**2 for one, scale in ((alone, 1.0), (other, unit))]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
+    assert losses[0][0] < 1.02 * losses[0][1] < 0.85 * losses[0][2]

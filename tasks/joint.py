@@ -15,7 +15,7 @@ from tasks.meta_train import rows_of, trained_base
 from tasks.references import BankRef, BaseRef, IngestRef, JointRef, Place, PrepareRef
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, record_of, verb
 
-VERSION = 2
+VERSION = 3
 ANSWERS = "joint.parquet"
 ALONE = ("members", "distill", "tensorboard")
 """Settings of a training that joint training has nothing to do with."""

@@ -5,7 +5,7 @@ Shapes: L levels, K objectives, D numbers of an adapter.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class Base:
         levels: columns of the levels that have precisions, finest first.
         adapter: how adapters are solved on it.
         trained_through: last night that its training or its stopping has read.
+        begun_on: nights of the history that its chain of nights began on, where they were few; None where enough.
     """
 
     network: Ranker
@@ -49,6 +50,7 @@ class Base:
     levels: tuple[tuple[str, ...], ...]
     adapter: AdapterConfig
     trained_through: date
+    begun_on: int | None = None
 
     @property
     def kinds(self) -> tuple[ObjectiveKind, ...]:
@@ -67,8 +69,7 @@ class Base:
 
     def to(self, device: str) -> "Base":
         """The same base on a device."""
-        network, precisions = self.network.to(device), self.precisions.to(device)
-        return Base(network, precisions, self.levels, self.adapter, self.trained_through)
+        return replace(self, network=self.network.to(device), precisions=self.precisions.to(device))
 
     def parameters(self) -> int:
         """Number of trained numbers."""
@@ -123,6 +124,7 @@ def save_base(base: Base, folder: Path) -> dict[str, Path]:
         "adapter": base.adapter.model_dump(mode="json"),
         "levels": base.levels,
         "trained_through": base.trained_through.isoformat(),
+        **({} if base.begun_on is None else {"begun_on": base.begun_on}),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, sort_keys=True, indent=1) + "\n")
     return {WEIGHTS: folder / WEIGHTS, DESCRIPTION: folder / DESCRIPTION}
@@ -166,9 +168,10 @@ def load_base(files: Mapping[str, Path]) -> Base:
         precisions = Precisions(len(levels), len(shape.kinds), adapter.width(network.width), adapter)
         precisions.load_state_dict(held)
         through = date.fromisoformat(description["trained_through"])
+        begun_on = None if description.get("begun_on") is None else int(description["begun_on"])
     except (KeyError, TypeError, ValueError, RuntimeError, ValidationError, SafetensorError) as error:
         raise ObjectCorrupt(f"{files[WEIGHTS]} and {files[DESCRIPTION]} do not make a base: {error}") from error
-    return Base(network, precisions, levels, adapter, through)
+    return Base(network, precisions, levels, adapter, through, begun_on)
 
 
 def grow(base: Base, shape: RankerShape) -> Base | None:
@@ -198,4 +201,4 @@ def grow(base: Base, shape: RankerShape) -> Base | None:
             new_rows = value[:1].expand(wanted[name].shape[0] - value.shape[0], -1)
             state[name] = torch.cat([value, new_rows])
     network.load_state_dict(state)
-    return Base(network.eval(), base.precisions, base.levels, base.adapter, base.trained_through)
+    return replace(base, network=network.eval())

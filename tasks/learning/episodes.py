@@ -137,11 +137,21 @@ def row_loss(
         weights: of each objective ``[K]``.
         mass: weight of each row ``[T]``; None weighs all alike.
     """
+    loss, counted = counted_losses(scores, labels, kinds, mass)
+    total = counted.sum(dim=0)
+    return (loss.sum(dim=0) / torch.where(total > 0, total, torch.ones_like(total)) * weights).sum()
+
+
+def counted_losses(
+    scores: Tensor, labels: Tensor, kinds: tuple[ObjectiveKind, ...], mass: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of every score times what it counts, and what it counts, 0 where the label is missing: ``[T, K]`` each.
+
+    Arguments as for `row_loss`.
+    """
     given = ~torch.isnan(labels)
     counted = given.to(scores.dtype) if mass is None else given * mass[:, None]
     targets = torch.where(given, labels, torch.zeros_like(labels))
     binary = torch.tensor([kind == "binary" for kind in kinds], device=scores.device)
     entropy = torch.nn.functional.softplus(scores) - targets * scores
-    loss = torch.where(binary, entropy, 0.5 * (scores - targets) ** 2) * counted
-    total = counted.sum(dim=0)
-    return (loss.sum(dim=0) / torch.where(total > 0, total, torch.ones_like(total)) * weights).sum()
+    return torch.where(binary, entropy, 0.5 * (scores - targets) ** 2) * counted, counted

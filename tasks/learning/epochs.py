@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 
 import numpy as np
 import numpy.typing as npt
@@ -48,14 +47,14 @@ class Descended:
         curve: per epoch: number, mean training loss, stop loss.
         epoch: the epoch that did best.
         how: how it started.
-        through: the last night that it read.
+        plan: what it started from, read and was stopped on.
     """
 
     best: Weights
     curve: tuple[Point, ...]
     epoch: int
     how: str
-    through: date
+    plan: Plan
 
     @property
     def loss(self) -> float:
@@ -130,7 +129,7 @@ class Descent:
         if self.keep_end and saved_epoch < state.epoch:
             self.checkpoint.save(state.dump())
         self.report(config.epochs, config.epochs, "epochs")
-        return Descended(state.best, tuple(state.curve), state.kept, state.how + _taken_back(state), plan.through)
+        return Descended(state.best, tuple(state.curve), state.kept, state.how + _taken_back(state), plan)
 
     def _epoch(self, state: TrainingState, plan: Plan, chances: npt.NDArray[np.float64] | None) -> dict[str, float]:
         """One epoch, with its point of the curve; what else there is to tell of it.

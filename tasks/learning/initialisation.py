@@ -5,7 +5,7 @@ closed forms solved once more.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 
@@ -17,13 +17,14 @@ from tasks.errors import NotEnoughHistory
 from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions, check_width
 from tasks.learning.base import Base, grow
 from tasks.learning.checkpoint import Point, TrainingState, Weights
+from tasks.learning.crossfit import Fold, dealt, losses_by_visit
 from tasks.learning.descent import optimiser_of
 from tasks.learning.episodes import counts_by_age
 from tasks.learning.losses import Losses
 from tasks.learning.material import I64, Scorer, Visits, remembered
 from tasks.learning.networks import Ranker
 from tasks.learning.outer import thaw
-from tasks.learning.priors import MOST_USERS, estimate, loosened, scaled
+from tasks.learning.priors import MOST_USERS, cautious, estimate, loosened, scaled
 from tasks.learning.prototypes import place, unmatched
 from tasks.learning.rehearsal import REMEMBERED
 from tasks.learning.setting import Setting
@@ -31,6 +32,10 @@ from tasks.learning.starts import newest, normalise, solve_start, spread
 
 SWEEPS, MORE_SWEEPS = 10, 3
 """Passes of the factorisation from nothing, and from the parent's factors."""
+SETTLING_SWEEPS, FEW_ROWS = 30, 262_144
+"""Passes on a short history of so many rows: until they settle, factors of noise grow from one night to the next."""
+SHORT = 0.25
+"""A history is short where the nights that a cold start would hold back have more than this share of its rows."""
 FITTED = frozenset({"item factors", "category factors"})
 """Parts of the adapter features that are solved from the history: its rows overstate what they are worth, so training
 leaves their precisions alone; the stop nights scale them where a chain of nights starts."""
@@ -56,6 +61,8 @@ class Plan:
         through: the last night of both.
         how: what there is to say about the start.
         enough: whether there is enough to stop on; if not, the parent's base stays as it is.
+        asked: of a short history the visits by which it is chosen how strongly adapters are held; None elsewhere.
+        begun_on: nights of the history that the chain of nights began on, where they were few.
     """
 
     start: Base | None
@@ -64,6 +71,8 @@ class Plan:
     through: date
     how: str
     enough: bool = True
+    asked: Visits | None = None
+    begun_on: int | None = None
 
 
 class Initialisation:
@@ -93,6 +102,9 @@ class Initialisation:
         newest_night, enough = int(nights[-1]), True
         start = None if parent is None else self._usable(parent)
         how = "started in closed form" + ("" if parent is None else ": the parent's base does not fit")
+        if start is not None and start.begun_on is not None and len(nights) >= 2 * start.begun_on:
+            how = f"started anew in closed form: of {start.begun_on} nights of history have become {len(nights)}"
+            start = None
         last = int(nights[-1 - min(training.stop_nights, len(nights) - 1)])
         if start is not None:
             through = start.trained_through.toordinal()
@@ -107,8 +119,21 @@ class Initialisation:
                 start, how = None, f"{how}: none of the window's nights is as old as its training"
             else:
                 last, how = through, f"started from the parent's base, trained through {start.trained_through}"
+        begun_on, asked = None if start is None else start.begun_on, None
+        if start is None:
+            rows = np.bincount(np.searchsorted(nights, visits.night), visits.rows.lengths, len(nights))
+            behind = np.cumsum(rows[::-1])  # of the newest night, of the newest two, ...
+            held_back = int((nights > last).sum())
+            if behind[held_back - 1] > SHORT * behind[-1]:
+                asked, begun_on = visits.of_nights(last + 1, newest_night), len(nights)
+                few = max(1, int((behind <= SHORT * behind[-1]).sum()))
+                last = int(nights[-1 - few])
+                how = (
+                    f"{how}; the history is short: strengths are chosen on its newest {held_back} of {len(nights)} "
+                    f"nights by closed forms that have not seen the visit, and training stops on {few}"
+                )
         fit, stop = visits.of_nights(int(nights[0]), last), visits.of_nights(last + 1, newest_night)
-        return Plan(start, fit, stop, date.fromordinal(newest_night), how, enough)
+        return Plan(start, fit, stop, date.fromordinal(newest_night), how, enough, asked, begun_on)
 
     def _usable(self, parent: Base) -> Base | None:
         """The parent's base, grown to tonight's vocabularies, if it is of the kind that the config asks for."""
@@ -134,10 +159,11 @@ class Initialisation:
             network, precisions = copy.deepcopy(start.network), copy.deepcopy(start.precisions)
             curve.append((-1, None, self.losses.of_stop(network, precisions, stop)))
         best = copy.deepcopy(network), copy.deepcopy(precisions)
-        self._solve(network, at, SWEEPS if start is None else MORE_SWEEPS)
+        folds = self._folds(network, precisions, plan.asked, random)
+        self._solve(network, at, self._sweeps(plan.asked, at) if start is None else MORE_SWEEPS)
         if start is None:
             self._place(network, fit, at, random)
-            how = f"{how}; {self._hold(network, precisions, fit, stop, random)}"
+            how = f"{how}; {self._hold(network, precisions, fit, stop, folds, random)}"
         curve.append((0, None, self.losses.of_stop(network, precisions, stop)))
         average = copy.deepcopy(network), copy.deepcopy(precisions)
         state = TrainingState(
@@ -230,10 +256,39 @@ class Initialisation:
             tastes = estimate(setting.ladder, fit, setting.material, scorer, held, told, random)[0]
             place(network.matching, features, tastes, random)
 
+    def _folds(
+        self, network: Ranker, precisions: Precisions, asked: Visits | None, random: np.random.Generator
+    ) -> list[Fold]:
+        """Closed forms that have not seen the visits which strengths are chosen by, where the history is short.
+
+        All of them, and the network itself, begin where the nights before those visits lead, so that their factors have
+        their directions in common.
+        """
+        setting, rows = self.setting, self.setting.training.start_rows
+        if asked is None or precisions.logarithm.shape[-1] == 0:
+            return []
+        earlier = newest(setting.rows, setting.visits.of_nights(0, int(asked.night.min()) - 1), rows)
+        self._solve(network, earlier, SWEEPS)
+
+        def solve(begun: Ranker, at: I64) -> None:
+            self._solve(begun, at, self._sweeps(asked, at))
+
+        return dealt(setting, network, asked, solve, random)
+
+    @staticmethod
+    def _sweeps(asked: Visits | None, at: I64) -> int:
+        return SWEEPS if asked is None or len(at) > FEW_ROWS else SETTLING_SWEEPS
+
     def _hold(
-        self, network: Ranker, precisions: Precisions, fit: Visits, stop: Visits, random: np.random.Generator
+        self,
+        network: Ranker,
+        precisions: Precisions,
+        fit: Visits,
+        stop: Visits,
+        folds: Sequence[Fold],
+        random: np.random.Generator,
     ) -> str:
-        """Estimate how strongly adapters are held; says what the stop nights changed about it."""
+        """Estimate how strongly adapters are held; says what later nights, or other folds, changed about it."""
         setting = self.setting
         if precisions.logarithm.shape[-1] == 0:
             return "nothing is adapted"
@@ -248,11 +303,15 @@ class Initialisation:
             parts = {name: part for name, part in network.parts.items() if part.stop <= width}
             for name in sorted((FITTED | DRIFTING).intersection(parts)):
                 found[0, :, parts[name]] = found[0, :, parts[name]].clamp_min(setting.adapter.precision)
-            found, scales = scaled(found, parts, self._rehearsed(network, scorer, found, stop, random))
+            if folds:
+                found, scales = cautious(found, parts, losses_by_visit(setting, folds, found))
+            else:
+                found, scales = scaled(found, parts, self._rehearsed(network, scorer, found, stop, random))
             precisions.logarithm.copy_(found.log())
         changed = ", ".join(f"{name} by {scale:g}" for name, scale in scales.items() if scale != 1)
         how = "precisions by evidence" if weighed else "precisions as configured"
-        return how + (f", scaled on the stop nights ({changed})" if changed else "")
+        where = "across folds" if folds else "on the stop nights"
+        return how + (f", scaled {where} ({changed})" if changed else "")
 
     def _scorer(self, network: Ranker) -> Scorer:
         """The network as it is; its answers are remembered where they are few."""
@@ -275,7 +334,7 @@ class Initialisation:
         worth = [objective.weight for objective in setting.data.objectives]
         solve_start(network, setting.material, at, setting.adapter, sweeps, counts, worth)
 
-    def refreshed(self, network: Ranker, precisions: Precisions, through: date) -> Base:
+    def refreshed(self, network: Ranker, precisions: Precisions, plan: Plan) -> Base:
         """The base with its closed forms solved once more on every night of the history.
 
         The stop nights have said how long to train; that they are never learned from would leave the base older than
@@ -284,4 +343,4 @@ class Initialisation:
         setting = self.setting
         at = newest(setting.rows, setting.visits, setting.training.start_rows)
         self._solve(network, at, MORE_SWEEPS)
-        return Base(network.eval(), precisions, setting.levels, setting.adapter, through)
+        return Base(network.eval(), precisions, setting.levels, setting.adapter, plan.through, plan.begun_on)

@@ -110,13 +110,13 @@ class Losses:
             stop: the visits.
         """
         setting, material = self.setting, self.setting.material
-        contests = [
+        asked = [
             (Rehearsal(setting.ladder, visits, after, scorer, material, like, adaptation), at, material.labels(at))
-            for visits, after, at in _contests(stop)
+            for visits, after, at in contests(stop)
         ]
 
         def loss(precisions: Tensor) -> float:
-            said = (self.of_rows(one.scores(precisions).adapted, labels, at) for one, at, labels in contests)
+            said = (self.of_rows(one.scores(precisions).adapted, labels, at) for one, at, labels in asked)
             return _mean(map(float, said))
 
         return loss
@@ -143,11 +143,11 @@ class Losses:
     def _mean_stop(self, score: Callable[[Visits, I64], Tensor], stop: Visits) -> float:
         return _mean(
             float(self.of_rows(score(longer, after), self.setting.material.labels(at), at))
-            for longer, after, at in _contests(stop)
+            for longer, after, at in contests(stop)
         )
 
 
-def _contests(stop: Visits) -> Iterator[tuple[Visits, I64, I64]]:
+def contests(stop: Visits) -> Iterator[tuple[Visits, I64, I64]]:
     """For each support of the exams the visits that are longer, how many of their rows are support, and the others."""
     for support in STOP_SUPPORT:
         longer = stop.take(np.flatnonzero(stop.rows.lengths > support))

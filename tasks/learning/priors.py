@@ -26,8 +26,13 @@ LEAST, MOST = 0.05, 1e5
 """Bounds of a precision, in rows."""
 FACTOR, MOST_STEPS = 4.0, 5
 """How far one step of the scaling goes, and how many it takes at most."""
+SMALLEST_NOISE = 1e-12
+"""Least variance that a rating is taken to have beside what its weights explain."""
 GAIN = 1e-5
 """Loss that a step of the scaling has to save."""
+DOUBT, PROOF = 0.5, 1.0
+"""Standard errors of a loss by visit: within so many of the least, weights are held more; they are held less only if it
+falls by so many."""
 SILENT = 8.0
 """Precision of a weight, over that of the config, beyond which its feature has next to no part in a score; one step of
 the scaling stays below it."""
@@ -46,7 +51,12 @@ def estimate(
 
     With each user's weights w and their variances v under the current precisions, per objective and feature:
 
-        precision <- sum over users of (1 - precision v) / sum over users of w^2
+        precision <- noise sum over users of (1 - precision v) / sum over users of w^2
+
+    A precision counts rows, so of a rating `noise` is the variance that the weights leave, whatever its unit; of a
+    binary objective, whose rows say how sure they are, it is 1:
+
+        noise <- sum over rows of (y - o - Phi w)^2 / (rows - sum over users and features of (1 - precision v))
 
     Source: MacKay, Bayesian Interpolation, 1992; Tipping, Sparse Bayesian Learning, 2001. What a feature does not
     explain drives its precision up, so a useless one costs little. Gradient steps have no posterior: their rates are
@@ -75,14 +85,21 @@ def estimate(
     if not given:
         return precisions
     own = precisions[0]
+    rating = torch.tensor([kind == "rating" for kind in adaptation.kinds], device=own.device)
     for _ in range(ROUNDS):
         known, spread = torch.zeros_like(own), torch.zeros_like(own)
+        left, count = own.new_zeros(len(own)), own.new_zeros(len(own))
         for part in given:
             rows = (part.features, part.offsets, part.labels, part.weights, own, adaptation.kinds)
             weights = solve(*rows, adaptation.config.steps)
             known = known + (1 - own * variances(*rows, weights)).sum(dim=0)
             spread = spread + (weights**2).sum(dim=0)
-        own = (known.clamp_min(LEAST) / spread.clamp_min(1.0 / MOST)).clamp(LEAST, MOST)
+            mass = part.weights[..., None] * ~part.labels.isnan()
+            missed = torch.nan_to_num(part.labels) - part.offsets - part.features @ weights.mT
+            left, count = left + (mass * missed**2).sum(dim=(0, 1)), count + mass.sum(dim=(0, 1))
+        noise = torch.where(rating, left / (count - known.sum(dim=1)).clamp_min(1.0), torch.ones_like(left))
+        least = noise.clamp_min(SMALLEST_NOISE)[:, None] / MOST
+        own = (noise[:, None] * known.clamp_min(LEAST) / spread.clamp_min(least)).clamp(LEAST, MOST)
     return torch.cat([own[None], precisions[1:]])
 
 
@@ -118,6 +135,46 @@ def scaled(
                 if not now < least - GAIN:
                     break
                 precisions, least = tried, now
+                scales[name] *= factor
+            if scales[name] != 1.0:
+                break
+    return precisions, scales
+
+
+def cautious(
+    precisions: Tensor, parts: Mapping[str, slice], losses: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, dict[str, float]]:
+    """Precisions with parts scaled up as far as a loss by visit cannot tell from the best, or down where that is sure.
+
+    A few hundred visits tell many strengths apart by luck alone. To hold too strongly loses what adaptation could gain,
+    to hold too little makes it worse than none; so the doubt speaks for the stronger. Source: the rule of one standard
+    error of Breiman et al., Classification and Regression Trees, 1984, 3.4.3, with half of one.
+
+    Args:
+        precisions: ``[L, K, D]``.
+        parts: of the features; those of coarser levels are scaled by themselves.
+        losses: of precisions: what each visit adds to the loss ``[V]``.
+
+    Returns:
+        Precisions ``[L, K, D]``, and by how much each part was scaled, for each objective where there are several.
+    """
+    scales: dict[str, float] = {}
+    now = losses(precisions)
+    several = precisions.shape[1] > 1
+    places = product(range(len(precisions)), reversed(list(parts.items())), range(precisions.shape[1]))
+    for level, (part, place), objective in places:
+        name = part + (f" of level {level}" if level else "") + (f" of objective {objective + 1}" if several else "")
+        scales[name], least = 1.0, now
+        for factor in (FACTOR, 1 / FACTOR):
+            for _ in range(MOST_STEPS):
+                tried = precisions.clone()
+                tried[level, objective, place] = (tried[level, objective, place] * factor).clamp(LEAST, MOST)
+                told = losses(tried)
+                saved, error = float((least - told).sum()), float((least - told).square().sum().sqrt())
+                enough = saved >= -DOUBT * error if factor > 1 else saved > max(GAIN, PROOF * error)
+                if torch.equal(tried, precisions) or not enough:
+                    break
+                precisions, now, least = tried, told, told if saved > 0 else least
                 scales[name] *= factor
             if scales[name] != 1.0:
                 break

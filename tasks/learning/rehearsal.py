@@ -33,6 +33,7 @@ class Rehearsal:
         material: labels of the support.
         like: precisions as they will be given ``[L, K, D]``, for their shape; D is at least 1.
         adaptation: how to solve.
+        most: numbers of the supports that are kept in memory; beyond it they are read anew.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Rehearsal:
         material: Material,
         like: Tensor,
         adaptation: Adaptation,
+        most: int = REMEMBERED,
     ) -> None:
         self._adaptation = adaptation
         self._rows, self._visit = visits.split(after)[1].flat()
@@ -54,7 +56,7 @@ class Rehearsal:
             partial(read, stage, scorer, material, size) for stage in self._stages
         ]
         width = self._features.shape[-1] + 2 * self._logits.shape[-1] + 1
-        if sum(int(stage.windows.lengths.sum()) for stage in self._stages) * width <= REMEMBERED:
+        if sum(int(stage.windows.lengths.sum()) for stage in self._stages) * width <= most:
             self._reads = [partial(list[Read], list(reads())) for reads in self._reads]
         self._solved: list[tuple[Tensor, Tensor]] = []
 

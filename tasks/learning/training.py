@@ -153,4 +153,4 @@ def _finished(initialisation: Initialisation, made: Descended, how: str) -> Trai
     """The base of what did best, its closed forms solved once more."""
     end = {-1: "kept the parent's base, which did best", 0: "kept the closed-form start, which did best"}
     why = f"{how}; {end.get(made.epoch, f'kept epoch {made.epoch}')} on the stop nights; {REFRESHED}"
-    return Trained(initialisation.refreshed(*made.best, made.through), made.curve, made.epoch, why)
+    return Trained(initialisation.refreshed(*made.best, made.plan), made.curve, made.epoch, why)

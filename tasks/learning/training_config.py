@@ -105,7 +105,9 @@ class TrainingConfig(Section):
     """Epochs without a better stop loss before training ends; three times as many until the first better one, where
     what adapters read has still to be learned and told nothing at the start."""
     stop_nights: Annotated[int, Field(ge=1)] = 7
-    """Newest nights that training is stopped on and does not train on, when there is no parent."""
+    """Newest nights that training is stopped on and does not train on, when there is no parent. Of a short history, in
+    which they would have more than a quarter of the rows, it stops on as many as have no more than that, at least one;
+    how strongly adapters are held is then chosen on the visits of all of these nights in folds."""
     min_stop_rows: Annotated[int, Field(ge=1)] = 200
     """Fewest rows of new stop nights with which a parent's base is trained on; with fewer it is kept as it is."""
     start_rows: Annotated[int, Field(ge=1)] = 2_000_000

@@ -1,6 +1,7 @@
 """A base on disk, a base that grows, and files that are no base."""
 
 import json
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -40,6 +41,15 @@ def base_of(rows, seed=0, more=0, adapter=RIDGE, ranker=SMALL):
 def scores(base, rows):
     with torch.no_grad():
         return Material(rows).scorer(base.network)(torch.arange(len(rows)).numpy())
+
+
+@pytest.mark.parametrize("nights", [None, 9])
+def test_a_base_knows_how_few_nights_its_chain_began_on(rows, tmp_path, nights):
+    base = replace(base_of(rows), begun_on=nights)
+    assert load_base(save_base(base, tmp_path)).begun_on == nights
+    assert ("begun_on" in json.loads((tmp_path / DESCRIPTION).read_text())) == (nights is not None)
+    assert grow(base, shape(rows, *KINDS, more=3)).begun_on == nights
+    assert base.to("cpu").begun_on == nights
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def sought(rows, config, outer, seed, **more):
     ("config", "outer", "seed"),
     [
         (DENSE, "second_order", 3),
-        *((LORA, "second_order", seed) for seed in (0, 1, 3)),
+        *((LORA, "second_order", seed) for seed in (0, 1, 2)),
         (LORA, "first_order", 1),
         *((FILM, "second_order", seed) for seed in (0, 1)),
         (FILM, "first_order", 1),
@@ -189,11 +189,11 @@ def sought(rows, config, outer, seed, **more):
 def test_where_bent_layers_tell_nothing_at_the_start_training_for_them_can_and_joint_training_cannot(
     secrets, config, outer, seed
 ):
-    """The stop nights have made the start hold such layers as good as fast."""
+    """Visits that the start has not seen have made it hold such layers as good as fast."""
     made = sought(secrets, config, outer, seed, epochs=2)
     start, least = made.curve[0][2], min(stop for _, _, stop in made.curve)
     assert start > 0.67  # a coin's is 0.69
-    assert "scaled on the stop nights" in made.why
+    assert "scaled across folds" in made.why
     assert ("held in training as configured" in made.why) == (outer != "joint")
     assert least > 0.65 if outer == "joint" else least < 0.75 * start
 

@@ -31,7 +31,7 @@ def losses_of(rows, adapter=None, **changed):
 @pytest.fixture(scope="module")
 def begun(history):
     """A network in closed form whose layers are not zero, its precisions, and visits to learn from."""
-    losses = losses_of(history)
+    losses = losses_of(history, stop_nights=1)
     with steady(0, 1):
         made = Initialisation(losses.setting, losses)
         network, precisions = made.begun(made.plan(None), np.random.default_rng(0)).weights
@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_near_those_of_float32(history, begun):
         slopes[mixed] = torch.cat([part.grad.flatten() for part in own.parameters() if part.grad is not None])
     assert told[True] != told[False]
     assert told[True].item() == pytest.approx(told[False].item(), rel=5e-3)
-    assert torch.cosine_similarity(slopes[True], slopes[False], dim=0) > 0.999
+    assert torch.cosine_similarity(slopes[True], slopes[False], dim=0) > 0.998
 
 
 def test_a_training_in_mixed_precision_starts_and_ends_in_float32(history):

@@ -11,12 +11,24 @@ from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.networks import RankerConfig
-from tasks.learning.priors import FACTOR, GAIN, LEAST, MOST, MOST_STEPS, estimate, loosened, scaled
+from tasks.learning.priors import FACTOR, GAIN, LEAST, MOST, MOST_STEPS, cautious, estimate, loosened, scaled
 from tasks.learning.setting import Setting
 from tasks.learning.training import meta_train
 from tasks.learning.training_config import TrainingConfig
 from tests.learning.slow_ladder import KINDS, THREE, SlowLadder, precisions_of, world
-from tests.learning.small_rows import FIRST, Told, contract, ladder_of, one_aim, opposed, part, shape, table, told
+from tests.learning.small_rows import (
+    FIRST,
+    Told,
+    contract,
+    ladder_of,
+    one_aim,
+    opposed,
+    part,
+    shape,
+    table,
+    told,
+    with_labels,
+)
 
 ALONE = (("shopper",),)
 TRUE = np.array([1.0, 0.25, 4.0, np.inf])
@@ -37,6 +49,7 @@ def found_in(rows, scorer, start, *, kinds=KINDS, levels=ALONE, visits=None, see
 def one_round(oracle, visits, start):
     """The formula, user by user; [K, D]."""
     known, spread = np.zeros_like(start[0]), np.zeros_like(start[0])
+    left, count = np.zeros(len(KINDS)), np.zeros(len(KINDS))
     last = [at for at in range(len(visits)) if at + 1 == len(visits) or visits.first[at + 1] != visits.first[at]]
     for at in last:
         support = list(range(visits.first[at], visits.rows.stop[at]))[-oracle.segments.max_support :]
@@ -46,13 +59,18 @@ def one_round(oracle, visits, start):
         own = oracle.ridge(support, inherited, 0)
         phi = oracle.features[support]
         for k, kind in enumerate(KINDS):
-            chance = 1 / (1 + np.exp(-(oracle.logits[support, k] + phi @ (inherited + own)[k])))
+            score = oracle.logits[support, k] + phi @ (inherited + own)[k]
+            chance = 1 / (1 + np.exp(-score))
             curve = chance * (1 - chance) if kind == "binary" else np.ones(len(support))
-            mass = curve * oracle.rows.weights[support] * ~np.isnan(oracle.rows.labels[support, k])
+            given = oracle.rows.weights[support] * ~np.isnan(oracle.rows.labels[support, k])
+            mass = curve * given
+            left[k] += (given * np.nan_to_num(oracle.rows.labels[support, k] - score) ** 2).sum()
+            count[k] += given.sum()
             spreads = np.diag(np.linalg.inv(phi.T @ (phi * mass[:, None]) + np.diag(start[0, k])))
             known[k] += 1 - start[0, k] * spreads
             spread[k] += own[k] ** 2
-    return known / spread
+    noise = np.where(np.array(KINDS) == "rating", left / (count - known.sum(axis=1)), 1.0)
+    return noise[:, None] * known / spread
 
 
 @pytest.mark.parametrize("limits", [{}, {"min_support": 8}, {"max_support": 4}])
@@ -136,6 +154,15 @@ def test_precisions_of_a_simulated_world_are_found_again(seed, steps, factor):
     assert (np.abs(np.log(click[:3] / TRUE[:3])) < np.log(factor)).all()
     assert (np.abs(np.log(rating[:3] / TRUE[:3])) < np.log(1.2)).all()
     assert min(click[3], rating[3]) > 50
+
+
+def test_the_unit_of_a_rating_does_not_matter():
+    """A precision counts rows: of what is told in units of 0.01 or 30 as many as of what is told in its own."""
+    rows, scorer = simulated(1, 100, 40)
+    expected = found_in(rows, scorer, START)
+    for unit in (0.01, 30.0):
+        again = with_labels(rows, rows.labels * [1, unit])
+        torch.testing.assert_close(found_in(again, scorer, START), expected, rtol=1e-4, atol=0)
 
 
 def test_the_order_of_users_and_rows_does_not_matter():
@@ -233,6 +260,51 @@ def test_precisions_stay_within_their_bounds():
     assert low.min() >= LEAST
 
 
+# With a loss by visit
+
+SURE = torch.tensor([1.0, -1.0]).repeat(8).double()
+"""What sixteen visits differ by: a standard error of 4 for their sum."""
+
+
+def by_visit(part, each):
+    """A loss that changes by so much for each factor that a part goes up, with an error of 4 beside it."""
+    level, place = COARSE_PARTS[part]
+
+    def told(tried):
+        steps = float((tried[level, 0, place] / HELD[level, 0, place]).log().mean() / np.log(FACTOR))
+        return torch.zeros(16).double() + steps * (each / 16 + SURE)
+
+    return told
+
+
+COARSE_PARTS = {name: (0, part) for name, part in PARTS.items()}
+COARSE_PARTS |= {f"{name} of level {level}": (level, part) for level in (1, 2) for name, part in PARTS.items()}
+
+
+@pytest.mark.parametrize("part", ["numbers", "constant", "tower features of level 2"])
+@pytest.mark.parametrize(
+    ("each", "steps"),
+    [
+        (-9.0, MOST_STEPS),  # to hold it more is better by far
+        (0.0, MOST_STEPS),  # nothing is known
+        (1.99, MOST_STEPS),  # worse than the best, by less than half an error at every step
+        (2.1, 0),  # by more than half an error
+        (3.8, 0),  # to hold it less is better, by less than an error
+        (4.3, -MOST_STEPS),
+    ],
+)
+def test_doubt_speaks_for_holding_more(part, each, steps):
+    """By hand: sixteen visits, the error of whose sum is 4 for a step and 8 for two."""
+    held = HELD[:, :1].clone()
+    found, scales = cautious(held, PARTS, by_visit(part, each))
+    assert set(scales) == set(COARSE_PARTS)
+    assert scales[part] == pytest.approx(FACTOR**steps)
+    level, place = COARSE_PARTS[part]
+    wanted = (held[level, :, place] * FACTOR**steps).clamp(LEAST, MOST)
+    torch.testing.assert_close(found[level, :, place], wanted, rtol=1e-5, atol=0)
+    assert torch.equal(held, HELD[:, :1])
+
+
 # Silent parts
 
 
@@ -260,7 +332,7 @@ def held_by(adapter, nights=5):
     """A base without epochs: the closed forms and the precisions alone."""
     rows = one_aim(opposed(nights=nights, users=30))
     ranker = RankerConfig(embedding=4, hidden=8, factors=2, category_factors=2, features=2)
-    config = TrainingConfig(epochs=0, stop_nights=2)
+    config = TrainingConfig(epochs=0, stop_nights=1)
     day = date.fromordinal(FIRST + nights)
     return meta_train(Setting(contract(), ladder_of(), ranker, adapter, config, rows, shape(rows), day))
 

@@ -121,9 +121,10 @@ def test_the_kept_base_ends_with_its_closed_forms_solved_on_the_whole_history(hi
 
 def test_labels_of_the_stop_nights_reach_the_closed_forms_alone(history):
     """They choose the epoch, scale the precisions part by part and enter the last solve; nothing else sees them."""
-    stop = np.asarray(history.night) >= FIRST + NIGHTS - 2
+    stop = np.asarray(history.night) >= FIRST + NIGHTS - 1
     flipped = with_labels(history, np.where(stop[:, None], 1 - history.labels, history.labels))
-    first, second = (train(rows, config=SHORT.model_copy(update={"epochs": 0})) for rows in (history, flipped))
+    config = SHORT.model_copy(update={"epochs": 0, "stop_nights": 1})
+    first, second = (train(rows, config=config) for rows in (history, flipped))
     ours, theirs = (run.base.network.state_dict() for run in (first, second))
     for name in ours:
         same = torch.equal(ours[name], theirs[name])
@@ -189,8 +190,9 @@ def test_episodes_and_both_solves_are_of_nights_that_count_by_their_age(history,
 
     monkeypatch.setattr(epochs, "draw", draws)
     monkeypatch.setattr(initialisation, "solve_start", solves)
-    train(history, config=SHORT.model_copy(update={"half_life_nights": 2.0, "outer": outer, "epochs": 1}))
-    fit = {night: 0.5 ** ((NIGHTS - 3 - night) / 2) for night in range(NIGHTS - 2)}
+    changed = {"half_life_nights": 2.0, "outer": outer, "epochs": 1, "stop_nights": 1}
+    train(history, config=SHORT.model_copy(update=changed))
+    fit = {night: 0.5 ** ((NIGHTS - 2 - night) / 2) for night in range(NIGHTS - 1)}
     whole = {night: 0.5 ** ((NIGHTS - 1 - night) / 2) for night in range(NIGHTS)}
     assert drawn == [pytest.approx(fit)] * SHORT.steps_per_epoch
     assert solved == [pytest.approx(fit), pytest.approx(whole)]
@@ -364,13 +366,16 @@ def test_rows_of_the_night_and_later_change_nothing(world, trained, tmp_path):
     assert bytes_of(train(flipped), tmp_path / "flipped") == expected
 
 
-def test_the_stop_nights_are_never_trained_on(monkeypatch, history):
+@pytest.mark.parametrize("nights", [1, 2], ids=["long", "short"])
+def test_the_stop_nights_are_never_trained_on(monkeypatch, history, nights):
     """Their labels changed, and how they scale the precisions set aside: every training loss is the same number, every
     stop loss another."""
-    monkeypatch.setattr(initialisation, "scaled", lambda precisions, parts, loss: (precisions, {}))
-    stop = np.asarray(history.night) >= FIRST + NIGHTS - 2
+    for name in ("scaled", "cautious"):
+        monkeypatch.setattr(initialisation, name, lambda precisions, parts, loss: (precisions, {}))
+    stop = np.asarray(history.night) >= FIRST + NIGHTS - 1
     flipped = with_labels(history, np.where(stop[:, None], 1 - history.labels, history.labels))
-    ours, theirs = (train(rows).curve for rows in (history, flipped))
+    config = SHORT.model_copy(update={"stop_nights": nights})
+    ours, theirs = (train(rows, config=config).curve for rows in (history, flipped))
     assert [loss for _, loss, _ in ours] == [loss for _, loss, _ in theirs]
     assert all(mine[2] != other[2] for mine, other in zip(ours, theirs, strict=True))
 
@@ -382,18 +387,21 @@ def test_what_is_learned_from_the_training_nights_does_come_from_their_labels(tr
 
 
 def test_stop_nights_are_the_newest_and_one_night_is_left_to_train_on(monkeypatch, history):
-    """`stop_nights` beyond the history leaves its first night to train on."""
+    """Where they would have more than a quarter of the rows, strengths are chosen by them, and fewer are stopped on.
+    `stop_nights` beyond the history leaves its first night to solve the folds' start on."""
     seen = {}
     descend = epochs.Descent.run
 
     def spy(self, plan, seed):
-        seen["fit"], seen["stop"] = sorted({*plan.fit.night - FIRST}), sorted({*plan.stop.night - FIRST})
+        seen.update({name: visits if visits is None else sorted({*visits.night - FIRST})
+                     for name, visits in (("fit", plan.fit), ("stop", plan.stop), ("asked", plan.asked))})  # fmt: skip
         return descend(self, plan, seed)
 
     monkeypatch.setattr(epochs.Descent, "run", spy)
-    for nights, (fit, stop) in ((2, ([0, 1, 2, 3], [4, 5])), (99, ([0], [1, 2, 3, 4, 5]))):
-        train(history, config=SHORT.model_copy(update={"stop_nights": nights, "epochs": 0}))
-        assert (seen["fit"], seen["stop"]) == (fit, stop)
+    for nights, asked in ((1, None), (2, [4, 5]), (99, [1, 2, 3, 4, 5])):
+        made = train(history, config=SHORT.model_copy(update={"stop_nights": nights, "epochs": 0}))
+        assert seen == {"fit": [0, 1, 2, 3, 4], "stop": [5], "asked": asked}
+        assert made.base.begun_on == (None if asked is None else NIGHTS)
 
 
 # Warm

@@ -18,7 +18,7 @@ from tasks.data.contract import DataConfig
 from tasks.data.segments import level_name
 from tasks.learning.intervals import paired_intervals, sum_by_user
 from tasks.release.evidence import own_minus_parent
-from tasks.release.segment_gate import LEAST, STEPS
+from tasks.release.segment_evidence import LEAST, STEPS, step_name
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class Step:
         >>> Step("liked", "user", 4, 7, 9, 90, -0.01, None, None).name
         'support 4 to 7'
         """
-        if self.most is None:
-            return f"support {self.least}+"
-        return f"support {self.least}" if self.most == self.least else f"support {self.least} to {self.most}"
+        return step_name(self.least, self.most)
 
 
 _TYPES: dict[object, pa.DataType] = {str: pa.string(), int: pa.int64(), int | None: pa.int64()}

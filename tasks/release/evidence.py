@@ -19,7 +19,7 @@ from tasks.learning.exams import CANDIDATE, COMMON, CONDITIONS, PARENT, SUPPORTS
 from tasks.learning.intervals import Interval, UserSums, paired_intervals, pool, sum_by_user
 from tasks.learning.metrics import ByUser, adaptation_fitness, auc_by_user, log_loss, ndcg_by_user, squared_error
 from tasks.learning.summaries import binary_summary, rating_summary
-from tasks.release.segment_gate import SegmentEvidence
+from tasks.release.segment_evidence import SegmentEvidence
 
 Figures = dict[str, float | None]
 F64 = npt.NDArray[np.float64]

@@ -21,14 +21,15 @@ from tasks.data.contract import DataConfig
 from tasks.data.segments import level_name
 from tasks.learning.intervals import MIN_CLUSTERS
 from tasks.release.evidence import segment_evidence
-from tasks.release.segment_gate import UNNAMED, posteriors_of
+from tasks.release.segment_evidence import LevelVisits
+from tasks.release.segment_gate import UNNAMED
 
 SURE = NormalDist().inv_cdf(0.95)
 """Standard deviations from nothing at which a segment counts as better or worse off."""
 SHOWN = 5
 """Most segments at either end that a summary names."""
 TOO_FEW = (
-    f"fewer than {MIN_CLUSTERS} segments were served by own weights on two nights or more: they cannot be compared"
+    f"fewer than {MIN_CLUSTERS} segments were served by own weights in two visits or more: they cannot be compared"
 )
 """What there is to say of a level that `lifts` leaves out."""
 
@@ -115,13 +116,14 @@ def lifts(tables: Sequence[pa.Table], data: DataConfig, levels: Sequence[Sequenc
     Returns:
         A table of `SCHEMA`. Levels with fewer than `MIN_CLUSTERS` segments that were served in two visits or more are
         left out: there is no telling what is the segment's and what the visit's. What a visit is, and among whom a
-        segment is shrunk, say `tasks.release.segment_gate` and `tasks.release.shrinkage`.
+        segment is shrunk, say `tasks.release.segment_evidence` and `tasks.release.shrinkage`.
     """
     parts = [SCHEMA.empty_table()]
     for objective in data.objectives:
         told = segment_evidence(tables, objective)
         for number, columns in enumerate(levels):
-            segments, count, known = posteriors_of(told, number)
+            visits = LevelVisits.of(told, number)
+            segments, count, known = visits.keys, visits.exam_rows, visits.posteriors()
             there = ~np.isnan(known.shrunk)
             if not there.any():
                 continue

@@ -5,7 +5,6 @@ that they stand on. The evidence is of the banks that were examined, the verdict
 that one knows segments that are new on the night, and has seen more rows of the others.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from tasks.data.contract import Section
 from tasks.learning.intervals import MIN_CLUSTERS
 from tasks.release.gate import GateConfig
-from tasks.release.shrinkage import Posteriors, posteriors
+from tasks.release.segment_evidence import STEPS, LevelVisits, SegmentEvidence, groups, step_name, step_of, sums_by
 
 BoolArray = NDArray[np.bool_]
 F64 = NDArray[np.float64]
@@ -25,33 +24,6 @@ I64 = NDArray[np.int64]
 
 UNNAMED = "a single one"
 """What stands in place of a key that is not to be shown."""
-LEAST = (1, 2, 4, 8, 16, 32, 64)
-"""Least support rows of each step of the support curve; the last one is open."""
-STEPS = (*((least, above - 1) for least, above in itertools.pairwise(LEAST)), (LEAST[-1], None))
-"""Least and most support rows of segments that are judged together where they have too few exam rows of their own."""
-
-
-@dataclass(frozen=True)
-class SegmentEvidence:
-    """What the pooled nightly exams say about segments: an entry per exam, segment and user, in any order.
-
-    An entry is a visit: the rows of one user's night, which resemble each other, as far as the segment served them.
-    """
-
-    level: I64
-    """[E] ladder level, 0 the finest."""
-    key: NDArray[Any]
-    """[E] the segment's raw key, which means the same segment in every exam and in every bank."""
-    user: NDArray[Any]
-    """[E] the user's raw key."""
-    support: I64
-    """[E] support rows behind the adapter that was examined."""
-    rows: I64
-    """[E] exam rows."""
-    sums: F64
-    """[E] sum over those rows of (log-loss with its adapter - log-loss with its parent's)."""
-    squares: F64
-    """[E] sum over those rows of that difference squared."""
 
 
 class LevelHarm(Section):
@@ -144,7 +116,7 @@ class SegmentVerdicts:
         return [
             {
                 "level": int(self.level[row]),
-                "tested": _step_name(self.step[row]) if self.step[row] >= 0 else key,
+                "tested": step_name(*STEPS[self.step[row]]) if self.step[row] >= 0 else key,
                 "rows": int(self.rows[row]),
                 "estimate": float(self.estimate[row]),
                 "shrunk": None if np.isnan(self.shrunk[row]) else float(self.shrunk[row]),
@@ -171,12 +143,12 @@ def decide_segments(config: GateConfig, evidence: SegmentEvidence) -> SegmentVer
         config: the gate's section.
         evidence: pooled over the last nightly exams.
     """
-    segment, example = _groups(evidence.level, np.unique(evidence.key, return_inverse=True)[1])
-    rows, sums = _sums_by(segment, len(example), evidence.rows, evidence.sums)
-    shrunk, p = _judged(evidence, segment, evidence.level[example])
+    segment, example = groups(evidence.level, np.unique(evidence.key, return_inverse=True)[1])
+    rows, sums = sums_by(segment, len(example), evidence.rows, evidence.sums)
+    shrunk, p = _judged(evidence, evidence.level[example])
     own = (rows >= config.min_exam_rows) & ~np.isnan(p)
     thin = ~own[segment]
-    cell = evidence.level[thin] * len(STEPS) + _step(evidence.support[thin])
+    cell = evidence.level[thin] * len(STEPS) + step_of(evidence.support[thin])
     cells, clusters, cell_rows, cell_estimate, cell_p = _test_cells(
         cell, segment[thin], evidence.rows[thin], evidence.sums[thin]
     )
@@ -194,51 +166,24 @@ def decide_segments(config: GateConfig, evidence: SegmentEvidence) -> SegmentVer
     )
 
 
-def posteriors_of(evidence: SegmentEvidence, level: int) -> tuple[NDArray[Any], I64, Posteriors]:
-    """Raw keys of a level's segments, ascending [S], their exam rows [S] and what is known of their lifts."""
-    here = evidence.level == level
-    keys, segment = np.unique(evidence.key[here], return_inverse=True)
-    support = np.zeros(len(keys), np.int64)
-    np.maximum.at(support, segment, evidence.support[here])
-    visits = _visits(segment, evidence, here)
-    rows = np.bincount(visits[0], visits[1], minlength=len(keys)).astype(np.int64)
-    return keys, rows, posteriors(visits[0], _step(support), *visits[1:])
-
-
-def _visits(segment: I64, evidence: SegmentEvidence, here: BoolArray) -> tuple[I64, I64, F64, F64]:
-    """Of every visit of a level the segment, rows, sums and squares [V].
-
-    A user who is a segment of his own visits it once a night; one of many in a market is one visit of it in all.
-    """
-    columns = (evidence.rows[here], evidence.sums[here], evidence.squares[here])
-    user = np.unique(evidence.user[here], return_inverse=True)[1]
-    pair, first = _groups(segment, user)
-    if len(first) == len(np.unique(segment)):
-        return segment, *columns
-    rows, sums, squares = _sums_by(pair, len(first), *columns)
-    return segment[first], rows.astype(np.int64), sums, squares
-
-
-def _judged(evidence: SegmentEvidence, segment: I64, level: I64) -> tuple[F64, F64]:
+def _judged(evidence: SegmentEvidence, level: I64) -> tuple[F64, F64]:
     """Shrunk lift of every segment, where it can be, and the p value of no harm [S]; NaN where nobody can tell.
 
     Args:
         evidence: what the exams say.
-        segment: of each entry [E].
-        level: of every segment [S].
+        level: of every segment, by level and key [S].
     """
     shrunk, p = np.full(len(level), np.nan), np.full(len(level), np.nan)
     for number in np.unique(level):
-        members, here = np.flatnonzero(level == number), evidence.level == number
-        keys, rows, known = posteriors_of(evidence, int(number))
-        assert len(keys) == len(members)  # both in the order of their keys
-        owner, *visits = _visits(np.searchsorted(members, segment[here]), evidence, here)
-        count, sums = _sums_by(owner, len(members), np.ones(len(owner)), visits[1])
-        estimate = sums / rows
-        (spread,) = _sums_by(owner, len(members), (visits[1] - estimate[owner] * visits[0]) ** 2)
+        members, visits = np.flatnonzero(level == number), LevelVisits.of(evidence, int(number))
+        assert len(visits.keys) == len(members)  # both in the order of their keys
+        owner, known = visits.owner, visits.posteriors()
+        count, sums = sums_by(owner, len(members), np.ones(len(owner)), visits.sums)
+        estimate = sums / visits.exam_rows
+        (spread,) = sums_by(owner, len(members), (visits.sums - estimate[owner] * visits.rows) ** 2)
         by_visits = ~known.trusted & (count >= MIN_CLUSTERS)
         n = count[by_visits]
-        variance = n / (n - 1) * spread[by_visits] / rows[by_visits] ** 2
+        variance = n / (n - 1) * spread[by_visits] / visits.exam_rows[by_visits] ** 2
         p[members[by_visits]] = _harm_p(estimate[by_visits], variance, n - 1)
         sure = known.trusted
         shrunk[members[sure]] = known.shrunk[sure]
@@ -264,13 +209,13 @@ def _test_cells(cell: I64, segment: I64, rows: I64, sums: F64) -> tuple[I64, F64
         Cells ascending, their clusters, rows, difference per row and p value.
     """
     cells, index = np.unique(cell, return_inverse=True)
-    cluster, first = _groups(index, segment)
+    cluster, first = groups(index, segment)
     cluster_cell = index[first]
-    cluster_rows, cluster_sums = _sums_by(cluster, len(first), rows, sums)
-    clusters, cell_rows, cell_sums = _sums_by(cluster_cell, len(cells), np.ones(len(first)), cluster_rows, cluster_sums)
+    cluster_rows, cluster_sums = sums_by(cluster, len(first), rows, sums)
+    clusters, cell_rows, cell_sums = sums_by(cluster_cell, len(cells), np.ones(len(first)), cluster_rows, cluster_sums)
     estimate = cell_sums / cell_rows
     residual = cluster_sums - estimate[cluster_cell] * cluster_rows
-    (spread,) = _sums_by(cluster_cell, len(cells), residual**2)
+    (spread,) = sums_by(cluster_cell, len(cells), residual**2)
     judged = clusters >= MIN_CLUSTERS
     cells, clusters, cell_rows, estimate = cells[judged], clusters[judged], cell_rows[judged], estimate[judged]
     variance = clusters / (clusters - 1) * spread[judged] / cell_rows**2
@@ -304,25 +249,3 @@ def _harm_p(estimate: F64, variance: F64, degrees: F64) -> F64:
     z = np.sign(t) * (8 * degrees + 1) / (8 * degrees + 3) * np.sqrt(degrees * np.log1p(t**2 / degrees))
     p: F64 = torch.special.ndtr(torch.from_numpy(-z)).numpy()
     return p
-
-
-def _groups(major: I64, minor: I64) -> tuple[I64, I64]:
-    """Dense index of each pair, and the first place where each distinct pair stands."""
-    pair = major * (int(minor.max(initial=0)) + 1) + minor
-    _, first, index = np.unique(pair, return_index=True, return_inverse=True)
-    return index, first
-
-
-def _sums_by(index: I64, count: int, *columns: NDArray[Any]) -> list[F64]:
-    return [np.bincount(index, weights=column, minlength=count).astype(np.float64) for column in columns]
-
-
-def _step(support: I64) -> I64:
-    return np.searchsorted(LEAST[1:], support, side="right").astype(np.int64)
-
-
-def _step_name(step: int) -> str:
-    least, most = STEPS[step]
-    if most is None:
-        return f"support {least}+"
-    return f"support {least}" if most == least else f"support {least} to {most}"

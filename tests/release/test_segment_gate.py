@@ -6,7 +6,8 @@ from scipy import stats
 
 from tasks.release import segment_gate
 from tasks.release.gate import GateConfig
-from tasks.release.segment_gate import LevelHarm, SegmentEvidence, decide_segments
+from tasks.release.segment_evidence import SegmentEvidence
+from tasks.release.segment_gate import LevelHarm, decide_segments
 
 
 def test_benjamini_hochberg_by_hand():

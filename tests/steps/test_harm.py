@@ -11,7 +11,7 @@ from tasks.data import vocabulary
 from tasks.data.contract import ObjectiveConfig
 from tasks.learning.bank import Bank
 from tasks.learning.exams import segment_names
-from tasks.release.segment_gate import SegmentEvidence
+from tasks.release.segment_evidence import SegmentEvidence
 from tasks.steps import open_workspace, recalled
 from tests.finished import Finished
 from tests.steps.plain import plain_night

@@ -267,6 +267,15 @@ def _size(episodes: list[tuple[int, int, int]]) -> str:
     )
 
 
+def backward(loss: Callable[[], Tensor], parameters: list[Tensor]) -> tuple[float, list[Tensor]]:
+    """A loss and its gradients, 0 where nothing flows."""
+    for parameter in parameters:
+        parameter.grad = None
+    value = loss()
+    value.backward()
+    return value.item(), [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_step_through_the_adaptation_of_many_episodes_beside_a_loop_over_the_episodes(benchmark, row, device):
     """Forward, the loss behind the adaptation, backward into network and precisions; the optimiser is left out."""
@@ -282,20 +291,15 @@ def test_a_step_through_the_adaptation_of_many_episodes_beside_a_loop_over_the_e
     def looped() -> Tensor:
         return looped_loss(network, inputs, labels, episodes, precisions()[0, 0], ADAPTER.steps)
 
-    def backward(loss: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
-        for parameter in parameters:
-            parameter.grad = None
-        value = loss()
-        value.backward()
-        return value.item(), [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-
-    (ours, gradients), (theirs, same) = backward(together), backward(looped)
+    (ours, gradients), (theirs, same) = backward(together, parameters), backward(looped, parameters)
     assert ours == pytest.approx(theirs, abs=1e-5)
     assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-3
     for gradient, other in zip(gradients, same, strict=True):
         scale = float(other.abs().max())
         torch.testing.assert_close(gradient, other, atol=1e-4 * min(1.0, scale), rtol=1e-4)
-    beside = Beside(benchmark, lambda: backward(together), [lambda: backward(looped)], device, 5)
+    beside = Beside(
+        benchmark, lambda: backward(together, parameters), [lambda: backward(looped, parameters)], device, 5
+    )
     beside.row(row, f"step through {_size(episodes)}: beside a loop over the episodes", device)
 
 
@@ -313,18 +317,14 @@ def test_a_step_through_the_adaptation_of_many_episodes_beside_maml_of_the_whole
     def looped() -> Tensor:
         return looped_maml(network, inputs, labels, episodes, ADAPTER.steps)
 
-    def backward(loss: Callable[[], Tensor]) -> float:
-        for parameter in parameters:
-            parameter.grad = None
-        value = loss()
-        value.backward()
-        return value.item()
-
     unadapted = looped_maml(network, inputs, labels, [(border, border, stop) for _, border, stop in episodes], 0)
     for loss in (together, looped):
-        assert backward(loss) != pytest.approx(unadapted.item(), abs=1e-4)
-        assert max(float(one.grad.abs().max()) for one in parameters if one.grad is not None) > 1e-3
-    beside = Beside(benchmark, lambda: backward(together), [lambda: backward(looped)], device, 5)
+        value, gradients = backward(loss, parameters)
+        assert value != pytest.approx(unadapted.item(), abs=1e-4)
+        assert max(float(one.abs().max()) for one in gradients) > 1e-3
+    beside = Beside(
+        benchmark, lambda: backward(together, parameters), [lambda: backward(looped, parameters)], device, 5
+    )
     what = (
         f"step through {_size(episodes)}: beside MAML of the whole ranker ({ADAPTER.steps} steps), episode by episode"
     )
@@ -348,14 +348,7 @@ def test_a_second_order_step_through_other_adapters_beside_a_loop_over_the_episo
     def looped() -> Tensor:
         return looped_meta_loss(network, inputs, labels, episodes, precisions()[0, 0], config)
 
-    def backward(loss: Callable[[], Tensor]) -> tuple[float, list[Tensor]]:
-        for parameter in parameters:
-            parameter.grad = None
-        value = loss()
-        value.backward()
-        return value.item(), [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-
-    (ours, gradients), (theirs, same) = backward(together), backward(looped)
+    (ours, gradients), (theirs, same) = backward(together, parameters), backward(looped, parameters)
     for slopes in (gradients, same):
         assert float(slopes[-1].abs().max()) > 1e-6  # through the solve into the rates
         assert all(torch.isfinite(slope).all() for slope in slopes)
@@ -364,7 +357,9 @@ def test_a_second_order_step_through_other_adapters_beside_a_loop_over_the_episo
         for gradient, other in zip(gradients, same, strict=True):
             torch.testing.assert_close(gradient, other, atol=1e-4 * min(1.0, float(other.abs().max())), rtol=1e-4)
 
-    beside = Beside(benchmark, lambda: backward(together), [lambda: backward(looped)], device, 5)
+    beside = Beside(
+        benchmark, lambda: backward(together, parameters), [lambda: backward(looped, parameters)], device, 5
+    )
     beside.row(row, f"{name}, second-order step through {_size(episodes)}: beside a loop over the episodes", device)
 
 

@@ -190,7 +190,8 @@ def _settle(place: Place, gate: GateConfig, night: date, frozen: str, config: st
     found = store.find(key)
     if found is not None:
         settled: dict[str, Any] = json.loads(found.data)
-        ours = pointer is not None and pointer.release == settled["release"]
+        # An older version of nightrank may have made another release of the same night.
+        ours = pointer is not None and pointer.release in (settled["release"], settled.get("replaces"))
         if ours or settled["generation"] == (0 if pointer is None else pointer.generation):
             return settled
     fresh = {**_resolved(store, place, gate, night, pointer), "release": None}

@@ -97,9 +97,9 @@ def publish(
         extra = {**pages, "run.json": canonical_json(run), "report.html": render(report).encode()}
         published = publish_release(store, place.pipeline, release, manifest, extra)
         progress(len(manifest.files), len(manifest.files), "files")
-        _note_intent(place, ingested, exported.release, config)
+        replaces = _note_intent(place, ingested, exported.release, config)
         still_held()
-        why, promoted = _promote(place, ingested, exported, verdict, promote, token)
+        why, promoted = _promote(place, ingested, exported, verdict, promote, token, replaces)
         return Product(
             {"release": exported.release, "promoted": promoted, "why": why},
             {"new": published.new, "written": list(published.written), "reused": list(published.reused)},
@@ -121,9 +121,19 @@ def publish(
 
 
 def _promote(
-    place: Place, ingested: IngestRef, exported: ExportRef, verdict: VerdictRef, asked: bool, token: int
+    place: Place,
+    ingested: IngestRef,
+    exported: ExportRef,
+    verdict: VerdictRef,
+    asked: bool,
+    token: int,
+    replaces: str | None,
 ) -> tuple[str, bool]:
-    """Whether the pointer names the release now, and the sentence that says why."""
+    """Whether the pointer names the release now, and the sentence that says why.
+
+    Where it names the release that this very night made before, of the same rows and config by an older version, the
+    move that is to be followed was our own.
+    """
     pointer = read_pointer(store_of(place), place.pipeline)
     if pointer is not None and pointer.release == exported.release:
         # A run that died here has moved it; moving it again writes the ledger entry that may be lacking, and no more.
@@ -136,9 +146,10 @@ def _promote(
         return f"the pointer names the later night {pointer.night}; it moves back only by force", False
     # An operator's reason is the first of the reasons; pointer and ledger keep it.
     why = verdict.reasons[0] if verdict.decided_by == "operator" else f"the gate said go ({verdict.decided_by})"
+    ours = pointer is not None and pointer.release == replaces and pointer.night == ingested.night
     move_pointer(
         *(store_of(place), place.pipeline, exported.release, ingested.night, token),
-        expected=ingested.generation,
+        expected=pointer.generation if pointer is not None and ours else ingested.generation,
         reason=why,
     )
     return why, True
@@ -158,13 +169,17 @@ def _operator() -> str:
         return f"uid {os.getuid()}"
 
 
-def _note_intent(place: Place, ingested: IngestRef, release: str, config: str) -> None:
-    """Tell a run that resumes this one which release it was about to promote."""
+def _note_intent(place: Place, ingested: IngestRef, release: str, config: str) -> str | None:
+    """Tell a run that resumes this one which release it was about to promote; returns which one that replaces."""
     store, key = store_of(place), intent_key(place, ingested.night, ingested.frozen, config)
     before = store.get(key)
-    after = canonical_json({**json.loads(before.data), "release": release})
+    noted: dict[str, str | None] = json.loads(before.data)
+    if noted["release"] not in (None, release):
+        noted["replaces"] = noted["release"]
+    after = canonical_json({**noted, "release": release})
     if after != before.data:
         store.swap(key, after, before.etag)
+    return noted.get("replaces")
 
 
 def _note_released(

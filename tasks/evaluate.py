@@ -53,7 +53,7 @@ from tasks.release.retention import against_parent
 from tasks.release.segment_gate import decide_segments
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
 
-VERSION, JUDGE_VERSION = 5, 6
+VERSION, JUDGE_VERSION = 6, 6
 ADAPTED = b"adapted"
 """Where an exam table's metadata say which kind of ranker was adapted how: weights of another kind prove nothing."""
 TABLE, EARNED, LIFT = "exam.parquet", "support.parquet", "segments.parquet"

@@ -22,7 +22,7 @@ from tasks.references import BankRef, BaseRef, IngestRef, ListsRef, Place, Prepa
 from tasks.release.variety import Variety, load, save, varieties
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
 
-VERSION = 2
+VERSION = 3
 TABLE = "variety.parquet"
 SEED = 0
 """Of the draws of users and candidates: the same for every config, so that replays are compared on the same ones."""

@@ -16,6 +16,8 @@ from tasks.learning.layers import SMALLEST_SCALE, WarmUp
 from tasks.learning.solvers import SMALLEST_CURVATURE, ObjectiveKind
 
 CHUNK = 262_144
+LEAST_FREE, LEAST_NOISE = 0.05, 0.01
+"""Least share of the rows that is left to tell noise by, and of the variance that is taken to be noise."""
 HELD = 10.0
 """Precision of what columns say of an item's factors, in items."""
 
@@ -107,9 +109,8 @@ class Rated:
 
     - What an objective is worth is said relative to the one that is worth most. It is how loud its rows are where
       factors are solved; a taste is of one objective, and held to its own rows as if that were the only one.
-    - Log-loss has no unit. The squared error of a rating has, and is divided by the variance of the rating's residuals,
-      as in the likelihood of a Gaussian, and its tastes are in standard deviations: that stars are counted up to 50 in
-      place of 5 changes nothing.
+    - Log-loss has no unit. The squared error of a rating has, and is divided by a variance, as in the likelihood of a
+      Gaussian, and its tastes are in deviations: that stars are counted up to 50 in place of 5 changes nothing.
 
     Attributes:
         users: dense user index of each row, int64 ``[N]``.
@@ -122,6 +123,7 @@ class Rated:
         bias_strength: precision of the users' bias, in rows.
         sweeps: passes over both sides.
         worth: weight of each objective, positive; none for 1 each.
+        noise: variance that each rating's residuals are divided by; none for all of theirs.
     """
 
     users: Tensor
@@ -134,6 +136,7 @@ class Rated:
     bias_strength: float = 4.0
     sweeps: int = 10
     worth: tuple[float, ...] = ()
+    noise: tuple[float, ...] = ()
 
     def stacked(self) -> Stacked:
         """Residuals of the offsets and curvatures of every row and objective."""
@@ -155,9 +158,14 @@ class Rated:
         residual, curvature = weighted_residual(offsets, labels, weights, self.kinds[at])
         if self.kinds[at] == "binary":
             return residual, curvature
-        squares = torch.nansum(residual * (labels - offsets))
-        scale = (squares / curvature.sum().clamp_min(SMALLEST_SCALE)).sqrt()
+        scale = residual.new_tensor(self.noise[at] if self.noise else self.variance(at)).sqrt()
         return residual / torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale)), curvature
+
+    def variance(self, at: int) -> float:
+        """Variance of the residuals of one objective, a rating."""
+        offsets, labels, weights = self.offsets[:, at].double(), self.labels[:, at].double(), self.weights.double()
+        residual, curvature = weighted_residual(offsets, labels, weights, self.kinds[at])
+        return float(torch.nansum(residual * (labels - offsets)) / curvature.sum().clamp_min(SMALLEST_SCALE))
 
     def held(self, width: int) -> Tensor:
         """Precisions of a user's bias and of factors ``[1 + F]``."""
@@ -202,6 +210,35 @@ def factorise(rated: Rated, items: Tensor, factors: Tensor, mean: Callable[[Tens
         )
         factors[0] = 0.0
     return factors.float()
+
+
+def noise(rated: Rated, items: Tensor, factors: Tensor) -> float:
+    """Variance of a rating that neither its users' tastes nor the items' factors explain.
+
+    Factors solved in units of all the variance are held as if there were nothing but noise. They explain a part; what
+    they leave, over the rows less what was free to fit them, is the noise (MacKay, Bayesian Interpolation, 1992).
+
+    Args:
+        rated: rows of one objective, a rating.
+        items: item id of each row, int64 ``[N]``.
+        factors: where a solution begins, ``[I, F]``.
+
+    Returns:
+        The variance, in the rating's own unit squared; `LEAST_NOISE` of all the variance at least.
+    """
+    factors = factorise(rated, items, factors).double()
+    rows, prior = rated.stacked(), rated.held(factors.shape[1])
+    mass = rows.curvature
+    tastes, free = _one_side_freely(rows.owner, rows.tastes, rows.residual, mass, prior, factors, items, constant=True)
+    _, shared = _one_side_freely(
+        items, len(factors), rows.residual, mass, prior[1:], tastes[:, 1:], rows.owner, constant=False
+    )
+    said = tastes[rows.owner, 0] + (tastes[rows.owner, 1:] * factors[items]).sum(dim=1)
+    # In units of the deviation: rows of mass m have a residual of m times theirs.
+    squares = ((rows.residual - mass * said) ** 2 / mass.clamp_min(SMALLEST_SCALE)).sum()
+    count = mass.sum().clamp_min(SMALLEST_SCALE)
+    left = (count - free.sum() - shared.sum()).clamp_min(LEAST_FREE * count)
+    return float((squares / left).clamp(LEAST_NOISE, 1.0)) * rated.variance(0)
 
 
 @torch.no_grad()
@@ -310,6 +347,39 @@ def _one_side(
 
     A row's inputs are ``others[other]``, behind a 1 where there is a `constant`. Every owner is held to its `mean`.
     """
+    gradient, system = _normal_equations(owner, count, residual, curvature, prior, others, other, constant)
+    gradient = gradient + prior * mean
+    return torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(system))[..., 0]
+
+
+def _one_side_freely(
+    owner: Tensor,
+    count: int,
+    residual: Tensor,
+    curvature: Tensor,
+    prior: Tensor,
+    others: Tensor,
+    other: Tensor,
+    constant: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same, held to 0, and how many numbers of each owner's solution its rows decide ``[count]``."""
+    gradient, system = _normal_equations(owner, count, residual, curvature, prior, others, other, constant)
+    factor = torch.linalg.cholesky(system)
+    held = torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1) @ prior
+    return torch.cholesky_solve(gradient[..., None], factor)[..., 0], len(prior) - held
+
+
+def _normal_equations(
+    owner: Tensor,
+    count: int,
+    residual: Tensor,
+    curvature: Tensor,
+    prior: Tensor,
+    others: Tensor,
+    other: Tensor,
+    constant: bool,
+) -> tuple[Tensor, Tensor]:
+    """Right sides ``[count, W]`` and systems ``[count, W, W]``, the prior included."""
     width = len(prior)
     gradient = residual.new_zeros(count, width)
     hessian = residual.new_zeros(count, width * width)
@@ -320,6 +390,4 @@ def _one_side(
         gradient.index_add_(0, owner[part], rows * residual[part, None])
         outer = (rows[:, :, None] * (rows * curvature[part, None])[:, None, :]).reshape(len(rows), -1)
         hessian.index_add_(0, owner[part], outer)
-    gradient = gradient + prior * mean
-    system = hessian.reshape(count, width, width) + torch.diag(prior)
-    return torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(system))[..., 0]
+    return gradient, hessian.reshape(count, width, width) + torch.diag(prior)

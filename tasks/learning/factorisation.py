@@ -4,13 +4,14 @@ Shapes: N rows, T query rows, V visits, C items, K objectives, F factors.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tasks.learning.adapters import Adaptation, AdapterConfig
-from tasks.learning.closed_form import Rated, factorise
+from tasks.learning.closed_form import Rated, factorise, noise
 from tasks.learning.episodes import score_visits
 from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import I64, Material, Scorer, Visits
@@ -139,4 +140,7 @@ class Factorisation:
             bias_strength=strength,
             sweeps=sweeps,
         )
-        return factorise(rated, self._items(at, len(start)), torch.from_numpy(start).to(self.material.device))
+        items, begin = self._items(at, len(start)), torch.from_numpy(start).to(self.material.device)
+        if self.kinds[objective] == "rating":
+            rated = replace(rated, noise=(noise(rated, items, begin),))
+        return factorise(rated, items, begin)

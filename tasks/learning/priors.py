@@ -30,7 +30,7 @@ SMALLEST_NOISE = 1e-12
 """Least variance that a rating is taken to have beside what its weights explain."""
 GAIN = 1e-5
 """Loss that a step of the scaling has to save."""
-DOUBT, PROOF = 0.5, 1.0
+DOUBT, PROOF = 0.5, 2.0
 """Standard errors of a loss by visit: within so many of the least, weights are held more; they are held less only if it
 falls by so many."""
 SILENT = 8.0

@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from tasks.errors import InvalidConfig
 from tasks.learning.baselines import Baselines, BaselinesConfig
+from tasks.learning.closed_form import Rated, noise
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
 from tasks.learning.neighbours import ItemKnn
@@ -251,7 +252,10 @@ def test_the_factors_are_alternating_least_squares_on_what_the_item_rates_leave(
         slope = given * np.nan_to_num(label - (chance if kind == "binary" else offset))
         curve = given * (chance * (1 - chance) if kind == "binary" else 1.0)
         if kind == "rating":
-            slope /= np.sqrt((slope * np.nan_to_num(label - offset)).sum() / given.sum())
+            columns = (user, offset[:, None], label[:, None], rows.weights[known].astype(float))
+            begun = np.random.default_rng(CONFIG.seed).normal(0.0, 0.1, (count, 2))
+            rated = Rated(*map(torch.from_numpy, columns), (kind,), len(users), 2.0, 2.0, CONFIG.sweeps)
+            slope /= np.sqrt(noise(rated, torch.from_numpy(item.astype(np.int64)), torch.from_numpy(begun)))
         factors = np.random.default_rng(CONFIG.seed).normal(0.0, 0.1, (count, 2))
         factors[0] = 0.0
         factors[[at for at in range(count) if at not in item]] = 0.0

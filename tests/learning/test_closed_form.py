@@ -7,7 +7,7 @@ from scipy import optimize
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from tasks.learning import closed_form
-from tasks.learning.closed_form import HELD, Rated, calibrate, factorise, fit_warm_up
+from tasks.learning.closed_form import HELD, Rated, calibrate, factorise, fit_warm_up, noise
 from tasks.learning.layers import WarmUp
 
 SEEDS = range(3)
@@ -89,13 +89,13 @@ def test_chunks_leave_no_trace(monkeypatch):
 # Factors
 
 
-def planted(seed, users=60, items=25, factors=2, each=15, noise=0.1):
+def planted(seed, users=60, items=25, factors=2, each=15, missed=0.1):
     """Ratings of a low-rank world: what a user gives is his taste times the item's nature."""
     random = np.random.default_rng(seed)
     taste, nature = random.normal(size=(users, factors)), random.normal(size=(items + 1, factors))
     user = np.repeat(np.arange(users), each)
     item = np.concatenate([random.permutation(items)[:each] + 1 for _ in range(users)])
-    labels = (taste[user] * nature[item]).sum(axis=1) + random.normal(0, noise, len(user))
+    labels = (taste[user] * nature[item]).sum(axis=1) + random.normal(0, missed, len(user))
     return user, item, labels, random.normal(0, 0.1, (items + 1, factors))
 
 
@@ -167,6 +167,35 @@ def test_a_sweep_is_one_ridge_per_user_and_then_one_per_item(bias):
         phi, rest = tastes[user[mine], 1:], residual[mine] - tastes[user[mine], 0]
         expected[one] = np.linalg.solve(phi.T @ phi + np.eye(2), phi.T @ rest)
     np.testing.assert_allclose(run(user, item, labels, start, "rating", 1, bias=bias).numpy(), expected, atol=1e-5)
+
+
+def test_noise_is_what_tastes_and_factors_leave_over_the_rows_that_did_not_fit_them():
+    """Users and items one at a time: what each is free to fit is the trace of (H + Lambda)^-1 H."""
+    user, item, labels, start = planted(1)
+    weights, start[0] = np.random.default_rng(0).uniform(0.5, 2.0, len(user)), 0.0
+    offsets, unit = np.zeros(len(user)), unit_of(labels, weights=weights)
+    factors = run(user, item, labels, start, "rating", weights=weights).numpy().astype(np.float64)
+    tastes = best_tastes(user, item, weights * labels / unit, weights, factors, 1.0, 2.0)
+    free = 0.0
+    for keys, inputs, held in ((user, np.c_[np.ones(len(user)), factors[item]], np.diag([2.0, 1.0, 1.0])),
+                               (item, tastes[user, 1:], np.eye(2))):  # fmt: skip
+        for one in np.unique(keys):
+            phi = inputs[keys == one]
+            seen = phi.T @ (phi * weights[keys == one, None])
+            free += np.trace(np.linalg.solve(seen + held, seen))
+    said = tastes[user, 0] + (tastes[user, 1:] * factors[item]).sum(axis=1)
+    expected = unit**2 * (weights * (labels / unit - said) ** 2).sum() / (weights.sum() - free)
+    rated = Rated(*tensors(user, offsets[:, None], labels[:, None], weights), ("rating",), user.max() + 1, 1.0, 2.0)
+    assert noise(rated, *tensors(item, start)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.01, 40.0])
+def test_the_noise_of_a_planted_world_is_found_in_any_unit(unit):
+    user, item, labels, start = planted(0, users=200, each=20, missed=0.5)
+    offsets = np.zeros((len(user), 1))
+    columns = tensors(user, offsets, unit * labels[:, None], np.ones(len(user)))
+    found = noise(Rated(*columns, ("rating",), 200, 1.0, 1.0), *tensors(item, start))
+    assert np.sqrt(found) / unit == pytest.approx(0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -289,8 +289,8 @@ COARSE_PARTS |= {f"{name} of level {level}": (level, part) for level in (1, 2) f
         (0.0, MOST_STEPS),  # nothing is known
         (1.99, MOST_STEPS),  # worse than the best, by less than half an error at every step
         (2.1, 0),  # by more than half an error
-        (3.8, 0),  # to hold it less is better, by less than an error
-        (4.3, -MOST_STEPS),
+        (8.0, 0),  # to hold it less is better, by less than two errors
+        (9.6, -MOST_STEPS),
     ],
 )
 def test_doubt_speaks_for_holding_more(part, each, steps):

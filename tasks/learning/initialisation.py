@@ -102,7 +102,7 @@ class Initialisation:
         newest_night, enough = int(nights[-1]), True
         start = None if parent is None else self._usable(parent)
         how = "started in closed form" + ("" if parent is None else ": the parent's base does not fit")
-        if start is not None and start.begun_on is not None and len(nights) >= 2 * start.begun_on:
+        if start is not None and self._outgrown(start, len(nights)):
             how = f"started anew in closed form: of {start.begun_on} nights of history have become {len(nights)}"
             start = None
         last = int(nights[-1 - min(training.stop_nights, len(nights) - 1)])
@@ -134,6 +134,13 @@ class Initialisation:
                 )
         fit, stop = visits.of_nights(int(nights[0]), last), visits.of_nights(last + 1, newest_night)
         return Plan(start, fit, stop, date.fromordinal(newest_night), how, enough, asked, begun_on)
+
+    def _outgrown(self, start: Base, nights: int) -> bool:
+        """Whether a chain that began on few nights has twice as many now, or as many as there will ever be."""
+        begun_on = start.begun_on
+        return (
+            begun_on is not None and nights > begun_on and nights >= min(2 * begun_on, self.setting.data.window_nights)
+        )
 
     def _usable(self, parent: Base) -> Base | None:
         """The parent's base, grown to tonight's vocabularies, if it is of the kind that the config asks for."""

@@ -1,6 +1,7 @@
 """Strengths for a short history: folds that have not seen their visits, and what each visit adds to the loss."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from tasks.learning.losses import Losses, contests
 from tasks.learning.material import visits_of
 from tasks.learning.setting import Setting
 from tasks.learning.starts import solve_start
-from tests.learning.small_rows import FIRST, contract, ladder_of, one_aim, opposed, shape, with_labels
+from tests.learning import test_training
+from tests.learning.small_rows import FIRST, contract, ladder_of, one_aim, opposed, part, shape, with_labels
 from tests.learning.test_training import RIDGE, SHORT, SMALL, day, train
 
 NIGHTS = 5
@@ -128,17 +130,24 @@ def test_where_labels_are_coins_adaptation_is_held_back_and_where_tastes_are_opp
     assert free.curve[0][2] < 0.55
 
 
-def test_a_chain_that_began_on_few_nights_starts_anew_when_they_have_doubled():
+@pytest.mark.parametrize(
+    ("window", "anew"), [(60, {6: 6}), (5, {5: 5}), (3, {})], ids=["doubled", "as long as the window", "never"]
+)
+def test_a_chain_that_began_on_few_nights_starts_anew_when_they_are_twice_as_many(monkeypatch, window, anew):
+    """Or fill the window; once, and not every night from then on."""
     world = one_aim(opposed(nights=7, users=20))
     config = SHORT.model_copy(update={"epochs": 0, "min_stop_rows": 1})
+    data = contract().model_copy(update={"window_nights": window})
+    monkeypatch.setattr(test_training, "contract", lambda *kinds: data)
     made = train(world, night=3, config=config)
     begun, how = [made.base.begun_on], [made.why]
     for night in (4, 5, 6, 7):
-        made = train(world, night=night, config=config, parent=copy.deepcopy(made.base))
+        seen = part(world, np.asarray(world.night) >= FIRST + night - window)
+        made = train(seen, night=night, config=config, parent=copy.deepcopy(made.base))
         begun.append(made.base.begun_on)
         how.append(made.why)
-    assert begun == [3, 3, 3, 6, 6]
-    starts = ["started in closed form", *["started from the parent's base"] * 2, "started anew in closed form",
-              "started from the parent's base"]  # fmt: skip
-    assert all(one.startswith(start) for one, start in zip(how, starts, strict=True))
-    assert "of 3 nights of history have become 6" in how[3]
+    assert begun == list(itertools.accumulate((3, *(anew.get(night, 0) for night in (4, 5, 6, 7))), max))
+    assert how[0].startswith("started in closed form")
+    for night, one in zip((4, 5, 6, 7), how[1:], strict=True):
+        assert one.startswith("started anew in closed form" if night in anew else "started from the parent's base")
+        assert (f"of 3 nights of history have become {night}" in one) == (night in anew)

@@ -288,7 +288,7 @@ def test_factors_of_lists_lower_the_joint_loss_with_every_sweep_and_end_where_it
     labels[::5, 1:] = float("nan")
     given = ~torch.isnan(labels)
     mass = weight[:, None] * given
-    spread = [1.0] if objectives == 1 else ((mass * labels.nan_to_num() ** 2).sum(dim=0) / mass.sum(dim=0)).sqrt()
+    spread = ((mass * labels.nan_to_num() ** 2).sum(dim=0) / mass.sum(dim=0)).sqrt()
     share = 1.0 / torch.bincount(row, minlength=len(user)).clamp_min(1)
 
     def loss(factors):

@@ -167,7 +167,8 @@ class Initialisation:
             curve.append((-1, None, self.losses.of_stop(network, precisions, stop)))
         best = copy.deepcopy(network), copy.deepcopy(precisions)
         folds = self._folds(network, precisions, plan.asked, random)
-        self._solve(network, at, self._sweeps(plan.asked, at) if start is None else MORE_SWEEPS)
+        few = plan.asked is not None and len(at) <= FEW_ROWS
+        self._solve(network, at, MORE_SWEEPS if start is not None else SETTLING_SWEEPS if few else SWEEPS)
         if start is None:
             self._place(network, fit, at, random)
             how = f"{how}; {self._hold(network, precisions, fit, stop, folds, random)}"
@@ -278,13 +279,10 @@ class Initialisation:
         self._solve(network, earlier, SWEEPS)
 
         def solve(begun: Ranker, at: I64) -> None:
-            self._solve(begun, at, self._sweeps(asked, at))
+            # Of many rows those of earlier nights lead nearly there.
+            self._solve(begun, at, MORE_SWEEPS if len(at) > FEW_ROWS else SETTLING_SWEEPS)
 
         return dealt(setting, network, asked, solve, random)
-
-    @staticmethod
-    def _sweeps(asked: Visits | None, at: I64) -> int:
-        return SWEEPS if asked is None or len(at) > FEW_ROWS else SETTLING_SWEEPS
 
     def _hold(
         self,

@@ -22,6 +22,7 @@ from tasks.learning.outer import misfit
 from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.training_config import BESIDE, TrainingConfig
 from tasks.references import Device, Place
+from tasks.release.export_config import ExportConfig
 from tasks.release.gate import GateConfig
 
 
@@ -56,6 +57,8 @@ class RetrainConfig(Section):
     """What every adaptation is compared with."""
     gate: GateConfig = GateConfig()
     """What a candidate must show before the pointer moves."""
+    export: Annotated[ExportConfig, Field(exclude_if=lambda export: export == ExportConfig())] = ExportConfig()
+    """What a release holds beside its fp32 graphs."""
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:

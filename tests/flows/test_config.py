@@ -266,3 +266,19 @@ def test_the_digest_knows_what_is_obeyed_and_not_where(tree: dict[str, Any]) -> 
     assert moved.digest() == config.digest()
     tree["data"]["window_nights"] = 31
     assert RetrainConfig.model_validate(tree).digest() != config.digest()
+
+
+def test_an_export_section_that_says_nothing_new_leaves_the_digest_as_it_was(tree: dict[str, Any]) -> None:
+    """A config of a time before the section has the same digest, so that its nights are not made again."""
+    without = RetrainConfig.model_validate(tree)
+    assert "export" not in without.model_dump(mode="json")
+    for said in ({}, {"variants": []}, {"max_auc_loss": 0.001}):
+        assert RetrainConfig.model_validate(tree | {"export": said}).digest() == without.digest()
+    assert RetrainConfig.model_validate(tree | {"export": {"variants": ["int8"]}}).digest() != without.digest()
+
+
+def test_variants_that_are_unknown_or_named_twice_are_refused(tmp_path: Path, tree: dict[str, Any]) -> None:
+    tree["export"] = {"variants": ["int4"]}
+    assert "export.variants[0]: 'int4' is unknown; allowed: fp16, int8" in refusal(tmp_path, tree)
+    tree["export"] = {"variants": ["int8", "int8"]}
+    assert "names one twice" in refusal(tmp_path, tree)

@@ -1,11 +1,14 @@
 """Export: base and ship bank as graphs that a ranker loads, proved equal to the network."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import date
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -14,7 +17,7 @@ from tasks.data.contract import LISTS, DataConfig, SegmentsConfig, StatisticsCon
 from tasks.data.statistics import serving_tables
 from tasks.errors import ParityBroken
 from tasks.learning.bank import Bank
-from tasks.learning.base import save_base
+from tasks.learning.base import Base, save_base
 from tasks.learning.bending import Bent
 from tasks.learning.networks import RankerShape
 from tasks.learning.ranker_config import RankerConfig
@@ -22,10 +25,10 @@ from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
 from tasks.prepare import night_of_record
 from tasks.references import BankRef, BaseRef, ExportRef, IngestRef, Place, PrepareRef, ValidateRef
-from tasks.release.golden import check_parity, draw_requests, examples, make_golden, write_golden
+from tasks.release.golden import Parity, check_parity, draw_requests, examples, make_golden, write_golden
 from tasks.release.graphs import export as write_graphs
 from tasks.release.interface import Interface, LevelSpec
-from tasks.release.lookups import Wires, input_specs, objectives, wires
+from tasks.release.lookups import Request, Wires, input_specs, objectives, wires
 from tasks.release.manifest import content_digest, describe
 from tasks.release.scorer import trace, traced_from
 from tasks.release.tables import LevelTable, ServingTables, write_tables
@@ -63,8 +66,6 @@ def export(
     }
 
     def work(folder: Path, progress: Progress) -> Product:
-        release = folder / "release"
-        release.mkdir()
         vocabularies = vocabulary.load(data, workspace.file(layout, "vocabulary.parquet"))
         rows = rows_of(place, layout)
         trained = trained_base(place, base)
@@ -83,39 +84,14 @@ def export(
         tables = ServingTables(vocabularies, known, levels, history)
         weights = np.zeros((*ship.weights.shape[:2], trained.network.width), np.float32)
         weights[:, :, : ship.weights.shape[2]] = ship.weights
-        with steady(0, None), _says_what_to_delete(place):
-            write_graphs(trained.network, weights, tables, data, release, partial(_traced, place))
-            progress(1, 3, "parts")
-            drawn_from = _some_rows(data, clean_file(place, record_of(place, validated)))
-            requests = draw_requests(data, drawn_from, history=history)
-            golden = make_golden(trained.network, weights, tables, data, requests)
-        write_golden(data, golden, release, history)
-        with _says_what_to_delete(place):
-            parity = check_parity(data, tables, golden, release)
-        progress(2, 3, "parts")
-        save_base(trained, release)
-        write_tables(tables, release)
-        interface = Interface(
-            night=ingested.night,
-            inputs=input_specs(data, examples(data, golden[0], history), history),
-            output=wires(data, tables).scores,
-            objectives=objectives(data),
-            wires=wires(data, tables).between(),
-            levels=tuple(LevelSpec(level.columns, len(level.keys)) for level in levels),
+        drawn_from = _some_rows(data, clean_file(place, record_of(place, validated)))
+        requests = draw_requests(data, drawn_from, history=history)
+        release, parity = write_release(
+            place, data, trained, weights, tables, requests, ingested.night, folder, progress
         )
-        (release / "interface.json").write_bytes(interface.serialise())
-        progress(3, 3, "parts")
         files = describe(release)
         content = {"release": content_digest(files), "bytes": sum(file.bytes for file in files)}
-        notes = {
-            "parity": {
-                "requests": parity.requests,
-                "scores": parity.scores,
-                "model": parity.model,
-                "split": parity.split,
-                "tolerance": parity.tolerance,
-            }
-        }
+        notes = {"parity": asdict(parity)}
         return Product(content, notes, {f"release/{path.name}": path for path in sorted(release.iterdir())})
 
     inputs = {"layout": layout.digest, "base": base.digest, "bank": bank.digest}
@@ -127,6 +103,62 @@ def export(
         bytes=record.content["bytes"],
         parity=max(parity["model"], parity["split"]),
     )
+
+
+def write_release(
+    place: Place,
+    data: DataConfig,
+    base: Base,
+    weights: npt.NDArray[np.float32],
+    tables: ServingTables,
+    requests: Sequence[Request],
+    night: date,
+    folder: Path,
+    progress: Progress,
+) -> tuple[Path, Parity]:
+    """Write all content files of a release.
+
+    Args:
+        place: where traced graphs are remembered.
+        data: the contract.
+        base: what serves all segments.
+        weights: everybody's adapter weights [slots, K, D], as wide as the network takes them; slot 0 is the base's.
+        tables: vocabularies, statistics and slots.
+        requests: the golden requests.
+        night: the newest night that the release has learned from.
+        folder: gets a folder `release` with the files.
+        progress: told of three parts.
+
+    Returns:
+        The folder with the files, and how closely the graphs agree with the network.
+
+    Raises:
+        ParityBroken: the graphs do not say what the network says.
+    """
+    release = folder / "release"
+    release.mkdir()
+    network, history = base.network, tables.history
+    with steady(0, None), _says_what_to_delete(place):
+        write_graphs(network, weights, tables, data, release, partial(_traced, place))
+        progress(1, 3, "parts")
+        golden = make_golden(network, weights, tables, data, requests)
+    write_golden(data, golden, release, history)
+    with _says_what_to_delete(place):
+        parity = check_parity(data, tables, golden, release)
+    progress(2, 3, "parts")
+    save_base(base, release)
+    write_tables(tables, release)
+    interface = Interface(
+        night=night,
+        inputs=input_specs(data, examples(data, golden[0], history), history),
+        output=wires(data, tables).scores,
+        objectives=objectives(data),
+        wires=wires(data, tables).between(),
+        levels=tuple(LevelSpec(level.columns, len(level.keys)) for level in tables.levels),
+    )
+    (release / "interface.json").write_bytes(interface.serialise())
+    progress(3, 3, "parts")
+    return release, parity
 
 
 def _some_rows(data: DataConfig, clean: Path) -> pa.Table:

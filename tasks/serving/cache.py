@@ -1,31 +1,49 @@
-"""A ranker's files on its own disk: blobs by digest, and one folder per release in which they have their names."""
+"""A ranker's files on its own disk: blobs by digest, and one folder per release in which they have their names.
+
+A blob is verified when it is fetched. Hashing gigabytes again at every load would make a rollback slow, so that a large
+blob that was found whole is stamped: with its inode, size and time of change, and with when that was. A stamp that fits
+stands for a day, then the blob is hashed again, so that a disk that rots is noticed.
+"""
 
 import fcntl
+import os
 import shutil
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import NightrankError, ObjectCorrupt, ReleaseRefused
-from tasks.release.manifest import Manifest, blob_key, sha256_of
+from tasks.release.manifest import Manifest, ReleaseFile, blob_key, sha256_of
 
-KEPT = 2
-"""Releases kept on disk: the one that serves, and the one before it, so that a rollback fetches nothing."""
+SMALL = 2**20
+"""Bytes; smaller blobs are hashed at every load, larger ones are stamped."""
+STAMPED_S = 24 * 3600.0
+"""Seconds for which a stamp stands for a blob's digest."""
 
 
 class ReleaseCache:
-    """A folder of verified release files. Several processes may share it."""
+    """A folder of verified release files of one pipeline. Several processes may share it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     @contextmanager
-    def fetched(self, store: ObjectStore, pipeline: str, manifest: Manifest) -> Iterator[Path]:
+    def fetched(
+        self, store: ObjectStore, pipeline: str, manifest: Manifest, keep: Collection[str] = ()
+    ) -> Iterator[Path]:
         """A folder with the release's files, every byte verified, for as long as the block runs.
 
-        Blobs that are there already are verified and not fetched. Once the block ends well, releases other than the
-        newest two are removed; a block that fails leaves the others alone.
+        Blobs that are there already are verified and not fetched. However the block ends, releases that are neither
+        this one nor to be kept are removed afterwards, so that one bad release after the other fills no disk.
+
+        Args:
+            store: where the blobs are.
+            pipeline: the pipeline.
+            manifest: of the release.
+            keep: ids of releases that have a role: the one that serves, the one before it, the challenger.
 
         Raises:
             ReleaseRefused: a blob is missing, damaged or of another size, or the disk refuses.
@@ -38,13 +56,19 @@ class ReleaseCache:
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # nobody prunes what another process is loading
             try:
-                folder = self._lay_out(store, pipeline, manifest)
-            except OSError as error:
-                raise _refused(manifest, error) from error
-            except NightrankError as error:
-                raise ReleaseRefused(f"release {manifest.release[:12]} cannot be fetched: {error}") from error
-            yield folder
-            self._prune(folder)
+                try:
+                    folder = self._lay_out(store, pipeline, manifest)
+                except OSError as error:
+                    raise _refused(manifest, error) from error
+                except NightrankError as error:
+                    raise ReleaseRefused(f"release {manifest.release[:12]} cannot be fetched: {error}") from error
+                yield folder
+            finally:
+                self._prune({manifest.release, *keep})
+
+    def holds(self, release: str) -> bool:
+        """Whether the release's files are on this disk, as they were when they were last looked at."""
+        return (self._folder / "releases" / release / "interface.json").is_file()
 
     def _lay_out(self, store: ObjectStore, pipeline: str, manifest: Manifest) -> Path:
         folder = self._folder / "releases" / manifest.release
@@ -53,7 +77,7 @@ class ReleaseCache:
         folder.mkdir(parents=True)
         for file in manifest.files:
             blob = self._folder / "blobs" / file.sha256
-            if not (blob.is_file() and not blob.is_symlink() and sha256_of(blob) == file.sha256):
+            if not self._whole(blob, file):
                 key = blob_key(pipeline, file.sha256)
                 if (size := store.size(key)) != file.bytes:  # looked at first: nobody fetches a bomb
                     raise ReleaseRefused(f"{file.name} has {size} bytes in the store, the manifest says {file.bytes}")
@@ -61,19 +85,59 @@ class ReleaseCache:
                     store.download(key, blob, file.sha256)
                 except ObjectCorrupt as error:
                     raise ReleaseRefused(f"{file.name} is damaged: {error}") from error
+                self._stamp(blob, file)
             if (size := blob.stat().st_size) != file.bytes:
                 raise ReleaseRefused(f"{file.name} has {size} bytes, the manifest says {file.bytes}")
             (folder / file.name).hardlink_to(blob)
         return folder
 
-    def _prune(self, newest: Path) -> None:
-        """Remove all but the newest releases, and the blobs that only those had."""
-        releases = sorted(newest.parent.iterdir(), key=lambda one: one.stat().st_mtime_ns, reverse=True)
-        for old in [one for one in releases if one != newest][KEPT - 1 :]:
-            shutil.rmtree(old)
-        for blob in (self._folder / "blobs").iterdir():
-            if blob.stat().st_nlink == 1:
-                blob.unlink()
+    def _whole(self, blob: Path, file: ReleaseFile) -> bool:
+        """Whether the blob is on the disk as it was published."""
+        if blob.is_symlink() or not blob.is_file():
+            return False
+        if self._stamped(blob, file):
+            return True
+        if sha256_of(blob) != file.sha256:
+            return False
+        self._stamp(blob, file)
+        return True
+
+    def _stamped(self, blob: Path, file: ReleaseFile) -> bool:
+        try:
+            *identity, when = map(int, (self._folder / "verified" / file.sha256).read_text().split())
+        except (OSError, ValueError):
+            return False
+        return identity == _identity(blob) and 0 <= time.time() - when <= STAMPED_S
+
+    def _stamp(self, blob: Path, file: ReleaseFile) -> None:
+        if file.bytes < SMALL:
+            return
+        stamp = self._folder / "verified" / file.sha256
+        stamp.parent.mkdir(exist_ok=True)
+        part = stamp.parent / f".{uuid.uuid4().hex}"
+        part.write_text(" ".join(map(str, [*_identity(blob), int(time.time())])))
+        part.replace(stamp)
+
+    def _prune(self, keep: Collection[str]) -> None:
+        """Remove releases that are not to be kept, and blobs and stamps that only those had."""
+        for kind in ("releases", "blobs", "verified"):
+            if not (folder := self._folder / kind).is_dir():
+                continue
+            for one in folder.iterdir():
+                if kind == "releases":
+                    if one.name not in keep:
+                        shutil.rmtree(one, ignore_errors=True)
+                elif kind == "blobs":
+                    if one.stat().st_nlink == 1:
+                        one.unlink()
+                elif not (self._folder / "blobs" / one.name).exists():
+                    one.unlink()
+
+
+def _identity(blob: Path) -> list[int]:
+    """What changes when somebody replaces or edits a file; links to it change none of it."""
+    status = os.stat(blob)
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def _refused(manifest: Manifest, error: OSError) -> ReleaseRefused:

@@ -1,27 +1,29 @@
 """A release in memory: its sessions, and the proof that they answer as the network did."""
 
-import ctypes
 import json
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
-from tasks.errors import DeviceUnavailable, ReleaseRefused, RequestRejected
+from tasks.errors import DeviceUnavailable, InvalidConfig, ReleaseRefused, RequestRejected
 from tasks.release.manifest import InputSpec, Manifest
-from tasks.serving.requests import read_request
+from tasks.serving.guards import require_variety
+from tasks.serving.requests import Arrays, read_request
+from tasks.serving.runners import Halves, Runner, Whole
+from tasks.serving.sessions import Device, Engine, require_gpu
 
 F32 = npt.NDArray[np.float32]
-Arrays = dict[str, npt.NDArray[np.generic]]
-Device = Literal["auto", "cpu", "cuda"]
+Golden = tuple[Arrays, tuple[int, int], F32]
+"""A golden request's inputs, (R, M), and expected scores [R, M, K]."""
+log = logging.getLogger("nightrank.ranker")
 TOLERANCE = 1e-4
 """Largest difference to a golden score, absolute for probabilities, relative to 1 + the score for ratings: the trainer
 keeps 1e-5 on its own host; another processor's or a GPU's arithmetic differs a little more."""
-GPU = "cuda"
-"""Where the tensors of `score.onnx` lie."""
 _TYPES = {"int64": "tensor(int64)", "string": "tensor(string)", "float32": "tensor(float)"}
 
 
@@ -32,142 +34,117 @@ class LoadedRelease:
     Attributes:
         manifest: what it says about itself.
         device: where it runs.
+        user: name of the user column.
         item: name of the item column.
-        sessions: one after the other: `model.onnx`, or `lookup.onnx` on the CPU and `score.onnx` on the GPU.
+        runner: its graphs.
     """
 
     manifest: Manifest
     device: Literal["cpu", "cuda"]
+    user: str
     item: str
-    sessions: tuple[onnxruntime.InferenceSession, ...]
+    runner: Runner
 
     def run(self, inputs: Arrays, shape: tuple[int, int]) -> F32:
-        """Scores [R, M, K] of checked inputs with R requests and M candidates."""
+        """Scores [R, M, K] of checked inputs with R requests and M candidates.
+
+        Raises:
+            ReleaseRefused: it answers with another type or shape than its manifest says.
+        """
         expected = (*shape, len(self.manifest.interface.objectives))
         if 0 in shape:
             return np.zeros(expected, np.float32)
-        output = self.manifest.interface.output
-        if self.device == "cpu":
-            scores = self.sessions[0].run([output], inputs)[0]
-        else:
-            lookup, score = self.sessions
-            between = [value.name for value in score.get_inputs()]
-            binding = score.io_binding()
-            for name, values in zip(between, lookup.run(between, inputs), strict=True):
-                binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(values, GPU, 0))
-            binding.bind_output(output, GPU)
-            score.run_with_iobinding(binding)
-            scores = binding.copy_outputs_to_cpu()[0]
+        scores = self.runner.run(inputs)
         if scores.shape != expected or scores.dtype != np.float32:
             raise ReleaseRefused(
                 f"release {self.manifest.release[:12]} answers {scores.dtype} {list(scores.shape)}, its manifest says "
                 f"float32 {list(expected)}; publish it again"
             )
-        result: F32 = scores
-        return result
+        return scores
 
 
-def load(folder: Path, manifest: Manifest, device: Device) -> LoadedRelease:
-    """Load a verified release and ask it its golden requests.
+def load(folder: Path, manifest: Manifest, device: Device, engine: Engine | None = None) -> LoadedRelease:
+    """Load a verified release and ask it its golden requests, which warms it up for their shapes.
 
     Args:
         folder: its files under their names, digests verified.
         manifest: its manifest, parsed.
         device: `auto` tries a GPU where there is one, and falls back to the CPU.
+        engine: how its sessions run; by default as onnxruntime likes.
 
     Raises:
-        ReleaseRefused: the interface is not the one of the manifest, a graph does not load, or a golden request is
-            answered otherwise.
+        ReleaseRefused: the interface is not the one of the manifest, a graph does not load, a golden request is
+            answered otherwise, or none tells its candidates apart.
         DeviceUnavailable: `cuda` was asked for and no GPU works.
+        InvalidConfig: the engine is to use what only a GPU has, and the device is `cpu`.
     """
     if (folder / "interface.json").read_bytes() != manifest.interface.serialise():
         raise ReleaseRefused(_about(manifest, "its interface.json says something else than its manifest"))
+    golden = _golden(manifest, (folder / "golden.json").read_bytes())
+    engine = engine or Engine()
+    if device == "cpu" and (engine.cuda_graphs or engine.tensorrt is not None):
+        raise InvalidConfig("engine.cuda_graphs and engine.tensorrt need a GPU; set device to cuda or auto")
     if device != "cpu":
         try:
-            _require_gpu()
-            return _load(folder, manifest, "cuda")
+            require_gpu()
         except DeviceUnavailable:
             if device == "cuda":
                 raise
-    return _load(folder, manifest, "cpu")
+            return _load(folder, manifest, "cpu", engine, golden)
+        try:
+            return _load(folder, manifest, "cuda", engine, golden)
+        except DeviceUnavailable as error:
+            if device == "cuda":
+                raise
+            log.warning("the GPU of this host does not serve, the CPU does: %s", error)
+    return _load(folder, manifest, "cpu", engine, golden)
 
 
-def _load(folder: Path, manifest: Manifest, device: Literal["cpu", "cuda"]) -> LoadedRelease:
+def _load(
+    folder: Path, manifest: Manifest, device: Literal["cpu", "cuda"], engine: Engine, golden: Sequence[Golden]
+) -> LoadedRelease:
+    output, specs = manifest.interface.output, manifest.interface.inputs
     try:
+        runner: Runner
         if device == "cpu":
-            sessions: tuple[onnxruntime.InferenceSession, ...] = (_session(folder / "model.onnx", "cpu"),)
+            runner = Whole(folder / "model.onnx", output, engine)
         else:
-            sessions = (_session(folder / "lookup.onnx", "cpu"), _session(folder / "score.onnx", "cuda"))
+            runner = Halves(folder / "lookup.onnx", folder / "score.onnx", output, engine, golden[0][0])
     except DeviceUnavailable:
         raise
     except Exception as error:  # onnxruntime's errors share no base class below Exception
         raise ReleaseRefused(_about(manifest, f"onnxruntime does not load it: {error}")) from error
-    specs = manifest.interface.inputs
     wanted = {spec.name: (_TYPES[spec.dtype], len(spec.shape)) for spec in specs}
-    found = {value.name: (value.type, len(value.shape)) for value in sessions[0].get_inputs()}
+    found = {value.name: (value.type, len(value.shape)) for value in runner.inputs}
     if found != wanted:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ReleaseRefused(_about(manifest, f"its graph takes other inputs than its manifest says: {', '.join(odd)}"))
-    item = next(spec.name for spec in specs if spec.per == "candidate")
-    loaded = LoadedRelease(manifest, device, item, sessions)
-    _ask_golden(loaded, (folder / "golden.json").read_bytes())
+    user, item = (next(spec.name for spec in specs if spec.per == per) for per in ("request", "candidate"))
+    loaded = LoadedRelease(manifest, device, user, item, runner)
+    require_variety(manifest, golden, [_asked(loaded, position, *one) for position, one in enumerate(golden)])
     return loaded
 
 
-def _session(path: Path, device: Literal["cpu", "cuda"]) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    # Threads that wait for a next request by spinning take the cores of whoever asks it.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(path, options, providers=wanted)
-    if (given := session.get_providers()[0]) != wanted[0]:
-        raise DeviceUnavailable(
-            f"onnxruntime gave a session on {given}, not {wanted[0]}: CUDA 13 or cuDNN 9 is missing on this host; "
-            f"install them or set device to cpu"
-        )
-    return session
-
-
-def _require_gpu() -> None:
-    """Ask the driver itself: onnxruntime lists CUDA on hosts that have no GPU.
-
-    Raises:
-        DeviceUnavailable: there is no driver or no GPU.
-    """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        count = ctypes.c_int(0)
-        ready = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-    except OSError:
-        ready = False
-    if not ready or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise DeviceUnavailable(
-            "device is cuda, and this host has no NVIDIA driver with a GPU; set device to cpu or auto"
-        )
-    onnxruntime.preload_dlls()
-
-
-def _ask_golden(loaded: LoadedRelease, data: bytes) -> None:
+def _asked(loaded: LoadedRelease, position: int, inputs: Arrays, shape: tuple[int, int], expected: F32) -> F32:
+    """The answer to a golden request, if it is the right one."""
     manifest = loaded.manifest
     ratings = np.array([objective.kind == "rating" for objective in manifest.interface.objectives])
-    for position, (inputs, shape, expected) in enumerate(_golden(manifest, data)):
-        try:
-            answer = loaded.run(inputs, shape)
-        except ReleaseRefused:
-            raise
-        except Exception as error:  # as above
-            raise ReleaseRefused(_about(manifest, f"golden request {position} fails: {error}")) from error
-        scale = np.where(ratings, 1.0 + np.abs(expected), 1.0)
-        difference = float(np.max(np.abs(answer - expected) / scale))
-        if not difference <= TOLERANCE:  # also where it is not a number
-            raise ReleaseRefused(
-                _about(manifest, f"golden request {position} is answered {difference:.3g} off, limit {TOLERANCE:g}")
-            )
+    try:
+        answer = loaded.run(inputs, shape)
+    except ReleaseRefused:
+        raise
+    except Exception as error:  # as above
+        raise ReleaseRefused(_about(manifest, f"golden request {position} fails: {error}")) from error
+    scale = np.where(ratings, 1.0 + np.abs(expected), 1.0)
+    difference = float(np.max(np.abs(answer - expected) / scale))
+    if not difference <= TOLERANCE:  # also where it is not a number
+        raise ReleaseRefused(
+            _about(manifest, f"golden request {position} is answered {difference:.3g} off, limit {TOLERANCE:g}")
+        )
+    return answer
 
 
-def _golden(manifest: Manifest, data: bytes) -> list[tuple[Arrays, tuple[int, int], F32]]:
-    """Golden requests as inputs, (R, M) and expected scores [R, M, K]."""
+def _golden(manifest: Manifest, data: bytes) -> list[Golden]:
     specs, objectives = manifest.interface.inputs, len(manifest.interface.objectives)
     try:
         found = json.loads(data)

@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -23,10 +23,14 @@ import numpy.typing as npt
 
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.errors import NightrankError, NoRelease, ReleaseRefused
-from tasks.release.manifest import Manifest, Pointer, manifest_key, pointer_key
+from tasks.release.manifest import Manifest, Pointer
 from tasks.serving.cache import ReleaseCache
-from tasks.serving.loaded import Device, LoadedRelease, load
+from tasks.serving.guards import require_finite
+from tasks.serving.loaded import LoadedRelease
 from tasks.serving.requests import read_request
+from tasks.serving.seen import SeenGeneration
+from tasks.serving.sessions import Engine
+from tasks.serving.source import ReleaseSource
 
 F32 = npt.NDArray[np.float32]
 log = logging.getLogger("nightrank.ranker")
@@ -56,6 +60,9 @@ class Ranker:
         pipeline: str,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         cache: Path | None = None,
+        *,
+        engine: Engine | None = None,
+        min_generation: int = 0,
     ) -> None:
         """Load the champion.
 
@@ -63,7 +70,9 @@ class Ranker:
             store: a directory, `s3://bucket/prefix`, or an opened store.
             pipeline: the pipeline's name.
             device: `cuda` insists on a GPU, `auto` uses one where it works.
-            cache: folder for the release's files, kept between processes; by default a temporary one.
+            cache: folder for this pipeline's releases, kept between processes; by default a temporary one.
+            engine: how sessions run: threads, CUDA graphs, TensorRT.
+            min_generation: of the pointer; an older one is refused, as is one older than what the cache remembers.
 
         Raises:
             NoRelease: nothing was promoted yet.
@@ -72,17 +81,17 @@ class Ranker:
             StoreError: the store cannot be read.
         """
         self.pipeline = pipeline
-        self._store = open_store(store) if isinstance(store, str) else store
-        self._device: Device = device
+        opened = open_store(store) if isinstance(store, str) else store
         self._temporary = cache is None
         self._folder = Path(tempfile.mkdtemp(prefix="nightrank-")) if cache is None else cache
-        self._cache = ReleaseCache(self._folder)
+        self._source = ReleaseSource(opened, pipeline, ReleaseCache(self._folder), device, engine)
+        self._seen = SeenGeneration(self._folder, pipeline)
         self._refreshing = threading.Lock()
         self._refusal: str | None = None
         self._loaded: LoadedRelease | None = None
         try:
-            pointer = self._pointer()
-            self._loaded, self._generation = self._load(pointer), pointer.generation
+            self._generation = max(min_generation, self._seen.read())
+            self._swap(self._newer_pointer())
         except BaseException:
             self.close()
             raise
@@ -164,27 +173,20 @@ class Ranker:
             NoRelease: the ranker was closed.
         """
         with self._refreshing:
-            serving = self._serving()
+            before = self._serving().manifest.release
             try:
-                pointer = self._pointer()
-                if pointer.generation < self._generation:
-                    raise ReleaseRefused(
-                        f"the pointer of {self.pipeline!r} went back from generation {self._generation} to "
-                        f"{pointer.generation}: an old one was replayed, or the pipeline was made anew; "
-                        f"then restart the ranker"
-                    )
-                swapped = pointer.release != serving.manifest.release
-                if swapped:
-                    loaded = self._load(pointer)
-            except NightrankError as error:
+                self._swap(self._newer_pointer())
+            except Exception as error:  # whatever it is, it must not take the release away that serves
                 self._refusal = f"{type(error).__name__}: {error}"
-                log.warning("release %s of night %s keeps serving: %s", self.release[:12], self.night, self._refusal)
+                unforeseen = None if isinstance(error, NightrankError) else error
+                log.warning(
+                    "release %s of night %s keeps serving: %s",
+                    *(self.release[:12], self.night, self._refusal),
+                    exc_info=unforeseen,
+                )
                 return False
-            self._generation, self._refusal = pointer.generation, None
-            if swapped:
-                self._loaded = loaded
-                log.info("release %s of night %s serves", self.release[:12], self.night)
-            return swapped
+            self._refusal = None
+            return self._serving().manifest.release != before
 
     def close(self) -> None:
         """Stop serving and remove what only this ranker needed."""
@@ -213,31 +215,36 @@ class Ranker:
     ) -> tuple[dict[str, npt.NDArray[np.generic]], F32]:
         inputs, shape = read_request(serving.manifest.interface.inputs, request)
         scores = serving.run(inputs, shape)
-        if not np.isfinite(scores).all():
-            position: Sequence[int] = np.argwhere(~np.isfinite(scores))[0].tolist()
-            raise ReleaseRefused(
-                f"release {serving.manifest.release[:12]} gives {scores[tuple(position)]} for request {position[0]}, "
-                f"candidate {position[1]}, objective {position[2]}; roll back to an earlier release"
-            )
+        require_finite(serving.manifest, scores)
         return inputs, scores
 
-    def _pointer(self) -> Pointer:
-        stored = self._store.find(pointer_key(self.pipeline))
-        if stored is None:
-            raise NoRelease(
-                f"{self._store.url} has no champion for pipeline {self.pipeline!r}; run a night, or promote a release"
-            )
-        return Pointer.parse(stored.data)
-
-    def _load(self, pointer: Pointer) -> LoadedRelease:
-        stored = self._store.find(manifest_key(self.pipeline, pointer.release))
-        if stored is None:
-            raise ReleaseRefused(f"release {pointer.release[:12]} has no manifest; publish it again")
-        manifest = Manifest.parse(stored.data, self.pipeline, pointer.release)
-        if manifest.night != pointer.night:
+    def _newer_pointer(self) -> Pointer:
+        """The pointer, unless it is older than what was seen."""
+        pointer = self._source.pointer()
+        if pointer.generation < self._generation:
             raise ReleaseRefused(
-                f"the pointer says that release {pointer.release[:12]} is of night {pointer.night}, its manifest says "
-                f"{manifest.night}; promote it again"
+                f"the pointer of {self.pipeline!r} went back from generation {self._generation} to "
+                f"{pointer.generation}: an old one was replayed, or the pipeline was made anew; then restart the "
+                f"ranker, with another cache folder or after deleting seen.json in {self._folder}"
             )
-        with self._cache.fetched(self._store, self.pipeline, manifest) as folder:
-            return load(folder, manifest, self._device)
+        serving = self._loaded
+        if serving and pointer.generation == self._generation and pointer.release != serving.manifest.release:
+            raise ReleaseRefused(
+                f"the pointer of {self.pipeline!r} names release {pointer.release[:12]} in generation "
+                f"{pointer.generation}, which named {serving.manifest.release[:12]}; promote one of them again"
+            )
+        return pointer
+
+    def _swap(self, pointer: Pointer) -> None:
+        """Serve what a pointer names, once it is verified, loaded and found good; what served until then goes last."""
+        serving = self._loaded
+        now = None if serving is None else serving.manifest.release
+        if pointer.release != now:
+            named = {pointer.release, pointer.previous, now} - {None}
+            loaded = self._source.load(pointer.release, [one for one in named if one], pointer.night)
+            self._seen.remember(pointer.generation)
+            self._loaded = loaded
+            log.info("release %s of night %s serves", self.release[:12], self.night)
+        elif pointer.generation > self._generation:
+            self._seen.remember(pointer.generation)
+        self._generation = pointer.generation

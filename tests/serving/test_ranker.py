@@ -26,7 +26,7 @@ from tasks.errors import (
 from tasks.release.manifest import CONTENT, Pointer, blob_key, manifest_key, pointer_key
 from tasks.release.pointer import promote, publish_release, read_pointer
 from tasks.release.strict_json import canonical
-from tasks.serving import loaded
+from tasks.serving import loaded, sessions
 from tasks.serving.ranker import Ranker
 from tests.releases import NIGHT, PIPELINE, Made, described_anew
 
@@ -75,9 +75,8 @@ def test_it_answers_as_the_network_does(store: ObjectStore, tonight: Made):
         for golden in tonight.golden:
             np.testing.assert_allclose(ranker.score(golden.inputs), golden.scores, rtol=1e-5, atol=1e-5)
         assert (ranker.night, ranker.device, ranker.refusal) == (NIGHT, "cpu", None)
-        for session in ranker._loaded.sessions:
-            options = session.get_session_options()
-            assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        options = ranker._loaded.runner._session.get_session_options()
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
         assert ranker.manifest == tonight.manifest
 
 
@@ -461,24 +460,11 @@ def test_demanding_a_gpu_where_there_is_none_fails(store: ObjectStore, monkeypat
     def no_driver(name: str) -> None:
         raise OSError(name)
 
-    monkeypatch.setattr(loaded.ctypes, "CDLL", no_driver)
+    monkeypatch.setattr(sessions.ctypes, "CDLL", no_driver)
     with pytest.raises(DeviceUnavailable, match="no NVIDIA driver"):
         Ranker(store, PIPELINE, "cuda")
     with Ranker(store, PIPELINE, "auto") as ranker:
         assert ranker.device == "cpu"
-
-
-def test_the_split_graphs_answer_alike_through_io_binding(
-    store: ObjectStore, tonight: Made, monkeypatch: pytest.MonkeyPatch
-):
-    """The path that a GPU takes, with the CPU standing in for it."""
-    session = loaded._session
-    monkeypatch.setattr(loaded, "_require_gpu", lambda: None)
-    monkeypatch.setattr(loaded, "_session", lambda path, _: session(path, "cpu"))
-    monkeypatch.setattr(loaded, "GPU", "cpu")
-    with Ranker(store, PIPELINE, "cuda") as ranker:
-        assert ranker.device == "cuda"
-        same(ranker, tonight)
 
 
 def test_scores_that_are_no_numbers_never_leave(store: ObjectStore, tonight: Made, monkeypatch: pytest.MonkeyPatch):

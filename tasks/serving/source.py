@@ -1,0 +1,78 @@
+"""Where a ranker's releases come from: pointer, manifest and files, each read without trust."""
+
+from collections.abc import Collection
+from datetime import date
+
+from tasks.clients.object_store import ObjectStore
+from tasks.errors import NoRelease, ReleaseRefused
+from tasks.release.manifest import Manifest, Pointer, manifest_key, pointer_key
+from tasks.serving.cache import ReleaseCache
+from tasks.serving.loaded import LoadedRelease, load
+from tasks.serving.sessions import Device, Engine
+
+
+class ReleaseSource:
+    """One pipeline's store as a ranker reads it, through its cache."""
+
+    def __init__(
+        self, store: ObjectStore, pipeline: str, cache: ReleaseCache, device: Device, engine: Engine | None
+    ) -> None:
+        self._store, self._pipeline, self._cache = store, pipeline, cache
+        self._device: Device = device
+        self._engine = engine
+
+    def pointer(self) -> Pointer:
+        """The pointer as it stands.
+
+        Raises:
+            NoRelease: nothing was promoted yet.
+            ReleaseRefused: it is damaged.
+            StoreError: the store cannot be read.
+        """
+        stored = self._store.find(pointer_key(self._pipeline))
+        if stored is None:
+            raise NoRelease(
+                f"{self._store.url} has no champion for pipeline {self._pipeline!r}; run a night, or promote a release"
+            )
+        return Pointer.parse(stored.data)
+
+    def manifest(self, release: str) -> Manifest:
+        """A release's manifest.
+
+        Raises:
+            ReleaseRefused: there is none, or it is odd.
+        """
+        stored = self._store.find(manifest_key(self._pipeline, release))
+        if stored is None:
+            raise ReleaseRefused(f"release {release[:12]} has no manifest; publish it again")
+        return Manifest.parse(stored.data, self._pipeline, release)
+
+    def load(self, release: str, keep: Collection[str], night: date | None = None) -> LoadedRelease:
+        """Fetch, verify and load a release, and ask it its golden requests.
+
+        Args:
+            release: its id.
+            keep: ids of releases that stay in the cache.
+            night: what the pointer says of its night; None where it says nothing.
+
+        Raises:
+            ReleaseRefused: anything about it is odd.
+            DeviceUnavailable: a GPU was asked for and none works.
+        """
+        manifest = self.manifest(release)
+        if night is not None and manifest.night != night:
+            raise ReleaseRefused(
+                f"the pointer says that release {release[:12]} is of night {night}, its manifest says "
+                f"{manifest.night}; promote it again"
+            )
+        with self._cache.fetched(self._store, self._pipeline, manifest, keep) as folder:
+            return load(folder, manifest, self._device, self._engine)
+
+    def hold(self, release: str, keep: Collection[str]) -> None:
+        """Have a release's verified files on the disk without loading it, so that going back to it fetches nothing.
+
+        Raises:
+            ReleaseRefused, StoreError: it is gone, odd, or cannot be fetched.
+        """
+        with self._cache.fetched(self._store, self._pipeline, self.manifest(release), keep):
+            pass

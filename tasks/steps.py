@@ -136,6 +136,7 @@ def hold(place: Place) -> Iterator[Lease]:
     with Lease(store_of(place), f"{place.pipeline}/lease", holder, floor=promoted_under) as lease:
         token = _lease.set(lease)
         try:
+            store_of(place).sweep()
             yield lease
         finally:
             _lease.reset(token)

@@ -53,6 +53,7 @@ _TOGETHER = (
     (
         *("tests/steps/test_s3_night.py", "tests/clients/test_lease.py"),
         *("tests/clients/test_object_store.py", "tests/clients/test_s3_store.py"),
+        *("tests/clients/test_s3_multipart.py", "tests/faults/test_refused_stores.py"),
     ),
 )
 """Files that share the `nursery`, one embedded `prefect` or the `s3_server`, and so a worker."""

@@ -14,7 +14,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -142,14 +142,14 @@ class DirectoryStore(ObjectStore):
             raise self._missing(key)
         return self._path(key)
 
-    def check(self) -> None:
-        """Prove that the directory can be written and compares and swaps; sweep what killed runs left long ago."""
-        super().check()
-        horizon = time.time() - _LEFTOVER_AGE_S
+    def sweep(self) -> None:
+        """Remove temporary files that killed runs left long ago."""
+        horizon, folder = time.time() - _LEFTOVER_AGE_S, self._root / _OWN / "tmp"
         with self._writing("leftover temporary files"):
-            for leftover in (self._root / _OWN / "tmp").iterdir():
-                if leftover.stat().st_mtime < horizon:
-                    leftover.unlink(missing_ok=True)
+            for leftover in folder.iterdir() if folder.is_dir() else ():
+                with suppress(FileNotFoundError):  # its process lives, and has just ended it
+                    if leftover.stat().st_mtime < horizon:
+                        leftover.unlink()
 
     def _stream(self, key: str) -> Iterator[bytes]:
         path = self._path(key)

@@ -163,8 +163,16 @@ class ObjectStore(ABC):
         """
         write_local(path, self._stream(key), sha256, f"{self.url}/{key}")
 
+    @abstractmethod
+    def sweep(self) -> None:
+        """Free what processes that died a day ago or earlier left half written; never what may still become visible.
+
+        Raises:
+            StoreError: the store cannot be asked.
+        """
+
     def check(self) -> None:
-        """Prove with scratch objects that the store can be written and honours conditions.
+        """Prove with scratch objects that the store can be written and honours conditions; sweep.
 
         Raises:
             ConditionsIgnored: a conditional write did what its condition forbids, or a write did not arrive.
@@ -187,6 +195,7 @@ class ObjectStore(ABC):
         finally:
             self.delete(key)
             self.delete(never)
+        self.sweep()
 
     def _expect_conflict(self, key: str, data: bytes, etag: str | None, otherwise: str) -> None:
         try:
@@ -203,7 +212,7 @@ class ObjectStore(ABC):
         if not held:
             raise ConditionsIgnored(
                 f"store {self.url} does not honour conditional writes: {otherwise}; two runs could overwrite each "
-                "other unseen. Use a directory, or a server with If-None-Match and If-Match on PUT"
+                "other unseen. Use a directory, or a server with If-None-Match and If-Match on PUT, also of parts"
             )
 
 

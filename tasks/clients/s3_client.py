@@ -11,8 +11,8 @@ from botocore.loaders import Loader, create_loader
 
 from tasks.errors import InvalidConfig
 
-CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 25
+CONNECT_TIMEOUT_S = 3
+READ_TIMEOUT_S = 10
 
 
 @cache

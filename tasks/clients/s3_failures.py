@@ -25,26 +25,44 @@ from tasks.errors import ConditionsIgnored, ObjectCorrupt, StoreError, StoreUnav
 
 PATIENCE_S = 15.0
 """No further attempt starts this long after the first one."""
+LAST_START_S = 16.0
+"""No attempt at all starts this long after its operation began: with the time-outs of a call, a connection (3 s) and an
+answer (10 s), no operation is silent for 30 s."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 
 Fate = Literal["refused", "not done", "in doubt", "impossible"]
 """refused: the condition does not hold. not done: nothing happened, try again. in doubt: it may have happened.
 impossible: nothing happened, and trying again cannot change that."""
 
+
+class Senseless(HTTPError):
+    """An answer that is no answer: it says success without what every success has."""
+
+
 FAILURES = (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError)
 """Everything that boto3 and its connections raise."""
 
 
-def attempts() -> Iterator[int]:
-    """Numbers of attempts, with growing random pauses between them, until patience ends."""
+def attempts(operation: float | None = None) -> Iterator[int]:
+    """Numbers of attempts, with growing random pauses between them, until patience ends.
+
+    Args:
+        operation: when the operation began that the call is a part of, on the monotonic clock; None: now.
+    """
     began, number = time.monotonic(), 0
-    while True:
+    end = min(began + PATIENCE_S, (began if operation is None else operation) + LAST_START_S)
+    while number == 0 or time.monotonic() <= end:
         yield number
         pause = random.uniform(0.5, 1.0) * min(_FIRST_PAUSE_S * 2**number, _LONGEST_PAUSE_S)
-        if time.monotonic() + pause - began > PATIENCE_S:
+        if time.monotonic() + pause > end:
             return
         time.sleep(pause)
         number += 1
+
+
+def too_late(operation: float) -> bool:
+    """Whether nothing more may be asked in an operation that began then."""
+    return time.monotonic() > operation + LAST_START_S
 
 
 def code_of(error: Exception) -> str:
@@ -67,7 +85,7 @@ def fate_of(error: Exception) -> Fate:
     """
     if isinstance(error, ClientError):
         status, code = status_of(error), code_of(error)
-        if status == 412 or code == "NoSuchKey":
+        if status == 412 or code in ("NoSuchKey", "PreconditionFailed"):
             return "refused"
         if status in (409, 429, 503) or code == "RequestTimeout":
             return "not done"
@@ -97,6 +115,8 @@ def translated(url: str, bucket: str, key: str, error: Exception, writing: bool)
     said = re.sub(r"//[^/@\s]+@", "//***@", str(error))
     reason = f"cannot {'write' if writing else 'read'} {key} {'to' if writing else 'from'} {url}: {said}"
     denied = StoreUnwritable if writing else StoreError
+    if code == "NoSuchUpload":
+        return StoreUnavailable(f"{reason}; the upload of its parts was ended by somebody else: try again")
     if code == "NoSuchBucket":
         return denied(f"{reason}; create the bucket {bucket!r}, or correct the store's URL")
     if status in (401, 403):
@@ -106,7 +126,7 @@ def translated(url: str, bucket: str, key: str, error: Exception, writing: bool)
     if status == 507:
         return StoreUnwritable(f"{reason}; free space on the server")
     if status == 501:
-        return ConditionsIgnored(f"{reason}; use a server with If-None-Match and If-Match on PUT")
+        return ConditionsIgnored(f"{reason}; use a server with If-None-Match and If-Match on PUT, and uploads in parts")
     if code in ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"):
         return ObjectCorrupt(f"{reason}; the bytes changed on their way, or the local file changed: run again")
     if fate_of(error) in ("not done", "in doubt"):

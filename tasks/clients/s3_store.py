@@ -2,18 +2,22 @@
 
 Every HTTP call has bounded time-outs and is sent once by boto3: its own retries would turn a write that succeeded
 without an answer into "precondition failed". Repeating is done here, where the outcome can be judged. A conditional
-PUT is safe to repeat: if the first one arrived after all, the second is refused, and the object reads as ours.
+PUT is safe to repeat: if the first one arrived after all, the second is refused, and the object reads as ours. The
+same holds for the call that ends an upload in parts, as large objects are sent.
 """
 
 import base64
 import hashlib
-import io
+import json
+import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from botocore.exceptions import ClientError
 from urllib3.exceptions import HTTPError
@@ -22,36 +26,19 @@ from tasks.clients import s3_failures
 from tasks.clients.local_files import CHUNK_BYTES, file_sha256, open_local
 from tasks.clients.object_store import ObjectStore, Stored, checked_key, checked_prefix
 from tasks.clients.s3_client import s3_client
-from tasks.errors import Conflict, ObjectMissing, OutcomeUnknown, StoreUnavailable, StoreUnwritable
+from tasks.clients.s3_multipart import MAX_OBJECT_BYTES, Answer, Content, Upload, conditional, content_of
+from tasks.errors import Conflict, ObjectMissing, OutcomeUnknown, StoreError, StoreUnavailable, StoreUnwritable
 
 PAGE_KEYS = 1000
-MAX_OBJECT_BYTES = 5 * 1024**3
+SINGLE_PUT_BYTES = 64 * 1024**2
+"""A larger object is sent in parts."""
+UPLOADS = ".nightrank-uploads/"
+"""Where uploads in parts are noted while they last, so that what a killed process leaves is found and freed."""
+_LEFTOVER_AGE_S = 24 * 3600.0
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class _Content:
-    """What a PUT sends, openable any number of times."""
-
-    open: Callable[[], BinaryIO]
-    size: int
-    sha256: bytes
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What is known of a conditional PUT.
-
-    Attributes:
-        etag: the new object's, if the PUT was seen to be done.
-        silence: the failure of the last attempt that went without an answer.
-        repeated: whether it was sent more than once.
-    """
-
-    etag: str | None
-    silence: Exception | None
-    repeated: bool
+_log = logging.getLogger(__name__)
 
 
 class S3Store(ObjectStore):
@@ -71,7 +58,9 @@ class S3Store(ObjectStore):
 
     def find(self, key: str) -> Stored | None:
         """The object, or None when there is none."""
+        return self._found(key)
 
+    def _found(self, key: str, began: float | None = None) -> Stored | None:
         def read() -> Stored | None:
             try:
                 answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key))
@@ -82,7 +71,7 @@ class S3Store(ObjectStore):
             with answer["Body"] as body:
                 return Stored(body.read(), answer["ETag"])
 
-        return self._repeated(key, read)
+        return self._repeated(key, read, began=began)
 
     def get(self, key: str) -> Stored:
         """The object; `ObjectMissing` when there is none."""
@@ -106,21 +95,31 @@ class S3Store(ObjectStore):
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write a new object; False if one is there already."""
-        return self._put_new(key, _content_of(data))
+        return self._put_new(key, content_of(data))
 
     def put_file_if_absent(self, key: str, path: Path) -> bool:
         """Write a new object with a local file's content; False if one is there already."""
         with open_local(path) as file:
             size = os.fstat(file.fileno()).st_size
-        return self._put_new(key, _Content(lambda: open_local(path), size, bytes.fromhex(file_sha256(path))))
+        content = Content(lambda: open_local(path), size, bytes.fromhex(file_sha256(path)))
+        if size <= SINGLE_PUT_BYTES:
+            return self._put_new(key, content)
+        if size > MAX_OBJECT_BYTES:
+            raise StoreUnwritable(
+                f"{self.url}/{key} would have {size} bytes, limit {MAX_OBJECT_BYTES} (5 TiB); make it smaller: fewer "
+                "leaves (segments.max_leaves) or a shorter window"
+            )
+        return not self.exists(key) and self._put_in_parts(key, content)
 
     def swap(self, key: str, data: bytes, etag: str | None) -> str:
         """Replace the object with this etag, None meaning an absent one; `Conflict` if it is another."""
-        answer = self._put(key, _content_of(data), {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag})
+        began = time.monotonic()
+        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+        answer = self._put(key, content_of(data), condition, began)
         if answer.etag is not None:
             return answer.etag
-        with self._judging(key, answer):
-            found = self.find(key)
+        with self._judging(key, answer, began):
+            found = self._found(key, began)
         if found is not None and found.data == data:
             return found.etag
         now = found.etag if found else None
@@ -170,6 +169,8 @@ class S3Store(ObjectStore):
             if s3_failures.code_of(error) == "NoSuchKey":
                 raise self._missing(key) from error
             raise
+        except OSError as error:
+            raise _broken(error) from error
         with body:
             while chunk := _read_chunk(body):
                 yield chunk
@@ -180,71 +181,132 @@ class S3Store(ObjectStore):
             lambda: self._client.list_objects_v2(Bucket=self._bucket, Prefix=start, MaxKeys=PAGE_KEYS, **token),
         )
 
-    def _put_new(self, key: str, content: _Content) -> bool:
-        answer = self._put(key, content, {"IfNoneMatch": "*"})
+    def _put_new(self, key: str, content: Content) -> bool:
+        began = time.monotonic()
+        answer = self._put(key, content, {"IfNoneMatch": "*"}, began)
         if answer.etag is not None or not answer.repeated:
             return answer.etag is not None
         # What is there now is the work of an attempt whose answer was lost, or another writer's.
-        with self._judging(key, answer):
-            return self._repeated(key, lambda: self._holds(key, content))
+        with self._judging(key, answer, began):
+            return self._repeated(key, lambda: self._holds(key, content), began=began)
 
-    def _holds(self, key: str, content: _Content) -> bool:
+    def _holds(self, key: str, content: Content) -> bool:
         digest = hashlib.sha256()
         for chunk in self._stream(key):
             digest.update(chunk)
         return digest.digest() == content.sha256
 
-    def _put(self, key: str, content: _Content, condition: dict[str, str]) -> _Answer:
+    def _put(self, key: str, content: Content, condition: dict[str, str], began: float) -> Answer:
         """One conditional PUT, repeated while that can help."""
         name = self._name(key)
-        if content.size > MAX_OBJECT_BYTES:
-            raise StoreUnwritable(
-                f"{self.url}/{key} would have {content.size} bytes, limit {MAX_OBJECT_BYTES} (5 GiB) for an object "
-                "sent in one part; make it smaller: fewer leaves (segments.max_leaves) or a shorter window"
-            )
-        silence: Exception | None = None
-        failure: Exception | None = None
-        for number in s3_failures.attempts():
+
+        def send() -> Any:
+            with content.open() as body:
+                return self._client.put_object(
+                    Bucket=self._bucket,
+                    Key=name,
+                    Body=body,
+                    ContentLength=content.size,
+                    ChecksumSHA256=base64.b64encode(content.sha256).decode(),
+                    **condition,
+                )
+
+        answer = conditional(send, began)
+        if answer.failure is not None and answer.silence is None:
+            raise s3_failures.translated(self.url, self._bucket, key, answer.failure, True) from answer.failure
+        return answer
+
+    def _put_in_parts(self, key: str, content: Content) -> bool:
+        """An upload in parts, ended by one conditional call; aborted where its outcome is known and is not success."""
+        upload = Upload(self._client, self._bucket, self._name(key), partial(self._repeated, key, writing=True))
+        note = f"{UPLOADS}{uuid.uuid4().hex}.json"
+        said = {"key": key, "upload": upload.id, "began": time.time()}
+        asked = False
+        try:
+            self._put_new(note, content_of(json.dumps(said).encode()))
+            upload.send(content)
+            asked = True
+            ours = self._completed(key, content, upload)
+        except StoreError as error:
+            if not (asked and isinstance(error, OutcomeUnknown)):
+                self._end(upload, note)
+            raise
+        self._end(None if ours else upload, note)
+        return ours
+
+    def _completed(self, key: str, content: Content, upload: Upload) -> bool:
+        began = time.monotonic()
+        answer = upload.complete(began)
+        if answer.etag is not None:
+            return True
+        if answer.failure is None and not answer.repeated:
+            return False
+        # Also where the upload is gone: it may have been ended by an attempt whose answer was lost.
+        with self._judging(key, answer, began):
             try:
-                with content.open() as body:
-                    answer = self._client.put_object(
-                        Bucket=self._bucket,
-                        Key=name,
-                        Body=body,
-                        ContentLength=content.size,
-                        ChecksumSHA256=base64.b64encode(content.sha256).decode(),
-                        **condition,
-                    )
-                return _Answer(answer["ETag"], silence, number > 0)
-            except s3_failures.FAILURES as error:
-                failure, fate = error, s3_failures.fate_of(error)
-            if fate == "refused":
-                return _Answer(None, silence, number > 0)
-            if fate == "impossible":
-                break
-            silence = failure if fate == "in doubt" else silence
-        if silence is not None:
-            return _Answer(None, silence, True)
-        assert failure is not None  # attempts() yields at least once
-        raise s3_failures.translated(self.url, self._bucket, key, failure, writing=True) from failure
+                return self._repeated(key, lambda: self._holds(key, content), began=began)
+            except ObjectMissing as missing:
+                if answer.failure is None or answer.silence is not None:
+                    raise
+                failure = s3_failures.translated(self.url, self._bucket, key, answer.failure, True)
+                raise failure from missing
+
+    def _end(self, upload: Upload | None, note: str) -> None:
+        """Abort an upload, if there is one to abort, and forget it; what fails here is made up for by `sweep`."""
+        try:
+            if upload is None or upload.abort():
+                self._client.delete_object(Bucket=self._bucket, Key=self._name(note))
+        except s3_failures.FAILURES as error:
+            _log.warning("could not remove %s/%s, it is removed on a later night: %s", self.url, note, error)
+
+    def sweep(self) -> None:
+        """Abort uploads in parts that processes began a day ago or earlier, and did not live to end."""
+        for note in self.list(UPLOADS):
+            found = self.find(note)
+            if found is None:  # its process lives, and has just ended it
+                continue
+            try:
+                said = json.loads(found.data)
+                name, upload, began = self._name(said["key"]), str(said["upload"]), float(said["began"])
+            except (ValueError, TypeError, KeyError, StoreError) as error:
+                _log.warning("%s/%s is not a note of ours, delete it: %s", self.url, note, error)
+                continue
+            if time.time() - began > _LEFTOVER_AGE_S:
+                _log.warning("%s was being sent by a process that died; freeing its parts", said["key"])
+                self._end(Upload(self._client, self._bucket, name, _once, upload), note)
+
+    def check(self) -> None:
+        """Prove that the store can be written and honours conditions, in one part and in several."""
+        super().check()
+        key, first, second = f".nightrank-check/{uuid.uuid4().hex}", uuid.uuid4().bytes, uuid.uuid4().bytes
+        try:
+            written = self._put_in_parts(key, content_of(first))
+            self._expect(written, "a new object sent in parts was reported as already there")
+            self._expect_content(key, first, "an object sent in parts with success reads differently")
+            kept = not self._put_in_parts(key, content_of(second))
+            self._expect(kept, "If-None-Match did not protect an object from one that was sent in parts")
+            self._expect_content(key, first, "a refused upload in parts changed the object")
+        finally:
+            self.delete(key)
 
     @contextmanager
-    def _judging(self, key: str, answer: _Answer) -> Iterator[None]:
+    def _judging(self, key: str, answer: Answer, began: float) -> Iterator[None]:
         """Read back to judge a write; where that fails after a lost answer, the outcome is unknown."""
+        unknown = f"the write of {self.url}/{key} got no answer ({answer.silence})"
+        remedy = "once the store answers, run the same again: a finished write is recognised"
+        if answer.silence is not None and s3_failures.too_late(began):
+            raise OutcomeUnknown(f"{unknown} for {s3_failures.LAST_START_S:.0f} s; {remedy}") from answer.silence
         try:
             yield
         except (StoreUnavailable, ObjectMissing) as error:
             if answer.silence is None:
                 raise
-            raise OutcomeUnknown(
-                f"the write of {self.url}/{key} got no answer ({answer.silence}), and reading it back says: {error}; "
-                "once the store answers, run the same again: a finished write is recognised"
-            ) from answer.silence
+            raise OutcomeUnknown(f"{unknown}, and reading it back says: {error}; {remedy}") from answer.silence
 
-    def _repeated(self, key: str, call: Callable[[], T], writing: bool = False) -> T:
+    def _repeated(self, key: str, call: Callable[[], T], writing: bool = False, began: float | None = None) -> T:
         """A call that may be sent any number of times, until it succeeds, cannot succeed, or patience ends."""
         failure: Exception | None = None
-        for _ in s3_failures.attempts():
+        for _ in s3_failures.attempts(began):
             try:
                 return call()
             except s3_failures.FAILURES as error:
@@ -267,12 +329,17 @@ class S3Store(ObjectStore):
         return ObjectMissing(f"there is no {key} in {self.url}; check the store's URL, or restore the object")
 
 
-def _content_of(data: bytes) -> _Content:
-    return _Content(lambda: io.BytesIO(data), len(data), hashlib.sha256(data).digest())
+def _once(call: Callable[[], T]) -> T:
+    return call()
 
 
 def _read_chunk(body: Any) -> bytes:
     try:
         return bytes(body.read(CHUNK_BYTES))
-    except OSError as error:  # the network's, which `write_local` would take for the local disk's
-        raise HTTPError(f"the connection broke: {error}") from error
+    except OSError as error:
+        raise _broken(error) from error
+
+
+def _broken(error: OSError) -> HTTPError:
+    """The network's failure as one that `write_local` cannot take for the local disk's: some time-outs are OSErrors."""
+    return HTTPError(f"the connection broke: {error}")

@@ -18,17 +18,21 @@ from flows.config import RetrainConfig, load_config
 from flows.nightly import NightResult
 from tasks import evaluate
 from tasks.champion import _ask
+from tasks.clients.object_store import open_store
 from tasks.errors import InvalidConfig, ReleaseRefused
 from tasks.learning.base import load_base
 from tasks.night_alarms import of_inputs
 from tasks.release import alarms
 from tasks.release.golden import reference_scores
 from tasks.release.manifest import CONTENT
+from tasks.release.pointer import read_manifest
 from tasks.release.tables import read_tables
+from tasks.release.triton import Served, write_repository
 from tasks.serving.loaded import load
 from tasks.serving.ranker import Ranker
 from tasks.steps import open_workspace, record_of
 from tasks.validate import clean_file
+from tests.release.triton_rules import answer_of, as_sent
 from tests.steps.plain import plain_night, plain_replay
 from tests.world import World, write_world
 
@@ -99,6 +103,15 @@ def test_a_json_request_of_plain_lists_is_answered_as_by_the_network(night: Nigh
     np.testing.assert_allclose(said, night.reference(PADDED), rtol=1e-5, atol=1e-5)
     told = dict(PADDED, tags=np.where(PADDED["tags"] == "long", "short", PADDED["tags"]))
     assert (np.abs(night.reference(told)[:, 0] - said[:, 0]).ravel() > 1e-4).tolist() == [True, False, True]
+
+
+def test_the_release_as_a_repository_of_triton_answers_the_same(night: Night, tmp_path: Path) -> None:
+    store, pipeline = open_store(night.config.store), night.config.pipeline
+    manifest = read_manifest(store, pipeline, night.result.published.release)
+    write_repository(store, manifest, tmp_path, Served("tiny"))
+    inputs = {name: np.asarray(values) for name, values in PADDED.items()}
+    said = answer_of(tmp_path, "tiny", as_sent(manifest.interface, inputs))
+    np.testing.assert_allclose(said["scores"], night.reference(PADDED), rtol=1e-5, atol=1e-5)
 
 
 def test_the_interface_says_what_to_pass(night: Night) -> None:

@@ -51,6 +51,34 @@ class Ranked:
     scores: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """Scores, and the release that gave all of them.
+
+    Attributes:
+        manifest: the release.
+        items: raw keys of the candidates, [R, M].
+        scores: float32 [R, M, K].
+    """
+
+    manifest: Manifest
+    items: npt.NDArray[np.generic]
+    scores: F32
+
+    def ranked(self) -> list[list[Ranked]]:
+        """The candidates of each request by the first objective, best first; ties keep the request's order."""
+        items, values = self.items.tolist(), self.scores.astype(float).tolist()
+        names = [objective.name for objective in self.manifest.interface.objectives]
+        order = np.argsort(-self.scores[..., 0], axis=1, kind="stable").tolist()
+        return [
+            [
+                Ranked(place, items[request][one], dict(zip(names, values[request][one], strict=True)))
+                for place, one in enumerate(ranking, start=1)
+            ]
+            for request, ranking in enumerate(order)
+        ]
+
+
 class Ranker:
     """Scores candidates with a pipeline's champion. All methods may be called from any number of threads."""
 
@@ -146,19 +174,20 @@ class Ranker:
         Raises:
             RequestRejected, ReleaseRefused: as for `score`.
         """
+        return self.answer(request).ranked()
+
+    def answer(self, request: Mapping[str, object]) -> Answer:
+        """Score candidates, and say which release did: the one that serves may be another one a moment later.
+
+        Args:
+            request: as for `score`.
+
+        Raises:
+            RequestRejected, ReleaseRefused: as for `score`.
+        """
         serving = self._serving()
         inputs, scores = self._answer(serving, request)
-        items = inputs[serving.item].tolist()
-        names = [objective.name for objective in serving.manifest.interface.objectives]
-        order = np.argsort(-scores[..., 0], axis=1, kind="stable").tolist()
-        values = scores.astype(float).tolist()
-        return [
-            [
-                Ranked(place, items[request][one], dict(zip(names, values[request][one], strict=True)))
-                for place, one in enumerate(ranking, start=1)
-            ]
-            for request, ranking in enumerate(order)
-        ]
+        return Answer(serving.manifest, inputs[serving.item], scores)
 
     def refresh(self) -> bool:
         """Look at the pointer and swap to its release, if it is another one and a good one.

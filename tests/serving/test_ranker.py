@@ -108,6 +108,20 @@ def test_candidates_are_ranked_by_the_first_objective_and_ties_keep_their_order(
         assert set(ranking[0].scores) == {"liked", "stars"}
 
 
+def test_an_answer_names_the_release_that_gave_it(store: ObjectStore, tonight: Made, tomorrow: Made):
+    golden = tonight.golden[-2]
+    with Ranker(store, PIPELINE) as ranker:
+        before = ranker.answer(golden.inputs)
+        release(store, tomorrow)
+        assert ranker.refresh()
+        after = ranker.answer(golden.inputs)
+        assert after.ranked() == ranker.rank(golden.inputs)
+    assert (before.manifest, after.manifest) == (tonight.manifest, tomorrow.manifest)
+    np.testing.assert_array_equal(before.items, golden.inputs["item"])
+    np.testing.assert_allclose(before.scores, golden.scores, rtol=1e-5, atol=1e-5)
+    assert np.abs(after.scores - before.scores).max() > 0.01
+
+
 @pytest.mark.parametrize("shape", [(1, 0), (0, 4), (0, 0)])
 def test_no_candidates_or_no_requests_are_an_empty_answer(store: ObjectStore, tonight: Made, shape: tuple[int, int]):
     requests, candidates = shape

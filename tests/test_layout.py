@@ -36,6 +36,7 @@ HOMES = {
     "lightgbm": ("tasks/learning/trees.py",),
     "tensorboard": ("tasks/tensorboard.py",),
     "torch.utils.tensorboard": ("tasks/tensorboard.py",),
+    "prometheus_client": ("tasks/serving/metrics.py",),
     "optuna": ("tasks/learning/study.py",),
     "safetensors": ("tasks/learning/", "tasks/release/"),
     "yaml": ("flows/",),

@@ -157,7 +157,7 @@ class Pointer:
     fencing_token: int
     moved_at: str
     reason: str
-    challenger: None = None
+    challenger: str | None = None
     share: float = 0.0
 
     def serialise(self) -> bytes:

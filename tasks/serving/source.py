@@ -17,7 +17,7 @@ class ReleaseSource:
     def __init__(
         self, store: ObjectStore, pipeline: str, cache: ReleaseCache, device: Device, engine: Engine | None
     ) -> None:
-        self._store, self._pipeline, self._cache = store, pipeline, cache
+        self._store, self.pipeline, self._cache = store, pipeline, cache
         self._device: Device = device
         self._engine = engine
 
@@ -29,10 +29,10 @@ class ReleaseSource:
             ReleaseRefused: it is damaged.
             StoreError: the store cannot be read.
         """
-        stored = self._store.find(pointer_key(self._pipeline))
+        stored = self._store.find(pointer_key(self.pipeline))
         if stored is None:
             raise NoRelease(
-                f"{self._store.url} has no champion for pipeline {self._pipeline!r}; run a night, or promote a release"
+                f"{self._store.url} has no champion for pipeline {self.pipeline!r}; run a night, or promote a release"
             )
         return Pointer.parse(stored.data)
 
@@ -42,10 +42,10 @@ class ReleaseSource:
         Raises:
             ReleaseRefused: there is none, or it is odd.
         """
-        stored = self._store.find(manifest_key(self._pipeline, release))
+        stored = self._store.find(manifest_key(self.pipeline, release))
         if stored is None:
             raise ReleaseRefused(f"release {release[:12]} has no manifest; publish it again")
-        return Manifest.parse(stored.data, self._pipeline, release)
+        return Manifest.parse(stored.data, self.pipeline, release)
 
     def load(self, release: str, keep: Collection[str], night: date | None = None) -> LoadedRelease:
         """Fetch, verify and load a release, and ask it its golden requests.
@@ -65,7 +65,7 @@ class ReleaseSource:
                 f"the pointer says that release {release[:12]} is of night {night}, its manifest says "
                 f"{manifest.night}; promote it again"
             )
-        with self._cache.fetched(self._store, self._pipeline, manifest, keep) as folder:
+        with self._cache.fetched(self._store, self.pipeline, manifest, keep) as folder:
             return load(folder, manifest, self._device, self._engine)
 
     def hold(self, release: str, keep: Collection[str]) -> None:
@@ -74,5 +74,5 @@ class ReleaseSource:
         Raises:
             ReleaseRefused, StoreError: it is gone, odd, or cannot be fetched.
         """
-        with self._cache.fetched(self._store, self._pipeline, self.manifest(release), keep):
+        with self._cache.fetched(self._store, self.pipeline, self.manifest(release), keep):
             pass

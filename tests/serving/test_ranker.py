@@ -75,7 +75,7 @@ def test_it_answers_as_the_network_does(store: ObjectStore, tonight: Made):
         for golden in tonight.golden:
             np.testing.assert_allclose(ranker.score(golden.inputs), golden.scores, rtol=1e-5, atol=1e-5)
         assert (ranker.night, ranker.device, ranker.refusal) == (NIGHT, "cpu", None)
-        options = ranker._loaded.runner._session.get_session_options()
+        options = ranker._follower.serving().release.runner._session.get_session_options()
         assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
         assert ranker.manifest == tonight.manifest
 
@@ -483,7 +483,7 @@ def test_demanding_a_gpu_where_there_is_none_fails(store: ObjectStore, monkeypat
 
 def test_scores_that_are_no_numbers_never_leave(store: ObjectStore, tonight: Made, monkeypatch: pytest.MonkeyPatch):
     with Ranker(store, PIPELINE) as ranker:
-        serving = ranker._serving()
+        serving = ranker._follower.serving().release
         poisoned = serving.run(dict(tonight.golden[-2].inputs), (16, 9))
         poisoned[2, 5, 1] = np.nan
         monkeypatch.setattr(loaded.LoadedRelease, "run", lambda *_: poisoned)

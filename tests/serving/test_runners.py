@@ -30,7 +30,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_split_graphs_answer_alike_through_io_binding(store: ObjectStore, tonight: Made, stand_in: None):
     with Ranker(store, PIPELINE, "cuda") as ranker:
         assert ranker.device == "cuda"
-        assert isinstance(ranker._serving().runner, Halves)
+        assert isinstance(ranker._follower.serving().release.runner, Halves)
         for golden in tonight.golden:
             np.testing.assert_allclose(ranker.score(golden.inputs), golden.scores, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,210 @@
+"""A ranker's way from one release to the next: look at the pointer, load before unloading, swap in one assignment."""
+
+import logging
+import threading
+import time
+
+from tasks.errors import NightrankError, NoRelease, ReleaseRefused
+from tasks.release.manifest import Pointer
+from tasks.serving.answering import Champion, Contest
+from tasks.serving.batcher import Batcher
+from tasks.serving.events import Events
+from tasks.serving.guards import MOST, WINDOW, ConstantWatch
+from tasks.serving.loaded import LoadedRelease
+from tasks.serving.refresher import Patience
+from tasks.serving.seen import SeenGeneration
+from tasks.serving.source import ReleaseSource
+
+log = logging.getLogger("nightrank.ranker")
+
+
+class Follower:
+    """Holds what serves, and follows the pointer. All methods may be called from any number of threads.
+
+    Attributes:
+        generation: of the pointer that serves.
+        refusal: why the last look at the pointer kept the old release; None where all was well.
+    """
+
+    def __init__(
+        self,
+        source: ReleaseSource,
+        seen: SeenGeneration,
+        min_generation: int,
+        events: Events,
+        batcher: Batcher | None,
+        every_s: float,
+    ) -> None:
+        """Load the champion.
+
+        Args:
+            source: where releases come from.
+            seen: remembers the newest generation.
+            min_generation: an older one is refused, too.
+            events: hears what happens.
+            batcher: runs small requests together; None runs each by itself.
+            every_s: seconds between polls, by which patience with bad releases is measured.
+
+        Raises:
+            NoRelease, ReleaseRefused, DeviceUnavailable, InvalidConfig, StoreError: as `Ranker`.
+        """
+        self._source, self._seen = source, seen
+        self._events, self._batcher = events, batcher
+        self._refreshing = threading.Lock()
+        self._patience, self._challengers = Patience(every_s), Patience(every_s)
+        self._closed = False
+        self._held = -1
+        self._state: Champion | None = None
+        self._no_challenger: str | None = None
+        self.refusal: str | None = None
+        self.generation = max(min_generation, seen.read())
+        self._swap(self._newer_pointer())
+        events.polled(self.generation, None)
+
+    def serving(self) -> Champion:
+        """What answers now.
+
+        Raises:
+            NoRelease: it was closed.
+        """
+        state = self._state
+        if state is None:
+            raise NoRelease(f"the ranker of pipeline {self._source.pipeline!r} is closed; open another one")
+        return state
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What an operator should look at although requests are answered."""
+        state = self.serving()
+        found = [self.refusal, self._no_challenger]
+        if isinstance(state, Contest) and state.lost is not None:
+            found.append(f"the champion answers the challenger's users: {state.lost}")
+        if state.watch.broken:
+            found.append(
+                f"release {state.release.manifest.release[:12]} gave all candidates the same score in "
+                f"{state.watch.share:.0%} of its last answers (at most {WINDOW}), limit {MOST:.0%}: look at its exam, "
+                f"or roll back"
+            )
+        return tuple(one for one in found if one is not None)
+
+    def refresh(self) -> bool:
+        """Look at the pointer now; whether another champion serves since."""
+        with self._refreshing:
+            return self._refresh(patient=False)
+
+    def poll(self) -> None:
+        """What a thread does every so often: a refresh that is patient with bad releases, and files fetched ahead."""
+        with self._refreshing:
+            self._refresh(patient=True)
+            self._hold()
+
+    def close(self) -> None:
+        """Serve no more. Requests in flight finish."""
+        self._closed = True
+        self._state = None
+
+    def _refresh(self, patient: bool) -> bool:
+        before, tried = self.serving().release, None
+        try:
+            pointer = self._newer_pointer()
+            if patient and not self._patience.due(pointer):
+                return False
+            tried = pointer
+            self._swap(pointer)
+        except Exception as error:  # whatever it is, it must not take the release away that serves
+            self.refusal = f"{type(error).__name__}: {error}"
+            self._patience.refused(tried)
+            log.warning(
+                "release %s of night %s keeps serving: %s",
+                *(before.manifest.release[:12], before.manifest.night, self.refusal),
+                exc_info=None if isinstance(error, NightrankError) else error,
+            )
+        else:
+            self.refusal = None
+        self._events.polled(self.generation, self.refusal)
+        return self.serving().release is not before
+
+    def _newer_pointer(self) -> Pointer:
+        """The pointer, unless it is older than what was seen."""
+        pointer = self._source.pointer()
+        if pointer.generation < self.generation:
+            raise ReleaseRefused(
+                f"the pointer of {self._source.pipeline!r} went back from generation {self.generation} to "
+                f"{pointer.generation}: an old one was replayed, or the pipeline was made anew; then restart the "
+                f"ranker, with another cache folder or after deleting its seen.json"
+            )
+        now = None if self._state is None else self._state.release.manifest.release
+        if now is not None and pointer.generation == self.generation and pointer.release != now:
+            raise ReleaseRefused(
+                f"the pointer of {self._source.pipeline!r} names release {pointer.release[:12]} in generation "
+                f"{pointer.generation}, which named {now[:12]}; promote one of them again"
+            )
+        return pointer
+
+    def _swap(self, pointer: Pointer) -> None:
+        """Serve what a pointer names, once it is verified, loaded and found good; what served until then goes last."""
+        before, began = self._state, time.monotonic()
+        if before is None or before.release.manifest.release != pointer.release:
+            champion, watch = self._source.load(pointer.release, self._keep(pointer), pointer.night), None
+        elif pointer.generation == self.generation and not self._lacks_challenger(pointer):
+            return
+        else:
+            champion, watch = before.release, before.watch
+        seconds = time.monotonic() - began
+        state = self._staged(pointer, champion, watch)
+        self._seen.remember(pointer.generation)
+        if self._closed:
+            return
+        self._state, self.generation = state, pointer.generation
+        if before is None or champion is not before.release:
+            log.info("release %s of night %s serves", champion.manifest.release[:12], champion.manifest.night)
+            self._events.swapped("champion", champion.manifest, champion.device, seconds)
+
+    def _lacks_challenger(self, pointer: Pointer) -> bool:
+        """Whether one is named that does not serve, and is to be tried again."""
+        named = pointer.challenger is not None and pointer.share > 0
+        return named and not isinstance(self._state, Contest) and self._challengers.due(pointer)
+
+    def _staged(self, pointer: Pointer, champion: LoadedRelease, watch: ConstantWatch | None) -> Champion:
+        """The champion, with its challenger where one is named and good."""
+        alone, before = Champion(champion, self._events, self._batcher, watch), self._state
+        self._no_challenger = None
+        if pointer.challenger is None or pointer.share == 0:
+            if isinstance(before, Contest):
+                self._events.swapped("challenger", None, "", 0.0)
+            return alone
+        began = time.monotonic()
+        try:
+            if isinstance(before, Contest) and before.challenger.manifest.release == pointer.challenger:
+                challenger = before.challenger
+            else:
+                challenger = self._source.load(pointer.challenger, self._keep(pointer))
+            contest = Contest(champion, challenger, int(pointer.share), self._events, self._batcher, watch)
+        except Exception as error:  # whatever it is, the champion can answer everybody
+            reason = f"challenger {pointer.challenger[:12]} does not serve: {type(error).__name__}: {error}"
+            log.warning("%s", reason, exc_info=None if isinstance(error, NightrankError) else error)
+            self._no_challenger = reason
+            self._challengers.refused(pointer)
+            self._events.swapped("challenger", None, "", 0.0)
+            self._events.fell_back(reason)
+            return alone
+        self._events.swapped("challenger", challenger.manifest, challenger.device, time.monotonic() - began)
+        return contest
+
+    def _keep(self, pointer: Pointer) -> set[str]:
+        """Releases with a role, whose files stay on this disk."""
+        serving = None if self._state is None else self._state.release.manifest.release
+        return {one for one in (pointer.release, pointer.previous, pointer.challenger, serving) if one is not None}
+
+    def _hold(self) -> None:
+        """Have the files of the release before and of the challenger on the disk; once for each move of the pointer."""
+        if self.refusal is not None or self._held == self.generation:
+            return
+        try:
+            pointer = self._source.pointer()
+            for release in (pointer.previous, pointer.challenger):
+                if release is not None:
+                    self._source.hold(release, self._keep(pointer))
+        except NightrankError as error:  # a release before that is gone is no reason to worry anybody
+            log.info("not every release with a role is kept at hand: %s", error)
+        self._held = self.generation

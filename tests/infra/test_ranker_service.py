@@ -1,0 +1,285 @@
+"""The HTTP service: what it answers and refuses, and that new nights come in under traffic without one wrong answer."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from infra.ranker.load import Report, offer
+from tasks.clients.object_store import ObjectStore, open_store
+from tasks.release.manifest import blob_key
+from tasks.release.pointer import promote, publish_release
+from tasks.serving.ranker import Ranker
+from tests.ports import free_ports
+from tests.releases import NIGHT, PIPELINE, Made, make_release, next_night, shared_graph
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def nights(tmp_path_factory: pytest.TempPathFactory) -> list[Made]:
+    """Releases of three nights that differ in their banks."""
+    folder = tmp_path_factory.mktemp("nights")
+    first = make_release(folder / "0", shared_graph(tmp_path_factory, "full"))
+    later = [next_night(first, folder / str(n), NIGHT + timedelta(days=n), seed=n) for n in (1, 2)]
+    return [first, *later]
+
+
+@pytest.fixture
+def store(tmp_path: Path, nights: list[Made]) -> ObjectStore:
+    """A store whose champion is the first night's."""
+    (tmp_path / "store").mkdir()
+    opened = open_store(str(tmp_path / "store"))
+    for made in nights:
+        publish_release(opened, PIPELINE, made.folder, made.manifest, {})
+    promote(opened, PIPELINE, nights[0].manifest.release, NIGHT, token=1)
+    return opened
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+
+    def call(self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+        """Status and JSON of one call."""
+        sent = {"Content-Type": "application/json"} if headers is None else headers
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, sent)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def text(self, path: str) -> str:
+        """A page as text."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
+            found: str = response.read().decode()
+            return found
+
+    def half(self, body: bytes) -> socket.socket:
+        """A call to /score whose last byte is still to come."""
+        head = (
+            f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection.sendall(head.encode() + body[:-1])
+        return connection
+
+
+@contextmanager
+def running(store: ObjectStore, folder: Path, *options: str) -> Iterator[Running]:
+    """A service, once it is ready; ended where the block ends."""
+    (port,) = free_ports(1)
+    temporary = folder / "temporary"
+    temporary.mkdir()
+    words = ("--store", store.url, "--pipeline", PIPELINE, "--port", str(port), "--device", "cpu", *options)
+    command = [sys.executable, "-m", "infra.ranker.service", *words]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with (folder / "service.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        service = Running(process, port)
+        try:
+            while True:
+                assert process.poll() is None, (folder / "service.log").read_text()
+                try:
+                    service.call("/readyz")
+                    break
+                except urllib.error.URLError:
+                    time.sleep(0.05)
+            yield service
+        finally:
+            process.kill()
+            process.wait()
+
+
+def as_json(made: Made, number: int) -> bytes:
+    """A golden request as a caller sends it."""
+    listed: dict[str, Any] = {}
+    for spec in made.manifest.interface.inputs:
+        flat = made.golden[number].inputs[spec.name].astype(object)
+        flat[(flat != flat) if spec.missing is None else (flat == spec.missing)] = None
+        listed[spec.name] = flat.tolist()
+    return json.dumps(listed).encode()
+
+
+def test_it_answers_as_the_network_does_and_names_the_release(store: ObjectStore, nights: list[Made], tmp_path: Path):
+    made = nights[0]
+    named = {"release": made.manifest.release, "night": "2026-03-01"}
+    with running(store, tmp_path) as service, Ranker(store, PIPELINE, "cpu") as ranker:
+        for number, golden in enumerate(made.golden):
+            status, found = service.call("/score", as_json(made, number))
+            assert (status, found.keys()) == (200, {"release", "night", "objectives", "scores"})
+            assert found | named == found
+            assert found["objectives"] == ["liked", "stars"]
+            np.testing.assert_allclose(found["scores"], golden.scores, rtol=1e-5, atol=1e-5)
+        status, found = service.call("/rank", as_json(made, 8))
+        assert (status, found | named) == (200, found)
+        expected = ranker.rank(json.loads(as_json(made, 8)))
+        assert [[one["item"] for one in row] for row in found["rankings"]] == [
+            [one.item for one in row] for row in expected
+        ]
+        assert found["rankings"][0][0].keys() == {"position", "item", "scores"}
+        assert service.call("/healthz") == (200, {"alive": True})
+        ready = {"device": "cpu", "refusal": None, "pipeline": PIPELINE}
+        assert service.call("/readyz") == (200, named | ready)
+        metrics = service.text("/metrics")
+        assert f'nightrank_serves{{night="2026-03-01",release="{made.manifest.release}"}} 1.0' in metrics
+        assert 'nightrank_http_calls_total{route="/score",status="200"} 10.0' in metrics
+        refused(service, made)
+        ends_on_term(service, made, tmp_path)
+
+
+def refused(service: Running, made: Made) -> None:
+    """What is no request gets a status and a sentence, and what serves goes on serving."""
+    good = json.loads(as_json(made, 8))
+    plain = {"Content-Type": "text/plain"}
+    many = {name: values * 5 for name, values in good.items()}
+    wide = good | {"item": [[1] * 2001] * 16}
+    cases: list[tuple[str, bytes | None, dict[str, str] | None, int, str]] = [
+        ("/score", b"", None, 400, "the body is not JSON"),
+        ("/score", b'{"user": NaN}', None, 400, "the body is not JSON"),
+        ("/score", b"[" * 100_000, None, 400, "the body is not JSON"),
+        ("/score", b"[1]", None, 400, "the body is a JSON list; send an object: input name to values"),
+        ("/score", b"{}", plain, 415, "the content type is 'text/plain'; send application/json"),
+        ("/score", b" " * (2**20 + 1), None, 413, "the body has more than 1048576 bytes; ask in parts"),
+        ("/score", json.dumps(many).encode(), None, 413, "'user' has 80 requests, limit 64; ask in parts"),
+        ("/rank", json.dumps(wide).encode(), None, 413, "'item' has 2001 candidates, limit 2000; ask in parts"),
+        ("/rank", json.dumps(good | {"zone": ["1"] * 16}).encode(), None, 422, "column 'zone' holds '1' of type str"),
+        ("/score", b"{}", None, 422, "the request lacks user, job"),
+        ("/score", None, None, 405, "Method Not Allowed"),
+        ("/scores", b"{}", None, 404, "Not Found: POST /score, /rank"),
+    ]
+    for path, body, headers, status, message in cases:
+        found, told = service.call(path, body, headers)
+        assert (found, told["message"][: len(message)]) == (status, message)
+        assert told.keys() == {"error", "message"}
+    assert service.call("/score", as_json(made, 8))[0] == 200
+
+
+def ends_on_term(service: Running, made: Made, folder: Path) -> None:
+    """A call in flight is answered, no new one is taken, and nothing is left on the disk."""
+    body = as_json(made, 8)
+    with service.half(body) as connection:
+        while "nightrank_http_in_flight 1.0" not in service.text("/metrics"):
+            time.sleep(0.02)
+        service.process.send_signal(signal.SIGTERM)
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", service.port), timeout=60).close()
+                time.sleep(0.02)
+            except ConnectionRefusedError:
+                break
+        assert service.process.poll() is None
+        connection.sendall(body[-1:])
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 200 OK\r\n")
+    assert service.process.wait(60) in (0, -signal.SIGTERM)
+    assert list((folder / "temporary").glob("nightrank-*")) == []
+
+
+def test_more_calls_than_it_takes_are_told_to_come_back_and_slow_ones_are_let_go(
+    store: ObjectStore, nights: list[Made], tmp_path: Path
+):
+    body = as_json(nights[0], 8)
+    with running(store, tmp_path, "--max-in-flight", "1", "--max-body-seconds", "2") as service:
+        with service.half(body) as connection:
+            while "nightrank_http_in_flight 1.0" not in service.text("/metrics"):
+                time.sleep(0.02)
+            busy = {"error": "busy", "message": "1 calls are in flight, limit 1; try again"}
+            assert service.call("/score", body) == (503, busy)
+            assert service.call("/healthz") == (200, {"alive": True})
+            assert b" 408 " in connection.recv(2**16).split(b"\r\n")[0]
+        assert service.call("/score", body)[0] == 200
+
+
+def answered_by(nights: list[Made], numbers: list[int], seen: list[str]) -> Callable[[int, bytes], str]:
+    """A judge: every score is the named release's own."""
+    expected = {made.manifest.release: [made.golden[number].scores for number in numbers] for made in nights}
+
+    def judge(at: int, body: bytes) -> str:
+        found = json.loads(body)
+        release: str = found["release"]
+        off = np.abs(np.array(found["scores"], np.float32) - expected[release][at]).max()
+        if not off <= 1e-4:
+            raise ValueError(f"mixed: an answer that names {release[:12]} is {off:.3g} off its scores")
+        seen.append(release)
+        return release
+
+    return judge
+
+
+async def under_traffic(
+    service: Running, nights: list[Made], rate: float, swap: Callable[[Made], None], between: float = 0.0
+) -> tuple[Report, list[tuple[float, float]]]:
+    """Traffic from the first night's release to the last one's; each swap from its promotion to its first answer."""
+    numbers, seen, done = [8, 9], list[str](), asyncio.Event()
+    began, swaps = time.perf_counter(), []
+    bodies = [as_json(nights[0], number) for number in numbers]
+    url = f"http://127.0.0.1:{service.port}/score"
+    judge = answered_by(nights, numbers, seen)
+    traffic = asyncio.create_task(offer(url, bodies, rate, 3600, judge, connections=32, until=done))
+    try:
+        for made in nights:
+            if made is not nights[0]:
+                await asyncio.sleep(between)
+                started = time.perf_counter() - began
+                await asyncio.to_thread(swap, made)
+            while made.manifest.release not in seen[-50:] and not traffic.done():
+                await asyncio.sleep(0.02)
+            if made is not nights[0]:
+                swaps.append((started, time.perf_counter() - began))
+        await asyncio.sleep(between or 0.5)
+    finally:
+        done.set()
+    return await traffic, swaps
+
+
+def test_two_nights_come_in_under_traffic_and_no_call_fails_or_is_answered_by_two(
+    store: ObjectStore, nights: list[Made], tmp_path: Path
+):
+    def swap(made: Made) -> None:
+        promote(store, PIPELINE, made.manifest.release, made.manifest.night, token=1)
+
+    apart = [np.abs(one.golden[8].scores - other.golden[8].scores).max() for one, other in pairwise(nights)]
+    assert min(apart) > 0.01  # or a mixed answer would not show
+    with running(store, tmp_path, "--poll", "0.1") as service:
+        report, swaps = asyncio.run(under_traffic(service, nights, 25.0, swap))
+        assert service.call("/readyz")[1]["release"] == nights[-1].manifest.release
+    assert report.failures == {}
+    assert report.said.keys() == {made.manifest.release for made in nights}
+    assert len(swaps) == 2
+    order = [call.said for call in sorted(report.calls, key=lambda call: call.due)]
+    assert order[0] == nights[0].manifest.release
+    assert order[-1] == nights[-1].manifest.release
+
+
+def test_a_refused_night_shows_and_the_last_good_one_serves(store: ObjectStore, nights: list[Made], tmp_path: Path):
+    with running(store, tmp_path, "--poll", "0.1") as service:
+        bad = nights[2].manifest
+        store.delete(blob_key(PIPELINE, next(file.sha256 for file in bad.files if file.name == "bank.bin")))
+        promote(store, PIPELINE, bad.release, bad.night, token=1)
+        while (told := service.call("/readyz"))[1]["refusal"] is None:
+            time.sleep(0.05)
+        assert told[0] == 200
+        assert told[1]["release"] == nights[0].manifest.release
+        assert told[1]["refusal"].startswith("ReleaseRefused: ")
+        assert "nightrank_refusal 1.0" in service.text("/metrics")
+        assert service.call("/score", as_json(nights[0], 8))[0] == 200

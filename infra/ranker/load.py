@@ -113,9 +113,8 @@ class _Connections:
 
 
 def release_of(body: bytes) -> str:
-    """The release that an answer names."""
-    named: str = json.loads(body)["release"]
-    return named
+    """The release that scored an answer's requests; several where a challenger has a share of them."""
+    return "+".join(sorted(set(json.loads(body)["releases"])))
 
 
 async def offer(

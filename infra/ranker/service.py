@@ -2,18 +2,17 @@
 
     python -m infra.ranker.service --store s3://models/nightrank --pipeline movielens --port 8080
 
-`POST /score` and `POST /rank` take a request as JSON: input name to values, as the release's manifest lists them. Every
-answer names its release. `/healthz` says that the process lives, `/readyz` what it serves, `/metrics` is Prometheus's.
-A new night is picked up while requests are served. TERM stops it once the requests in flight are answered.
+`POST /score` and `POST /rank` take requests as JSON: input name to values, as the release's manifest lists them.
+Answers name the release of each request. `/healthz` says that the process lives, `/readyz` what it serves, `/metrics`
+what Prometheus reads. A new night is picked up while requests are served. TERM stops it once the requests in flight are
+answered.
 """
 
 import argparse
 import logging
-import random
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tasks.errors import NightrankError, NoRelease, RequestRejected
+from tasks.serving.metrics import Metrics
 from tasks.serving.ranker import Answer, Ranker
+from tasks.serving.sessions import Engine
 
 log = logging.getLogger("nightrank.service")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -72,24 +73,20 @@ class Refused(Exception):
 class Service:
     """The routes, over one ranker."""
 
-    def __init__(self, ranker: Ranker, limits: Limits, poll_seconds: float) -> None:
+    def __init__(self, ranker: Ranker, registry: CollectorRegistry, limits: Limits) -> None:
         """Take over a ranker, which is closed when the service stops.
 
         Args:
-            ranker: serves a release already.
+            ranker: looks for new releases by itself.
+            registry: holds its metrics; those of the routes are added.
             limits: what a caller may ask for.
-            poll_seconds: between two looks at the pointer, give or take a tenth.
         """
-        self._ranker, self._limits, self._poll = ranker, limits, poll_seconds
-        self._stopping = threading.Event()
+        self._ranker, self._registry, self._limits = ranker, registry, limits
         self._threads = anyio.CapacityLimiter(limits.threads)
         self._busy = 0
-        self._registry = registry = CollectorRegistry()
-        self._calls = Counter("nightrank_http_calls", "calls answered", ["route", "status"], registry=registry)
-        self._seconds = Histogram("nightrank_http_seconds", "time to an answer", ["route"], registry=registry)
-        self._serves = Gauge("nightrank_serves", "1 for what serves", ["release", "night"], registry=registry)
-        self._refuses = Gauge("nightrank_refusal", "1 while a newer release is refused", registry=registry)
-        Gauge("nightrank_http_in_flight", "calls now", registry=registry).set_function(lambda: self._busy)
+        self._calls = Counter("nightrank_http_calls", "Calls answered.", ["route", "status"], registry=registry)
+        self._seconds = Histogram("nightrank_http_seconds", "Seconds to an answer.", ["route"], registry=registry)
+        Gauge("nightrank_http_in_flight", "Calls now.", registry=registry).set_function(lambda: self._busy)
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -110,18 +107,10 @@ class Service:
 
     @asynccontextmanager
     async def _life(self, _app: Starlette) -> AsyncIterator[None]:
-        poller = threading.Thread(target=self._refresh, name="refresh", daemon=True)
-        poller.start()
         try:
             yield
         finally:
-            self._stopping.set()
-            await anyio.to_thread.run_sync(poller.join)
-            self._ranker.close()
-
-    def _refresh(self) -> None:
-        while not self._stopping.wait(self._poll * random.uniform(0.9, 1.1)):
-            self._ranker.refresh()
+            await anyio.to_thread.run_sync(self._ranker.close)
 
     def _counted(self, path: str, handler: Handler) -> Handler:
         """The handler with its errors as answers, counted and timed."""
@@ -164,7 +153,7 @@ class Service:
         except NightrankError as error:
             log.exception("a request failed")
             raise Refused(500, "failed", str(error)) from error
-        named = {"release": answer.manifest.release, "night": answer.manifest.night}
+        named = {"release": answer.manifest.release, "night": answer.manifest.night, "releases": answer.releases}
         return _json(200, {**named, **shape(answer)})
 
     def _bounded(self, asked: Mapping[str, object]) -> None:
@@ -188,20 +177,21 @@ class Service:
         return _json(200, {"alive": True})
 
     async def _ready(self, _request: Request) -> Response:
+        ranker = self._ranker
         try:
-            ranker = self._ranker
-            manifest = ranker.manifest
+            serves = {
+                "pipeline": ranker.pipeline,
+                "release": ranker.release,
+                "night": ranker.night,
+                "generation": ranker.generation,
+                "challenger": ranker.challenger,
+                "device": ranker.device,
+            }
         except NoRelease as error:
             return _error(503, "stopping", str(error))
-        named = {"release": manifest.release, "night": manifest.night, "pipeline": ranker.pipeline}
-        return _json(200, {**named, "device": ranker.device, "refusal": ranker.refusal})
+        return _json(200, {**serves, "refusal": ranker.refusal, "warnings": ranker.warnings})
 
     async def _metrics(self, _request: Request) -> Response:
-        self._serves.clear()
-        with suppress(NoRelease):  # it is stopping
-            manifest = self._ranker.manifest
-            self._serves.labels(manifest.release, manifest.night.isoformat()).set(1)
-        self._refuses.set(self._ranker.refusal is not None)
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -282,9 +272,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     limits = Limits(**{name: getattr(options, name) for name in asdict(Limits())})
-    ranker = Ranker(options.store, options.pipeline, options.device, options.cache)
+    registry = CollectorRegistry()
+    ranker = Ranker(
+        options.store,
+        options.pipeline,
+        options.device,
+        options.cache,
+        engine=Engine(threads=1),  # calls are answered by several threads
+        refresh_every=options.poll,
+        batching=True,
+        events=Metrics(registry, options.pipeline),
+    )
     uvicorn.run(
-        Service(ranker, limits, options.poll).app(),
+        Service(ranker, registry, limits).app(),
         host=options.host,
         port=options.port,
         access_log=False,

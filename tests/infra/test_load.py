@@ -63,7 +63,7 @@ def test_calls_begin_by_the_clock_and_a_stall_counts_for_all_that_were_due():
     async def answer(number: int) -> bytes:
         if number == 1:
             await asyncio.sleep(0.5)
-        return http("200 OK", b'{"release": "a"}')
+        return http("200 OK", b'{"releases": ["a"]}')
 
     report = asyncio.run(served(answer, rate=20, seconds=0.2, connections=1))
     assert [call.due for call in report.calls] == [0, 0.05, 0.1, 0.15]
@@ -72,13 +72,18 @@ def test_calls_begin_by_the_clock_and_a_stall_counts_for_all_that_were_due():
 
 
 def test_what_is_no_answer_is_a_failure_and_says_why():
-    said = [http("200 OK", b'{"release": "a"}'), http("503 Busy", b"later"), b"", http("200 OK", b'{"release": "b"}')]
+    said = [
+        http("200 OK", b'{"releases": ["a"]}'),
+        http("503 Busy", b"later"),
+        b"",
+        http("200 OK", b'{"releases": ["b"]}'),
+    ]
 
     async def answer(number: int) -> bytes:
         return said[number - 1]
 
     def judge(_at: int, body: bytes) -> str:
-        if json.loads(body)["release"] == "b":
+        if json.loads(body)["releases"] == ["b"]:
             raise ValueError("mixed")
         return "good"
 

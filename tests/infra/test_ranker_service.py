@@ -127,8 +127,9 @@ def test_it_answers_as_the_network_does_and_names_the_release(store: ObjectStore
     with running(store, tmp_path) as service, Ranker(store, PIPELINE, "cpu") as ranker:
         for number, golden in enumerate(made.golden):
             status, found = service.call("/score", as_json(made, number))
-            assert (status, found.keys()) == (200, {"release", "night", "objectives", "scores"})
+            assert (status, found.keys()) == (200, {"release", "night", "releases", "objectives", "scores"})
             assert found | named == found
+            assert found["releases"] == [made.manifest.release] * len(golden.scores)
             assert found["objectives"] == ["liked", "stars"]
             np.testing.assert_allclose(found["scores"], golden.scores, rtol=1e-5, atol=1e-5)
         status, found = service.call("/rank", as_json(made, 8))
@@ -139,10 +140,11 @@ def test_it_answers_as_the_network_does_and_names_the_release(store: ObjectStore
         ]
         assert found["rankings"][0][0].keys() == {"position", "item", "scores"}
         assert service.call("/healthz") == (200, {"alive": True})
-        ready = {"device": "cpu", "refusal": None, "pipeline": PIPELINE}
-        assert service.call("/readyz") == (200, named | ready)
+        ready = {"device": "cpu", "generation": 1, "challenger": None, "refusal": None, "pipeline": PIPELINE}
+        told = service.call("/readyz")
+        assert told == (200, told[1] | named | ready)
         metrics = service.text("/metrics")
-        assert f'nightrank_serves{{night="2026-03-01",release="{made.manifest.release}"}} 1.0' in metrics
+        assert f'release="{made.manifest.release}",role="champion"}} 1.0' in metrics
         assert 'nightrank_http_calls_total{route="/score",status="200"} 10.0' in metrics
         refused(service, made)
         ends_on_term(service, made, tmp_path)
@@ -216,12 +218,12 @@ def answered_by(nights: list[Made], numbers: list[int], seen: list[str]) -> Call
 
     def judge(at: int, body: bytes) -> str:
         found = json.loads(body)
-        release: str = found["release"]
+        (release,) = set(found["releases"])
         off = np.abs(np.array(found["scores"], np.float32) - expected[release][at]).max()
         if not off <= 1e-4:
             raise ValueError(f"mixed: an answer that names {release[:12]} is {off:.3g} off its scores")
         seen.append(release)
-        return release
+        return str(release)
 
     return judge
 
@@ -281,5 +283,5 @@ def test_a_refused_night_shows_and_the_last_good_one_serves(store: ObjectStore, 
         assert told[0] == 200
         assert told[1]["release"] == nights[0].manifest.release
         assert told[1]["refusal"].startswith("ReleaseRefused: ")
-        assert "nightrank_refusal 1.0" in service.text("/metrics")
+        assert f'nightrank_refused{{pipeline="{PIPELINE}"}} 1.0' in service.text("/metrics")
         assert service.call("/score", as_json(nights[0], 8))[0] == 200

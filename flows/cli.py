@@ -251,6 +251,7 @@ def _doctor(options: argparse.Namespace, console: "Console") -> None:
     from flows.config import load_config
     from tasks.data.lakes import nights_by_lake
     from tasks.ingest import lake
+    from tasks.release.signing import UNSIGNED, signer
     from tasks.steps import device_of, store_of
     from tasks.tensorboard import check
 
@@ -263,6 +264,9 @@ def _doctor(options: argparse.Namespace, console: "Console") -> None:
         console.print(f"lake    {called}{one.source}: {span}")
     store_of(config.place()).check()
     console.print(f"store   {config.store}: writable, honours conditions")
+    key = signer()
+    signed = UNSIGNED if key is None else f"what this host publishes is signed by key {key.key_id}"
+    console.print(f"keys    {signed}", soft_wrap=True)
     console.print(f"device  {device_of(config.place())}")
     if config.training.tensorboard is not None:
         check(config.training)

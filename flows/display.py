@@ -130,6 +130,8 @@ def errors_to(console: Console) -> Iterator[None]:
 
 def show_night(console: Console, result: "NightResult") -> None:
     """The table at the end of a night."""
+    from tasks.release.signing import UNSIGNED
+
     console.print(_score_table(f"night {result.night}", result.verdict.scores))
     rejected = f", {result.validated.bad:,} in quarantine" if result.validated.bad else ""
     left_out = f", {len(result.prepared.left_out)} left out" if result.prepared.left_out else ""
@@ -142,6 +144,9 @@ def show_night(console: Console, result: "NightResult") -> None:
     console.print(f"release   {result.published.release}")
     champion = "yes" if result.published.promoted else "no"
     console.print(f"champion  {champion}: {escape(result.published.why)}", soft_wrap=True)
+    signed = result.published.signed_by
+    told = f"by key {signed}" if signed else f"[bold yellow]{escape(UNSIGNED)}[/bold yellow]"
+    console.print(f"signed    {told}", soft_wrap=True)
     console.print(f"report    {escape(result.published.report)}", soft_wrap=True)
 
 

@@ -27,7 +27,7 @@ from tasks.meta_train import rows_of
 from tasks.parents import base_of, release_file
 from tasks.references import IngestRef, Place, PrepareRef, ValidateRef
 from tasks.release.manifest import InputSpec, Manifest
-from tasks.release.pointer import read_manifest
+from tasks.release.publishing import read_manifest
 from tasks.serving.loaded import LoadedRelease, load
 from tasks.serving.requests import read_request
 from tasks.steps import device_of, open_workspace, record_of, store_of

@@ -18,6 +18,7 @@ from tasks.references import IngestRef, ParentRef, Place
 from tasks.release.gate import GateConfig
 from tasks.release.manifest import Pointer
 from tasks.release.pointer import read_pointer
+from tasks.release.signing import signer
 from tasks.steps import Product, Progress, carry_out, open_workspace, store_of, verb
 
 VERSION = 1
@@ -184,6 +185,7 @@ def _note(place: Place, key: str, state: Mapping[str, object]) -> None:
 
 def _settle(place: Place, gate: GateConfig, night: date, frozen: str, config: str) -> dict[str, Any]:
     """Resolve once: a run that resumes a dead one finds what that one had resolved, unless the pointer has moved."""
+    signer()  # a key that cannot sign is told before anything is learned
     store = store_of(place)
     key = intent_key(place, night, frozen, config)
     pointer = read_pointer(store, place.pipeline)

@@ -32,6 +32,7 @@ from tasks.release.night import (
     TimedStep,
     Worth,
 )
+from tasks.release.signing import signer
 from tasks.release.variety import with_pooled
 from tasks.steps import open_workspace, recalled, record_of, store_of
 
@@ -95,6 +96,7 @@ def night_report(place: Place, data: DataConfig, gate: GateConfig, done: Finishe
         alarms=tuple((name, message) for name, message in judged.notes["alarms"]),
         retention=_retention(record_of(place, done.retention).content["figures"], done.retention.told, gate),
         worth=_worth(place, data, done),
+        signed_by=None if (key := signer()) is None else key.key_id,
         provenance=_provenance()
         | {"training": trained.notes["why"], "champion": judged.notes["champion"]["why"]}
         | ({"TensorBoard": trained.notes["unwritten"]} if "unwritten" in trained.notes else {}),

@@ -11,7 +11,7 @@ from tasks.errors import ObjectCorrupt
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base
 from tasks.references import BaseRef, ParentRef, Place, PrepareRef
 from tasks.release.manifest import blob_key, sha256_of
-from tasks.release.pointer import read_manifest
+from tasks.release.publishing import read_manifest
 from tasks.steps import open_workspace, recalled, record_of, store_of
 
 VOCABULARY = "vocabulary.parquet"

@@ -18,8 +18,10 @@ from tasks.release.gate import override as overridden
 from tasks.release.interface import Interface, read_interface
 from tasks.release.manifest import Manifest, describe
 from tasks.release.pointer import promote as move_pointer
-from tasks.release.pointer import publish_release, read_pointer
+from tasks.release.pointer import read_pointer
+from tasks.release.publishing import publish_release
 from tasks.release.report import render
+from tasks.release.requirements import requirements
 from tasks.release.strict_json import Reader
 from tasks.releases import location
 from tasks.steps import Product, Progress, carry_out, open_workspace, recalled, record_of, still_held, store_of, verb
@@ -93,6 +95,7 @@ def publish(
             record_of(place, exported).notes["parity"],
             {one["objective"]: one["nightly"] for one in record_of(place, verdict).notes["exams"]},
             report.provenance,
+            requirements(sorted(release.glob("*.onnx"))),
         )
         extra = {**pages, "run.json": canonical_json(run), "report.html": render(report).encode()}
         published = publish_release(store, place.pipeline, release, manifest, extra)
@@ -102,7 +105,12 @@ def publish(
         why, promoted = _promote(place, ingested, exported, verdict, promote, token, replaces)
         return Product(
             {"release": exported.release, "promoted": promoted, "why": why},
-            {"new": published.new, "written": list(published.written), "reused": list(published.reused)},
+            {
+                "new": published.new,
+                "written": list(published.written),
+                "reused": list(published.reused),
+                "signed_by": published.signed_by,
+            },
         )
 
     inputs = {"release": exported.digest, "verdict": verdict.digest, "generation": str(ingested.generation)}
@@ -117,6 +125,7 @@ def publish(
         promoted=record.content["promoted"],
         why=record.content["why"],
         report=location(place, f"{folder_key}/report.html"),
+        signed_by=record.notes.get("signed_by"),  # a publish that was recorded before there were signatures has none
     )
 
 
@@ -142,6 +151,8 @@ def _promote(
         return "promotion was not asked for (--promote)", False
     if not verdict.go:
         return f"the gate holds it ({verdict.decided_by})", False
+    if pointer is not None and pointer.hold is not None:
+        return f"an operator holds the pointer ({pointer.hold})", False
     if pointer is not None and pointer.night > ingested.night:
         return f"the pointer names the later night {pointer.night}; it moves back only by force", False
     # An operator's reason is the first of the reasons; pointer and ledger keep it.

@@ -242,6 +242,8 @@ class PublishRef(StepRef):
     """One sentence: why it was promoted, or why it was not."""
     report: str
     """Where the report is: a path for a directory store, a URL otherwise."""
+    signed_by: str | None = None
+    """Id of the key that signed it, None where nobody did."""
 
 
 class ReleaseRow(Section):

@@ -27,6 +27,8 @@ os.environ.update(
 )
 for _name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "PREFECT_API_URL", "PREFECT_PROFILE"):
     os.environ.pop(_name, None)
+for _name in ("NIGHTRANK_SIGNING_KEY", "NIGHTRANK_TRUSTED_KEYS"):
+    os.environ.pop(_name, None)
 
 # Dozens of processes load the same modules: whoever is first compiles them for the others.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

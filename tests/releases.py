@@ -25,6 +25,7 @@ from tasks.release.interface import Interface, Json, LevelSpec
 from tasks.release.lookups import input_specs, objectives, wires
 from tasks.release.manifest import Manifest, content_digest
 from tasks.release.manifest import describe as describe_files
+from tasks.release.requirements import requirements
 from tasks.release.scorer import trace
 from tasks.release.tables import LevelTable, ServingTables, write_tables
 from tests.shared import made_once
@@ -277,7 +278,8 @@ def manifest_of(folder: Path, interface: Interface, *told: Json) -> Manifest:
     """The manifest of a folder that is finished but for its `interface.json`."""
     (folder / "interface.json").write_bytes(interface.serialise())
     files = describe_files(folder)
-    return Manifest(PIPELINE, content_digest(files), files, interface, *told)
+    wanted = requirements(sorted(folder.glob("*.onnx")))
+    return replace(Manifest(PIPELINE, content_digest(files), files, interface, *told), requires=wanted)
 
 
 def described_anew(made: Made, folder: Path) -> Manifest:

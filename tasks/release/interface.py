@@ -1,5 +1,6 @@
 """What goes into a release and what comes out, as a manifest states it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -11,6 +12,22 @@ Json = Mapping[str, object]
 Scalar = str | int | float | None
 Example = Scalar | tuple[Scalar, ...]
 """A value of an input, or a list's values."""
+_RARE = ("values", "of", "optional", "personal")
+"""What an interface tells of those inputs only that have it."""
+_KEY_ID = re.compile(r"[A-Za-z0-9_]{1,64}")
+
+
+@dataclass(frozen=True)
+class Personal:
+    """A column that holds keyed digests: a ranker hashes what a caller gives it.
+
+    Attributes:
+        key_id: names the key; the environment variable `NIGHTRANK_HASH_KEY_<key_id>` holds it.
+        method: lower-case hexadecimal HMAC-SHA256 of the raw value's UTF-8 bytes.
+    """
+
+    key_id: str
+    method: Literal["hmac-sha256"] = "hmac-sha256"
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,8 @@ class InputSpec:
             most so many values, a vector (`float32`) just so many. None where there is one value.
         of: of a user's history the column whose values of earlier rows the input holds, newest first: at most `values`
             of them, more are cut off. None for every other input.
+        optional: whether a request may leave it out.
+        personal: how its raw values are hashed before they go in; None where they go in as they are.
     """
 
     name: str
@@ -39,6 +58,8 @@ class InputSpec:
     example: Example = None
     values: int | None = None
     of: str | None = None
+    optional: bool = False
+    personal: Personal | None = None
 
     @property
     def shape(self) -> tuple[str | int, ...]:
@@ -47,9 +68,9 @@ class InputSpec:
         return axes if self.values is None else (*axes, self.values)
 
     def as_json(self) -> Json:
-        """The input as an interface tells it: `values` of list columns only, and `of` of histories."""
+        """The input as an interface tells it: what only some inputs have is left out of the others."""
         told = {**asdict(self), "shape": list(self.shape)}
-        return {name: value for name, value in told.items() if name not in ("values", "of") or value is not None}
+        return {name: value for name, value in told.items() if name not in _RARE or value not in (None, False)}
 
 
 @dataclass(frozen=True)
@@ -142,7 +163,7 @@ def read_interface(read: Reader, value: object) -> Interface:
 
 def _input(read: Reader, value: object) -> InputSpec:
     names = ["name", "per", "dtype", "meaning", "missing", "example", "shape"]
-    names += [name for name in ("values", "of") if isinstance(value, Mapping) and name in value]
+    names += [name for name in _RARE if isinstance(value, Mapping) and name in value]
     values = read.fields(value, "input", names, versioned=False)
     name = read.name(values["name"])
     per: Literal["request", "candidate"] = "request" if values["per"] == "request" else "candidate"
@@ -169,4 +190,20 @@ def _input(read: Reader, value: object) -> InputSpec:
     of = read.name(values["of"]) if "of" in values else None
     if of is not None and (width is None or per != "request"):
         read.refuse(f"input {name!r} is of a history, and does not say how long it is")
-    return InputSpec(name, per, dtype, read.text(values["meaning"], "meaning"), missing, shown, width, of)
+    optional = values.get("optional", False)
+    if not isinstance(optional, bool):
+        read.refuse(f"input {name!r} is optional {optional!r:.80}, which is neither true nor false")
+    personal = _personal(read, values["personal"], name, dtype) if "personal" in values else None
+    meaning = read.text(values["meaning"], "meaning")
+    return InputSpec(name, per, dtype, meaning, missing, shown, width, of, optional, personal)
+
+
+def _personal(read: Reader, value: object, name: str, dtype: str) -> Personal:
+    values = read.fields(value, f"personal of {name}", ("key_id", "method"), versioned=False)
+    key_id = read.text(values["key_id"], "key_id", 64)
+    if not _KEY_ID.fullmatch(key_id):
+        read.refuse(f"input {name!r} is hashed with key {key_id!r}, which is no name of letters, digits and _")
+    read.choice(values["method"], "method", ("hmac-sha256",))
+    if dtype != "string":
+        read.refuse(f"input {name!r} is hashed, and of dtype {dtype}: hashed values are strings")
+    return Personal(key_id)

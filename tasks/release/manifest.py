@@ -1,4 +1,4 @@
-"""Manifest, interface and pointer: what a release says about itself, and how strictly it is read.
+"""The manifest: what a release says about itself, and how strictly it is read.
 
 Pure standard library, so that a ranker can read a release without anything else of ours.
 
@@ -8,15 +8,33 @@ what goes in and comes out, so that a manifest cannot claim another interface th
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
 from tasks.errors import ReleaseRefused
 from tasks.release.interface import InputSpec as InputSpec  # serving imports from here alone
 from tasks.release.interface import Interface, Json, read_interface
-from tasks.release.strict_json import HISTORY_VERSION, LISTS_VERSION, SCHEMA_VERSION, Reader, canonical
+from tasks.release.interface import Personal as Personal
+from tasks.release.manifest_parts import (
+    LevelSegments,
+    Requires,
+    Variant,
+    read_requires,
+    read_segments,
+    read_variants,
+)
+from tasks.release.pointer_json import Pointer as Pointer
+from tasks.release.pointer_json import pointer_key as pointer_key
+from tasks.release.strict_json import (
+    HISTORY_VERSION,
+    LISTS_VERSION,
+    MANIFEST_VERSION,
+    SCHEMA_VERSION,
+    Reader,
+    canonical,
+)
 
 CONTENT = frozenset(
     {
@@ -25,7 +43,16 @@ CONTENT = frozenset(
         "statistics_cohort_item.parquet", "segments.parquet", "tables.json", "interface.json", "golden.json",
     }
 )  # fmt: skip
-"""The files of a release of schema version 1: these, no more and no less."""
+"""The files that every release has."""
+OPTIONAL = {
+    "large look-ups": frozenset({"lookup_vocabulary.bin", "lookup_segments.bin", "lookup_cohort.bin"}),
+    "feedback": frozenset({"model_feedback.onnx", "lookup_feedback.onnx", "score_feedback.onnx"}),
+}
+"""The files that a release may have since schema version 4, by what they are for. Any other is refused."""
+TOGETHER = ("feedback",)
+"""Of these either all files are there or none."""
+BESIDE = frozenset({"run.json", "report.html", "lift.parquet"})
+"""What lies beside a manifest, for people; its bytes are no content, and the manifest has their digests."""
 LARGEST_MANIFEST = 16 * 2**20
 """Bytes; a longer manifest is refused unread."""
 LARGEST_RELEASE = 256 * 2**30
@@ -53,6 +80,11 @@ class Manifest:
         parity: how closely the graphs agree with the network that was trained.
         metrics: results beside baselines.
         provenance: commit, package versions, parent, config.
+        requires: what a host must have to load it; None of schema versions 1 to 3.
+        segments: who is served by what, finest level first; empty where it is not told.
+        variants: graphs in another arithmetic, by name, and how they were judged.
+        beside: what lies beside the manifest for people, by name.
+        schema_version: of the manifest; what is written anew has the newest.
     """
 
     pipeline: str
@@ -62,6 +94,11 @@ class Manifest:
     parity: Json = field(default_factory=dict)
     metrics: Json = field(default_factory=dict)
     provenance: Json = field(default_factory=dict)
+    requires: Requires | None = None
+    segments: tuple[LevelSegments, ...] = ()
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    beside: tuple[ReleaseFile, ...] = ()
+    schema_version: int = MANIFEST_VERSION
 
     @property
     def night(self) -> date:
@@ -72,14 +109,6 @@ class Manifest:
     def size(self) -> int:
         """Bytes of all content files."""
         return sum(file.bytes for file in self.files)
-
-    @property
-    def schema_version(self) -> int:
-        """The oldest version whose readers know all that the interface says."""
-        if any(spec.of is not None for spec in self.interface.inputs):
-            return HISTORY_VERSION
-        lists = any(spec.values is not None for spec in self.interface.inputs)
-        return LISTS_VERSION if lists else SCHEMA_VERSION
 
     def serialise(self) -> bytes:
         """The bytes of `manifest.json`."""
@@ -93,6 +122,13 @@ class Manifest:
             "metrics": self.metrics,
             "provenance": self.provenance,
         }
+        if self.schema_version == MANIFEST_VERSION:
+            written |= {
+                "requires": None if self.requires is None else self.requires.as_json(),
+                "segments": [level.as_json() for level in self.segments],
+                "variants": {name: variant.as_json() for name, variant in self.variants.items()},
+                "beside": {file.name: {"bytes": file.bytes, "sha256": file.sha256} for file in self.beside},
+            }
         return json.dumps(written, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
     @classmethod
@@ -110,8 +146,11 @@ class Manifest:
         """
         read = Reader(f"manifest of release {release[:12]}")
         found = read.document(data, LARGEST_MANIFEST)
-        names = ("pipeline", "release", "files", "interface", "parity", "metrics", "provenance")
-        values = read.fields(found, "manifest", names, versions=(SCHEMA_VERSION, LISTS_VERSION, HISTORY_VERSION))
+        version = read.mapping(found, "manifest").get("schema_version")
+        newer = ("requires", "segments", "variants", "beside") if version == MANIFEST_VERSION else ()
+        names = ("pipeline", "release", "files", "interface", "parity", "metrics", "provenance", *newer)
+        known = (SCHEMA_VERSION, LISTS_VERSION, HISTORY_VERSION, MANIFEST_VERSION)
+        values = read.fields(found, "manifest", names, versions=known)
         if values["pipeline"] != pipeline:
             read.refuse(f"it belongs to pipeline {values['pipeline']!r}, not {pipeline!r}")
         if values["release"] != release:
@@ -120,71 +159,26 @@ class Manifest:
         named = [file.name for file in files]
         if named != sorted(set(named)):
             read.refuse("its files are doubled or out of order")
-        _complete(set(named), read.what)
+        _complete(set(named), read.what, frozenset().union(*OPTIONAL.values()) if newer else frozenset())
         if (total := sum(file.bytes for file in files)) > LARGEST_RELEASE:
             read.refuse(f"its files are {total} bytes, more than the limit of {LARGEST_RELEASE}")
         if (digest := content_digest(files)) != release:
             read.refuse(f"its files add up to release {digest}")
-        extras = {name: read.mapping(values[name], name) for name in ("parity", "metrics", "provenance")}
-        manifest = cls(pipeline, release, files, read_interface(read, values["interface"]), **extras)
-        if values["schema_version"] != manifest.schema_version:
-            read.refuse(
-                f"its schema version is {values['schema_version']}, its inputs are of {manifest.schema_version}"
-            )
-        return manifest
-
-
-@dataclass(frozen=True)
-class Pointer:
-    """`current.json`: the one object that names the champion.
-
-    Attributes:
-        release: id of the champion.
-        night: its night.
-        generation: grows by one with every move, in whatever direction.
-        previous: id of the champion before, None at first.
-        fencing_token: token of the lease under which it was moved.
-        moved_at: UTC time of the move, ISO 8601.
-        reason: why it was moved.
-        challenger: reserved.
-        share: reserved.
-    """
-
-    release: str
-    night: date
-    generation: int
-    previous: str | None
-    fencing_token: int
-    moved_at: str
-    reason: str
-    challenger: str | None = None
-    share: float = 0.0
-
-    def serialise(self) -> bytes:
-        """The bytes of `current.json`."""
-        return canonical({**asdict(self), "night": self.night.isoformat(), "schema_version": SCHEMA_VERSION}) + b"\n"
-
-    @classmethod
-    def parse(cls, data: bytes) -> "Pointer":
-        """Read a pointer.
-
-        Raises:
-            ReleaseRefused: it is damaged, of an unknown schema version, or uses what is reserved.
-        """
-        read = Reader("pointer current.json")
-        names = tuple(cls.__dataclass_fields__)
-        values = read.fields(read.document(data, 2**16), "pointer", names)
-        if values["challenger"] is not None or values["share"] != 0:
-            read.refuse("it names a challenger, which this version does not know: update the reader")
-        previous = values["previous"]
-        return cls(
-            release=read.digest(values["release"], "release"),
-            night=read.night(values["night"]),
-            generation=read.count(values["generation"], "generation"),
-            previous=None if previous is None else read.digest(previous, "previous"),
-            fencing_token=read.count(values["fencing_token"], "fencing_token"),
-            moved_at=read.text(values["moved_at"], "moved_at"),
-            reason=read.text(values["reason"], "reason"),
+        parity, metrics, provenance = (read.mapping(values[name], name) for name in ("parity", "metrics", "provenance"))
+        interface = read_interface(read, values["interface"])
+        manifest = cls(pipeline, release, files, interface, parity, metrics, provenance)
+        if not newer:
+            if any(spec.optional or spec.personal is not None for spec in interface.inputs):
+                read.refuse("an input is optional or hashed, which its schema version does not have")
+            if version != (expected := _older_version(interface)):
+                read.refuse(f"its schema version is {version!r}, its inputs are of {expected}")
+            return replace(manifest, schema_version=expected)
+        return replace(
+            manifest,
+            requires=read_requires(read, values["requires"]),
+            segments=read_segments(read, values["segments"], [level.columns for level in interface.levels]),
+            variants=read_variants(read, values["variants"], named),
+            beside=_beside(read, values["beside"]),
         )
 
 
@@ -219,17 +213,35 @@ def blob_key(pipeline: str, sha256: str) -> str:
     return f"{pipeline}/blobs/{sha256}"
 
 
-def pointer_key(pipeline: str) -> str:
-    """Where the pointer lies in the store."""
-    return f"{pipeline}/current.json"
-
-
-def _complete(names: set[str], what: str) -> None:
+def _complete(names: set[str], what: str, optional: frozenset[str]) -> None:
     if missing := sorted(CONTENT - names):
         raise ReleaseRefused(f"{what} is refused: it lacks {', '.join(missing)}; publish the release again")
-    if extra := sorted(names - CONTENT):
+    if extra := sorted(names - CONTENT - optional):
         shown = ", ".join(repr(name[:80]) for name in extra[:5])
         raise ReleaseRefused(f"{what} is refused: it names {shown}, which no release has; publish the release again")
+    for feature in TOGETHER:
+        if lacking := sorted(OPTIONAL[feature] - names) if OPTIONAL[feature] & names else []:
+            raise ReleaseRefused(
+                f"{what} is refused: of {feature} it lacks {', '.join(lacking)}; publish the release again"
+            )
+
+
+def _older_version(interface: Interface) -> int:
+    """The schema version, of 1 to 3, whose readers know all that an interface says."""
+    if any(spec.of is not None for spec in interface.inputs):
+        return HISTORY_VERSION
+    return LISTS_VERSION if any(spec.values is not None for spec in interface.inputs) else SCHEMA_VERSION
+
+
+def _beside(read: Reader, value: object) -> tuple[ReleaseFile, ...]:
+    told = read.mapping(value, "beside")
+    if odd := sorted(set(told) - BESIDE):
+        read.refuse(f"{odd[0]!r:.80} lies beside it, which lies beside no release")
+    found = []
+    for name in sorted(told):
+        values = read.fields(told[name], name, ("bytes", "sha256"), versioned=False)
+        found.append(ReleaseFile(name, read.count(values["bytes"], "bytes"), read.digest(values["sha256"], "sha256")))
+    return tuple(found)
 
 
 def _file(read: Reader, value: object) -> ReleaseFile:

@@ -245,5 +245,7 @@ class NightReport:
     """What is retained of earlier nights."""
     worth: Worth | None = None
     """What own weights are worth to whom."""
+    signed_by: str | None = None
+    """Id of the key that signs the release, None if nobody does."""
     provenance: Mapping[str, str] = field(default_factory=dict)
     """Commit, versions, device, seed."""

@@ -1,118 +1,30 @@
-"""Publishing: blobs first, the manifest last, and one compare-and-swap that names the champion.
+"""The pointer: which release is the champion, moved by one compare-and-swap.
 
-A release exists when its manifest does. Everything before that is invisible to readers and can be repeated; everything
-is written at most once, so that a publish that died is finished by doing it again.
+A night promotes its release under its lease; an operator's moves need none. Each raises the generation, so that a night
+that began before refuses its own move.
 """
 
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, date, datetime
-from pathlib import Path
 
-from tasks.clients.object_store import ObjectStore
-from tasks.errors import Conflict, ObjectCorrupt, ObjectMissing, PointerMoved, ReleaseRefused
-from tasks.release.manifest import (
-    LARGEST_MANIFEST,
-    Manifest,
-    Pointer,
-    blob_key,
-    describe,
-    manifest_key,
-    pointer_key,
-)
+from tasks.clients.object_store import ObjectStore, Stored
+from tasks.errors import Conflict, InvalidConfig, NoRelease, PointerMoved, ReleaseRefused
+from tasks.release.pointer_json import LARGEST_REASON, Pointer, pointer_key
+from tasks.release.publishing import read_manifest
+from tasks.release.signing import KEY_VARIABLE, Keyring, check_pointer, signer
 from tasks.release.strict_json import canonical
 
 
-@dataclass(frozen=True)
-class Published:
-    """What a publish did.
-
-    Attributes:
-        release: the release's id.
-        new: whether this call made it visible; False where it was there already.
-        written: names of the files whose bytes were new to the store.
-        reused: names of the files that an earlier release shares.
-    """
-
-    release: str
-    new: bool
-    written: tuple[str, ...]
-    reused: tuple[str, ...]
-
-
-def publish_release(
-    store: ObjectStore, pipeline: str, folder: Path, manifest: Manifest, extra: Mapping[str, bytes]
-) -> Published:
-    """Make a release visible under its id, without moving the pointer.
-
-    Args:
-        store: where.
-        pipeline: the pipeline, part of every key.
-        folder: the release's content files.
-        manifest: describes them.
-        extra: what is laid beside the manifest, such as `run.json` and `report.html`; first write wins.
-
-    Raises:
-        ReleaseRefused: the manifest would be refused by a reader.
-        ObjectCorrupt: the folder, or a blob that is there already, is not what the manifest says.
-        StoreError: the store refused; the release is not visible, and publishing again is safe.
-    """
-    written = manifest.serialise()
-    if len(written) > LARGEST_MANIFEST:
-        raise ReleaseRefused(
-            f"the manifest has {len(written)} bytes, limit {LARGEST_MANIFEST}; put less into its metrics"
-        )
-    if Manifest.parse(written, pipeline, manifest.release) != manifest:
-        raise ReleaseRefused(f"the manifest of release {manifest.release[:12]} does not survive being written and read")
-    if (found := describe(folder)) != manifest.files:
-        changed = ", ".join(sorted({file.name for file in set(found) ^ set(manifest.files)}))
-        raise ObjectCorrupt(f"the release folder {folder} is not what its manifest says: {changed}; export again")
-    new: list[str] = []
-    reused: list[str] = []
-    for file in manifest.files:
-        key = blob_key(pipeline, file.sha256)
-        (new if store.put_file_if_absent(key, folder / file.name) else reused).append(file.name)
-        if (size := store.size(key)) != file.bytes:
-            raise ObjectCorrupt(
-                f"{store.url}/{key} ({file.name}) has {size} bytes, expected {file.bytes}; delete it and publish again"
-            )
-    for name, data in sorted(extra.items()):
-        store.put_if_absent(f"{pipeline}/releases/{manifest.release}/{name}", data)
-    visible = store.put_if_absent(manifest_key(pipeline, manifest.release), written)
-    if not visible:
-        _published(store, pipeline, manifest.release)
-    return Published(manifest.release, visible, tuple(new), tuple(reused))
-
-
-def _published(store: ObjectStore, pipeline: str, release: str) -> Manifest:
-    stored = store.find(manifest_key(pipeline, release))
-    if stored is None:
-        raise ObjectMissing(
-            f"{store.url} has no release {release} of pipeline {pipeline!r}; publish it first, "
-            f"or look at `nightrank releases`"
-        )
-    return Manifest.parse(stored.data, pipeline, release)
-
-
-def read_manifest(store: ObjectStore, pipeline: str, release: str) -> Manifest:
-    """The manifest of a published release.
-
-    Raises:
-        ObjectMissing: it was never published.
-        ReleaseRefused: its manifest is damaged.
-    """
-    return _published(store, pipeline, release)
-
-
 def read_pointer(store: ObjectStore, pipeline: str) -> Pointer | None:
-    """The pointer, or None where nothing was promoted yet.
+    """The pointer, or None where nothing was promoted yet; signed by a trusted key where a keyring is named.
 
     Raises:
-        ReleaseRefused: it is damaged.
+        ReleaseRefused: it is damaged, or not signed by a trusted key.
+        InvalidConfig: the keyring cannot be used.
     """
-    stored = store.find(pointer_key(pipeline))
-    return None if stored is None else Pointer.parse(stored.data)
+    return _current(store, pipeline)[0]
 
 
 def promote(
@@ -124,6 +36,8 @@ def promote(
     force: bool = False,
     reason: str = "promoted",
     expected: int | None = None,
+    by_operator: bool = False,
+    move_id: str | None = None,
 ) -> Pointer:
     """Make a published release the champion, by one compare-and-swap.
 
@@ -137,26 +51,34 @@ def promote(
         reason: why; kept in the pointer and in the ledger.
         expected: generation that the pointer must still have (0: there must be none), so that nothing is replaced that
             the caller did not compare with; None for any.
+        by_operator: move it although it is held; the hold stays.
+        move_id: identity of the move, 32 hexadecimal digits, for a caller that may have to ask again; None mints one.
 
     Returns:
-        The pointer as it now stands. Where it names the release already, nothing is written to it.
+        The pointer as it now stands. Where it names the release already, nothing is written to it. A challenger stays
+        with its share, unless it is what is promoted.
 
     Raises:
         ObjectMissing: the release was never published.
         ReleaseRefused: it is of another night.
-        PointerMoved: the champion is of a later night and `force` is off, or was promoted under a newer lease, or
-            changed while this call was at it.
+        PointerMoved: it is held, the champion is of a later night and `force` is off, or was promoted under a newer
+            lease, or the pointer changed while this call was at it.
+        InvalidConfig: the signing key cannot be used, or the reason is too long.
     """
-    manifest = _published(store, pipeline, release)
+    manifest = read_manifest(store, pipeline, release)
     if manifest.night != night:
         raise ReleaseRefused(f"release {release[:12]} is of night {manifest.night}, not {night}; name the night it has")
     key = pointer_key(pipeline)
-    stored = store.find(key)
-    current = None if stored is None else Pointer.parse(stored.data)
+    current, stored = _current(store, pipeline)
     if current is not None:
         if current.release == release:
             _enter(store, pipeline, current)
             return current
+        if current.hold is not None and not by_operator:
+            raise PointerMoved(
+                f"{store.url}/{key} is held ({current.hold}) and keeps naming release {current.release[:12]} of night "
+                f"{current.night}; `nightrank releases unhold` lets nights promote again"
+            )
         if current.fencing_token > token:
             raise PointerMoved(
                 f"{store.url}/{key} was moved under lease token {current.fencing_token}, this run holds {token}: "
@@ -167,6 +89,97 @@ def promote(
                 f"{store.url}/{key} names release {current.release[:12]} of night {current.night}, later than {night}; "
                 f"the pointer moves to an earlier night only with force"
             )
+    _expected(store, key, current, expected)
+    named = Pointer(release, night, 0, None, token, "", "") if current is None else current
+    stays = current is not None and current.challenger != release
+    moved = replace(
+        named,
+        release=release,
+        night=night,
+        fencing_token=token,
+        challenger=named.challenger if stays else None,
+        share=named.share if stays else 0,
+    )
+    return _swap(store, pipeline, current, stored, moved, reason, move_id, "promote")
+
+
+def move(
+    store: ObjectStore,
+    pipeline: str,
+    change: Callable[[Pointer], Pointer],
+    reason: str,
+    what: str,
+    expected: int | None = None,
+    move_id: str | None = None,
+) -> Pointer:
+    """Move the pointer by an operator's hand: without a lease, by one compare-and-swap that keeps the fencing token.
+
+    Args:
+        store: where.
+        pipeline: the pipeline.
+        change: the pointer as it stands to the one that is meant; it sets `release` and `night`, `challenger` and
+            `share`, or `hold`. Everything else follows here.
+        reason: why; kept in the pointer and in the ledger.
+        what: the ledger's word for the move, such as `rollback`.
+        expected: generation that the pointer must still have; None for any.
+        move_id: as for `promote`.
+
+    Returns:
+        The pointer as it now stands; untouched where the change changes nothing.
+
+    Raises:
+        NoRelease: nothing was promoted yet.
+        ObjectMissing: the champion or the challenger that is meant was never published.
+        ReleaseRefused: the champion that is meant is of another night.
+        PointerMoved: the pointer is not the expected one, or changed while this call was at it.
+        InvalidConfig: the signing key cannot be used, a text is too long, or the share fits no challenger.
+    """
+    current, stored = _current(store, pipeline)
+    if current is None:
+        raise NoRelease(f"{store.url} has no champion for pipeline {pipeline!r}; promote a release first")
+    _expected(store, pointer_key(pipeline), current, expected)
+    meant = change(current)
+    if meant == current:
+        return current
+    if meant.release != current.release:
+        found = read_manifest(store, pipeline, meant.release)
+        if found.night != meant.night:
+            raise ReleaseRefused(
+                f"release {meant.release[:12]} is of night {found.night}, not {meant.night}; name the night it has"
+            )
+    if meant.challenger not in (None, current.challenger):
+        read_manifest(store, pipeline, meant.challenger)
+    return _swap(store, pipeline, current, stored, meant, reason, move_id, what)
+
+
+def sign_pointer(store: ObjectStore, pipeline: str) -> Pointer | None:
+    """Sign the pointer as it stands with this host's key; None where there is none.
+
+    It is read without a keyring: an operator says that it is good.
+
+    Raises:
+        ReleaseRefused: it is damaged.
+        InvalidConfig: no key is named, or it cannot be used.
+        PointerMoved: it changed while this call was at it.
+    """
+    key = signer()
+    if key is None:
+        raise InvalidConfig(f"there is no key to sign with; name it by {KEY_VARIABLE}")
+    stored = store.find(pointer_key(pipeline))
+    if stored is None:
+        return None
+    current = check_pointer(None, pipeline, stored.data)
+    if current.signature is not None and current == key.sign_pointer(pipeline, current):
+        return current
+    return _swap(store, pipeline, current, stored, current, f"signed by key {key.key_id}", None, "sign")
+
+
+def _current(store: ObjectStore, pipeline: str) -> tuple[Pointer | None, Stored | None]:
+    keyring, stored = Keyring.from_environment(), store.find(pointer_key(pipeline))
+    return (None if stored is None else check_pointer(keyring, pipeline, stored.data)), stored
+
+
+def _expected(store: ObjectStore, key: str, current: Pointer | None, expected: int | None) -> None:
     generation = 0 if current is None else current.generation
     if expected is not None and generation != expected:
         named = "is gone" if current is None else f"names release {current.release[:12]} of night {current.night}"
@@ -174,39 +187,71 @@ def promote(
             f"{store.url}/{key} {named} (generation {generation}), it had generation {expected} when this run began: "
             f"somebody moved it meanwhile; run the night again to be compared with what it names now"
         )
-    pointer = Pointer(
-        release=release,
-        night=night,
+
+
+def _swap(
+    store: ObjectStore,
+    pipeline: str,
+    current: Pointer | None,
+    stored: Stored | None,
+    meant: Pointer,
+    reason: str,
+    move_id: str | None,
+    what: str,
+) -> Pointer:
+    """Replace the pointer that was read by the one that is meant, and enter the move into the ledger."""
+    key = signer()
+    if key is None and current is not None and current.signature is not None:
+        raise InvalidConfig(
+            f"{store.url}/{pointer_key(pipeline)} is signed, and this host has no key: rankers with keys would refuse "
+            f"what it writes; name the private key by {KEY_VARIABLE}"
+        )
+    if odd := meant.odd():
+        raise InvalidConfig(f"the pointer of {pipeline!r} cannot be moved so: {odd}")
+    for called, text in (("reason", reason), ("hold", meant.hold or "")):
+        if len(text) > LARGEST_REASON:
+            raise InvalidConfig(f"the {called} has {len(text)} characters, limit {LARGEST_REASON}; say it shorter")
+    pointer = replace(
+        meant,
         generation=1 if current is None else current.generation + 1,
-        previous=None if current is None else current.release,
-        fencing_token=token,
+        previous=None if current is None else current.previous if current.release == meant.release else current.release,
         moved_at=datetime.now(UTC).isoformat(timespec="microseconds"),
         reason=reason,
+        move_id=None,
+        signature=None,
     )
+    if key is not None or pointer.schema_version > 1:
+        pointer = replace(pointer, move_id=uuid.uuid4().hex if move_id is None else move_id)
+    if key is not None:
+        pointer = key.sign_pointer(pipeline, pointer)
     try:
-        store.swap(key, pointer.serialise(), None if stored is None else stored.etag)
+        store.swap(pointer_key(pipeline), pointer.serialise(), None if stored is None else stored.etag)
     except Conflict as conflict:
-        pointer = _winner(store, pipeline, release, conflict)
-    _enter(store, pipeline, pointer)
+        pointer = _winner(store, pipeline, pointer, conflict)
+    _enter(store, pipeline, pointer, what)
     return pointer
 
 
-def _winner(store: ObjectStore, pipeline: str, release: str, conflict: Conflict) -> Pointer:
-    now = read_pointer(store, pipeline)
+def _winner(store: ObjectStore, pipeline: str, meant: Pointer, conflict: Conflict) -> Pointer:
+    """The pointer that stands after a swap that was refused, if it is the very move that was meant."""
+    now, _ = _current(store, pipeline)
     if now is None:
         raise PointerMoved(
-            f"{store.url}/{pointer_key(pipeline)} vanished while it was moved to release {release[:12]}; promote again"
+            f"{store.url}/{pointer_key(pipeline)} vanished while it was moved to release {meant.release[:12]}; "
+            f"promote again"
         ) from conflict
-    if now.release != release:
+    # A pointer of schema version 1 has no move_id; its time to the microsecond, token and reason stand for one.
+    ours = now == meant if meant.move_id is None else now.move_id == meant.move_id
+    if not ours:
         raise PointerMoved(
             f"{store.url}/{pointer_key(pipeline)} was moved by somebody else while it was moved to release "
-            f"{release[:12]}: it names {now.release[:12]} of night {now.night} (generation {now.generation}); "
+            f"{meant.release[:12]}: it names {now.release[:12]} of night {now.night} (generation {now.generation}); "
             f"look who else runs this pipeline, then promote again"
         ) from conflict
     return now
 
 
-def _enter(store: ObjectStore, pipeline: str, pointer: Pointer) -> None:
+def _enter(store: ObjectStore, pipeline: str, pointer: Pointer, what: str = "promote") -> None:
     """Enter a move into the ledger.
 
     The key follows from the pointer, so that an entry that a crash lost is made up for by the next call, and none is
@@ -214,5 +259,5 @@ def _enter(store: ObjectStore, pipeline: str, pointer: Pointer) -> None:
     """
     stamp = pointer.moved_at.replace(":", "").replace("-", "").replace("+0000", "Z")
     entry = uuid.uuid5(uuid.NAMESPACE_OID, f"{pipeline}/{pointer.generation}/{pointer.release}")
-    data = canonical({"what": "promote", "pipeline": pipeline, "pointer": pointer.serialise().decode().strip()})
+    data = canonical({"what": what, "pipeline": pipeline, "pointer": pointer.serialise().decode().strip()})
     store.put_if_absent(f"{pipeline}/ledger/{stamp}-{entry}.json", data)

@@ -7,6 +7,7 @@ from tasks.release.charts import bars, curve, histogram
 from tasks.release.exam_section import exam_section, headline, retention_section
 from tasks.release.night import Adapters, Intake, NightReport, Worth
 from tasks.release.page import Child, Markup, el, page, section, size, swatch, table
+from tasks.release.signing import UNSIGNED
 from tasks.release.worth_section import cost_section, earned_section, lift_section, variety_section
 
 _OF_TRAINING = ("training", "TensorBoard")
@@ -65,6 +66,9 @@ def _lineage(report: NightReport) -> Markup:
     parts: list[Child] = []
     for name, release in known:
         parts += [" · " if parts else None, f"{name} ", el("code", release[:12], title=release) if release else "none"]
+    signed = f"signed by key {report.signed_by}" if report.signed_by else None
+    if report.release:
+        parts += [" · ", signed or el("span", "unsigned", class_="pill bad", title=UNSIGNED)]
     return el("p", *parts, class_="soft")
 
 

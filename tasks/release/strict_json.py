@@ -1,6 +1,7 @@
 """JSON that is read without trust and written in one spelling."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from datetime import date
@@ -9,12 +10,17 @@ from typing import NoReturn
 from tasks.errors import ReleaseRefused
 
 SCHEMA_VERSION = 1
-"""Of manifest, pointer and golden requests."""
+"""Of golden requests, of signatures, and the first of manifests and pointers."""
 LISTS_VERSION = 2
-"""Of a manifest whose release reads list columns; every other one keeps the number that older readers know."""
+"""Of an older manifest whose release reads list columns."""
 HISTORY_VERSION = 3
-"""Of a manifest whose release reads the user's history."""
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+"""Of an older manifest whose release reads the user's history."""
+MANIFEST_VERSION = 4
+"""Of the manifests that are written: what a release requires, its segments, its variants, what lies beside it."""
+POINTER_VERSION = 2
+"""Of a pointer that is signed, or names a challenger or a hold; every other one keeps the number that older readers
+know."""
+_DIGITS = re.compile(r"[0-9a-f]+")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -82,11 +88,25 @@ class Reader:
             self.refuse(f"{what} has missing or unknown fields: {', '.join(odd)}")
         return found
 
-    def text(self, value: object, what: str) -> str:
-        """The value, if it is text."""
+    def text(self, value: object, what: str, limit: int | None = None) -> str:
+        """The value, if it is text of at most ``limit`` characters."""
         if not isinstance(value, str):
             self.refuse(f"{what} is no text")
+        if limit is not None and len(value) > limit:
+            self.refuse(f"{what} has {len(value)} characters, limit {limit}")
         return value
+
+    def choice(self, value: object, what: str, known: Sequence[str]) -> str:
+        """The value, if it is one of the known ones."""
+        if not isinstance(value, str) or value not in known:
+            self.refuse(f"{what} is {value!r:.80}, known are {', '.join(known)}")
+        return value
+
+    def number(self, value: object, what: str) -> float:
+        """The value, if it is a finite number."""
+        if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+            self.refuse(f"{what} is {value!r:.80}, not a number")
+        return float(value)  # type: ignore[arg-type]
 
     def name(self, value: object) -> str:
         """The value, if it can name a column or a tensor."""
@@ -100,10 +120,10 @@ class Reader:
             self.refuse(f"{what} is {value!r}, not a count")
         return value
 
-    def digest(self, value: object, what: str) -> str:
-        """The value, if it is a SHA-256 in hexadecimal."""
-        if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-            self.refuse(f"{what} is {value!r}, not 64 hexadecimal digits")
+    def digest(self, value: object, what: str, length: int = 64) -> str:
+        """The value, if it has so many hexadecimal digits; 64 are a SHA-256."""
+        if not isinstance(value, str) or len(value) != length or not _DIGITS.fullmatch(value):
+            self.refuse(f"{what} is {value!r:.80}, not {length} hexadecimal digits")
         return value
 
     def night(self, value: object) -> date:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 
 from tasks.errors import DeviceUnavailable, InvalidConfig, ReleaseRefused, RequestRejected
 from tasks.release.manifest import InputSpec, Manifest
@@ -80,6 +81,11 @@ def load(folder: Path, manifest: Manifest, device: Device, engine: Engine | None
     """
     if (folder / "interface.json").read_bytes() != manifest.interface.serialise():
         raise ReleaseRefused(_about(manifest, "its interface.json says something else than its manifest"))
+    if manifest.requires is not None and not manifest.requires.met_by(onnxruntime.__version__):
+        raise ReleaseRefused(
+            f"release {manifest.release[:12]} of night {manifest.night} requires onnxruntime "
+            f"{manifest.requires.onnxruntime}, this host has {onnxruntime.__version__}; update it, then refresh"
+        )
     golden = _golden(manifest, (folder / "golden.json").read_bytes())
     engine = engine or Engine()
     if device == "cpu" and (engine.cuda_graphs or engine.tensorrt is not None):

@@ -10,6 +10,7 @@ the champion, and `warnings` says so.
 >>> ranker.rank({"user_id": [7], "movie_id": [[50, 181, 258]]})     # doctest: +SKIP
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.release.manifest import Manifest
+from tasks.release.signing import UNSIGNED
 from tasks.serving.answering import Answer as Answer
 from tasks.serving.answering import Contest
 from tasks.serving.answering import Ranked as Ranked
@@ -37,6 +39,7 @@ from tasks.serving.sessions import Engine
 from tasks.serving.source import ReleaseSource
 
 F32 = npt.NDArray[np.float32]
+log = logging.getLogger("nightrank.ranker")
 
 
 class Ranker:
@@ -54,6 +57,7 @@ class Ranker:
         refresh_every: float | None = None,
         batching: bool = False,
         events: Events | None = None,
+        keys: Path | None = None,
     ) -> None:
         """Load the champion.
 
@@ -68,8 +72,11 @@ class Ranker:
                 `refresh`. That thread also fetches the release before, so that a rollback need not.
             batching: answer small requests of several threads by one run.
             events: hears what happens; `tasks.serving.metrics.Metrics` counts it for Prometheus.
+            keys: keyring of the keys that may sign; by default the one that NIGHTRANK_TRUSTED_KEYS names. Where there
+                is one, whatever it does not vouch for is refused. It is read at each refresh.
 
         Raises:
+            InvalidConfig: the keyring cannot be used.
             NoRelease: nothing was promoted yet.
             ReleaseRefused: the champion is damaged, or does not answer its golden requests.
             DeviceUnavailable: `cuda` was asked for and no GPU works.
@@ -83,10 +90,10 @@ class Ranker:
         events = events or Events()
         one_core = engine is not None and engine.threads == 1
         lanes = len(os.sched_getaffinity(0)) if one_core else 1
-        source = ReleaseSource(opened, pipeline, ReleaseCache(self._folder), device, engine)
+        self._source = ReleaseSource(opened, pipeline, ReleaseCache(self._folder), device, engine, keys)
         try:
             self._follower = Follower(
-                source,
+                self._source,
                 SeenGeneration(self._folder, pipeline),
                 min_generation,
                 events,
@@ -95,6 +102,8 @@ class Ranker:
             )
             if refresh_every is not None:
                 self._refresher = Refresher(self._follower.poll, refresh_every)
+            if not self.signed:
+                log.warning("pipeline %s of %s is %s", pipeline, opened.url, UNSIGNED)
         except BaseException:
             self._clear()
             raise
@@ -129,6 +138,11 @@ class Ranker:
         """Id of the release that answers a share of the users; None where there is none, or it has lost."""
         state = self._follower.serving()
         return state.challenger.manifest.release if isinstance(state, Contest) and state.lost is None else None
+
+    @property
+    def signed(self) -> bool:
+        """Whether a trusted key vouches for what serves; False where no keys are named."""
+        return self._source.signed
 
     @property
     def refusal(self) -> str | None:

@@ -2,50 +2,75 @@
 
 from collections.abc import Collection
 from datetime import date
+from pathlib import Path
 
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import NoRelease, ReleaseRefused
 from tasks.release.manifest import Manifest, Pointer, manifest_key, pointer_key
+from tasks.release.signing import Keyring, check_manifest, check_pointer
 from tasks.serving.cache import ReleaseCache
 from tasks.serving.loaded import LoadedRelease, load
 from tasks.serving.sessions import Device, Engine
 
 
 class ReleaseSource:
-    """One pipeline's store as a ranker reads it, through its cache."""
+    """One pipeline's store as a ranker reads it, through its cache.
+
+    Attributes:
+        signed: whether a trusted key vouched for the release that was loaded last.
+    """
 
     def __init__(
-        self, store: ObjectStore, pipeline: str, cache: ReleaseCache, device: Device, engine: Engine | None
+        self,
+        store: ObjectStore,
+        pipeline: str,
+        cache: ReleaseCache,
+        device: Device,
+        engine: Engine | None,
+        keys: Path | None = None,
     ) -> None:
-        self._store, self.pipeline, self._cache = store, pipeline, cache
+        self._store, self.pipeline, self._cache, self._keys = store, pipeline, cache, keys
+        self.signed = False
         self._device: Device = device
         self._engine = engine
+
+    def keyring(self) -> Keyring | None:
+        """The keys that may sign, read anew; None where none are named.
+
+        Raises:
+            InvalidConfig: the keyring cannot be used.
+        """
+        return Keyring.from_environment() if self._keys is None else Keyring.load(self._keys)
 
     def pointer(self) -> Pointer:
         """The pointer as it stands.
 
         Raises:
             NoRelease: nothing was promoted yet.
-            ReleaseRefused: it is damaged.
+            ReleaseRefused: it is damaged, or not signed by a trusted key where keys are named.
+            InvalidConfig: the keyring cannot be used.
             StoreError: the store cannot be read.
         """
-        stored = self._store.find(pointer_key(self.pipeline))
+        keyring, stored = self.keyring(), self._store.find(pointer_key(self.pipeline))
         if stored is None:
             raise NoRelease(
                 f"{self._store.url} has no champion for pipeline {self.pipeline!r}; run a night, or promote a release"
             )
-        return Pointer.parse(stored.data)
+        return check_pointer(keyring, self.pipeline, stored.data)
 
     def manifest(self, release: str) -> Manifest:
         """A release's manifest.
 
         Raises:
-            ReleaseRefused: there is none, or it is odd.
+            ReleaseRefused: there is none, it is odd, or not signed by a trusted key where keys are named.
+            InvalidConfig: the keyring cannot be used.
         """
         stored = self._store.find(manifest_key(self.pipeline, release))
         if stored is None:
             raise ReleaseRefused(f"release {release[:12]} has no manifest; publish it again")
-        return Manifest.parse(stored.data, self.pipeline, release)
+        keyring = self.keyring()
+        self.signed = keyring is not None
+        return check_manifest(self._store, keyring, self.pipeline, release, stored.data)
 
     def load(self, release: str, keep: Collection[str], night: date | None = None) -> LoadedRelease:
         """Fetch, verify and load a release, and ask it its golden requests.

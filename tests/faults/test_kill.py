@@ -24,7 +24,8 @@ import yaml
 from flows.config import RetrainConfig
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.release.manifest import Pointer, pointer_key
-from tasks.release.pointer import promote, read_manifest, read_pointer
+from tasks.release.pointer import promote, read_pointer
+from tasks.release.publishing import read_manifest
 from tasks.steps import recalled
 from tests.faults.victims import CHECKPOINT, ROOT, Nursery, Outcome, Trap, moved, pipes
 from tests.finished import Finished

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from flows import cli
+from tasks.release.signing import UNSIGNED
 from tests.finished import Finished
 from tests.prefect_homes import home_with, servers_of
 from tests.steps.plain import plain_night, plain_replay
@@ -183,10 +184,11 @@ def test_releases_are_listed(world: Finished, config: str, capsys: pytest.Captur
 def test_doctor_looks_at_config_lake_store_and_device(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["doctor", "--config", config])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["config", "lake", "store", "device"]
+    assert [line.split()[0] for line in lines] == ["config", "lake", "store", "keys", "device"]
     assert "8 nights, 2026-03-01 to 2026-03-08" in lines[1]
     assert "honours conditions" in lines[2]
-    assert lines[3].split() == ["device", "cpu"]
+    assert lines[3] == f"keys    {UNSIGNED}"
+    assert lines[4].split() == ["device", "cpu"]
 
 
 def test_doctor_tells_lakes_apart(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from tasks.evaluate import exam_table
 from tasks.learning.exams import CANDIDATE, column
 from tasks.references import Place
 from tasks.release.manifest import Manifest, blob_key, content_digest
-from tasks.release.pointer import read_manifest
+from tasks.release.publishing import read_manifest
 from tasks.releases import releases
 from tasks.serving.ranker import Ranker
 from tasks.steps import open_workspace

@@ -24,7 +24,8 @@ import pytest
 from infra.ranker.load import Report, offer
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.release.manifest import blob_key
-from tasks.release.pointer import promote, publish_release
+from tasks.release.pointer import promote
+from tasks.release.publishing import publish_release
 from tasks.serving.ranker import Ranker
 from tests.ports import free_ports
 from tests.releases import NIGHT, PIPELINE, Made, make_release, next_night, shared_graph

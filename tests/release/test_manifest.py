@@ -11,7 +11,10 @@ import pytest
 
 from tasks.errors import ReleaseRefused
 from tasks.release.interface import InputSpec, Interface, LevelSpec, Objective
-from tasks.release.manifest import CONTENT, Manifest, Pointer, content_digest, describe
+from tasks.release.manifest import CONTENT, OPTIONAL, Manifest, Pointer, ReleaseFile, content_digest, describe
+from tasks.release.manifest_parts import LevelSegments, Lift, Requires, Support, Variant
+from tasks.release.signature import Signature
+from tasks.release.strict_json import canonical
 
 INTERFACE = Interface(
     night=date(2026, 3, 1),
@@ -25,7 +28,14 @@ INTERFACE = Interface(
     wires={"slot": "slot_"},
     levels=(LevelSpec(("user",), 12),),
 )
+REQUIRES = Requires("1.31", {"": 20, "ai.onnx.ml": 4}, 10, "nightrank 0.1.0")
+LEVEL = LevelSegments(("user",), "ridge", 15, 12, 2, 1, Support(4.0, 31.5, 97), Lift(-0.01, -0.03, 0.01, 5))
+VARIANT = Variant(("bank.bin",), "CPUExecutionProvider", {"tolerance": 0.01}, {"auc": -0.0001}, "passed", "close")
 POINTER = Pointer("a" * 64, date(2026, 3, 1), 4, "b" * 64, 9, "2026-03-02T01:02:03.000004+00:00", "gate: go")
+
+
+NEWER = replace(POINTER, challenger="c" * 64, share=250, hold="look at it", move_id="f" * 32)
+FORMATS = Path(__file__).parent / "formats"
 
 
 @pytest.fixture
@@ -35,7 +45,11 @@ def manifest(tmp_path: Path) -> Manifest:
     (tmp_path / "interface.json").write_bytes(INTERFACE.serialise())
     files = describe(tmp_path)
     told = ({"largest": 1e-7}, {"log_loss": 0.5}, {"commit": "abc"})
-    return Manifest("shop", content_digest(files), files, INTERFACE, *told)
+    return Manifest(
+        *("shop", content_digest(files), files, INTERFACE, *told, REQUIRES, (LEVEL,)),
+        variants={"int8": VARIANT},
+        beside=(ReleaseFile("run.json", 2, "c" * 64),),
+    )
 
 
 def tampered(manifest: Manifest, change: Callable[[dict[str, Any]], object]) -> bytes:
@@ -63,8 +77,8 @@ def first_file(**changes: object) -> Callable[[dict[str, Any]], object]:
 
 HOSTILE = ["../model.onnx", "/etc/passwd", "a/b", "", ".", "model.onnx\x00", "C:\\x", "𝕞odel.onnx", "m" * 5000, "-rf"]
 ODD: dict[str, Callable[[dict[str, Any]], object]] = {
-    "unknown schema version": lambda found: found.update(schema_version=4),
-    "schema version of lists without any": lambda found: found.update(schema_version=2),
+    "unknown schema version": lambda found: found.update(schema_version=5),
+    "an older schema version with newer fields": lambda found: found.update(schema_version=1),
     "no schema version": lambda found: found.pop("schema_version"),
     "true as schema version": lambda found: found.update(schema_version="1"),
     "unknown field": lambda found: found.update(extra=1),
@@ -101,6 +115,28 @@ ODD: dict[str, Callable[[dict[str, Any]], object]] = {
     "night is no date": lambda found: found["interface"].update(night="yesterday"),
     "night is a number": lambda found: found["interface"].update(night=20260301),
     "metrics is a list": lambda found: found.update(metrics=[]),
+    "no requirements": lambda found: found.update(requires=None),
+    "onnxruntime of no version": lambda found: found["requires"].update(onnxruntime="newest"),
+    "a hostile domain": lambda found: found["requires"]["opsets"].update({"../x": 1}),
+    "an opset that is no count": lambda found: found["requires"]["opsets"].update({"": "20"}),
+    "segments that do not add up": lambda found: found["segments"][0].update(own=13),
+    "segments of another ladder": lambda found: found["segments"][0].update(columns=["item"]),
+    "segments of more levels": lambda found: found["segments"].append(found["segments"][0]),
+    "a lift that is no number": lambda found: found["segments"][0]["lift"].update(mean="-1"),
+    "support with another field": lambda found: found["segments"][0]["support"].update(mean=1),
+    "a variant of files that are not there": lambda found: found["variants"]["int8"].update(files=["score_int8.onnx"]),
+    "a variant with an odd verdict": lambda found: found["variants"]["int8"].update(verdict="maybe"),
+    "a variant with a hostile name": lambda found: found["variants"].update({"../int8": found["variants"]["int8"]}),
+    "something else beside it": lambda found: found["beside"].update({"x.sh": found["beside"]["run.json"]}),
+    "a short digest beside it": lambda found: found["beside"]["run.json"].update(sha256="c"),
+    "an input that is optional by a word": lambda found: found["interface"]["inputs"][0].update(optional="yes"),
+    "an input that is not optional in words": lambda found: found["interface"]["inputs"][0].update(optional=False),
+    "a hashed input of another method": lambda found: found["interface"]["inputs"][0].update(
+        personal={"key_id": "k1", "method": "md5"}
+    ),
+    "a hashed integer": lambda found: found["interface"]["inputs"][2].update(
+        personal={"key_id": "k1", "method": "hmac-sha256"}
+    ),
     "levels with a negative count": lambda found: found["interface"]["levels"][0].update(segments=-1),
 } | {f"file called {name[:16]!r}": first_file(name=name) for name in HOSTILE}
 
@@ -147,15 +183,102 @@ def test_a_pointer_reads_back_as_it_was_written():
     [
         {"release": "latest"}, {"release": "../" + "a" * 61}, {"night": "2026-13-01"}, {"generation": -1},
         {"generation": "4"}, {"previous": 3},
-        {"fencing_token": None}, {"challenger": "c" * 64}, {"share": 0.1}, {"schema_version": 2},
-        {"note": "hi"}, {"moved_at": 0}, {"reason": None},
+        {"fencing_token": None}, {"challenger": "c" * 64}, {"share": 0.1}, {"share": 0}, {"schema_version": 2},
+        {"note": "hi"}, {"moved_at": 0}, {"moved_at": "2026-03-02T01:02:03"}, {"moved_at": "now"}, {"reason": None},
+        {"reason": "x" * 4001}, {"night": "20260301"},
     ],
     ids=str,
 )  # fmt: skip
 def test_an_odd_pointer_is_refused(change: dict[str, object]):
     found = json.loads(POINTER.serialise()) | change
     with pytest.raises(ReleaseRefused, match=r"pointer current\.json"):
-        Pointer.parse(json.dumps(found).encode())
+        Pointer.parse(canonical(found) + b"\n")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"challenger": POINTER.release}, {"challenger": "x"}, {"challenger": None}, {"share": 10_001}, {"share": 0.5},
+        {"share": True}, {"share": -1}, {"hold": 7}, {"hold": "x" * 4001}, {"move_id": None}, {"move_id": "f" * 31},
+        {"move_id": "g" * 32}, {"signature": "x"}, {"signature": {"key_id": "0" * 16}},
+        {"signature": {"key_id": "0" * 15, "signature": "A" * 86 + "=="}}, {"signature": {"key_id": "0" * 16,
+        "signature": "A" * 84}}, {"signature": {"key_id": "0" * 16, "signature": "?" * 88}}, {"schema_version": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_odd_pointer_with_a_challenger_is_refused(change: dict[str, object]):
+    found = json.loads(NEWER.serialise()) | change
+    with pytest.raises(ReleaseRefused, match=r"pointer current\.json"):
+        Pointer.parse(canonical(found) + b"\n")
+
+
+def test_a_pointer_has_one_spelling():
+    for pointer in (POINTER, NEWER):
+        told = json.loads(pointer.serialise())
+        assert Pointer.parse(canonical(told) + b"\n") == pointer
+        for other in (
+            json.dumps(told).encode(),
+            canonical(told),
+            canonical(told) + b"\n\n",
+            b" " + canonical(told) + b"\n",
+        ):
+            with pytest.raises(ReleaseRefused, match="spelt"):
+                Pointer.parse(other)
+    escaped = POINTER.serialise().replace(b"gate", rb"g\u0061te")
+    with pytest.raises(ReleaseRefused, match="spelt"):
+        Pointer.parse(escaped)
+
+
+def test_only_a_pointer_that_older_readers_would_misread_has_the_newer_version():
+    assert POINTER.schema_version == 1
+    assert json.loads(POINTER.serialise())["schema_version"] == 1
+    signature = Signature("0" * 16, bytes(64))
+    for change in ({"challenger": "c" * 64}, {"hold": "look at it"}, {"signature": signature}):
+        newer = replace(POINTER, move_id="f" * 32, **change)
+        assert newer.schema_version == 2
+        assert Pointer.parse(newer.serialise()) == newer
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_manifests_that_older_versions_wrote_are_read_and_written_as_they_were(version: int):
+    """Of real releases: keys alone, lists, histories."""
+    data = (FORMATS / f"manifest-{version}.json").read_bytes()
+    told = json.loads(data)
+    found = Manifest.parse(data, told["pipeline"], told["release"])
+    assert found.serialise() == data
+    assert (found.schema_version, found.requires, found.beside) == (version, None, ())
+    told["interface"]["inputs"][0]["optional"] = True
+    with pytest.raises(ReleaseRefused, match="optional or hashed, which its schema version does not have"):
+        Manifest.parse(json.dumps(told).encode(), told["pipeline"], told["release"])
+
+
+def test_a_pointer_that_an_older_version_wrote_is_read_and_written_as_it_was():
+    data = (FORMATS / "pointer-1.json").read_bytes()
+    assert Pointer.parse(data).serialise() == data
+
+
+def with_files(manifest: Manifest, *names: str) -> Manifest:
+    files = tuple(
+        sorted((*manifest.files, *(ReleaseFile(name, 1, "0" * 64) for name in names)), key=lambda one: one.name)
+    )
+    return replace(manifest, files=files, release=content_digest(files))
+
+
+def test_files_of_a_feature_may_be_there_and_others_may_not(manifest: Manifest):
+    for names in (
+        ["lookup_segments.bin"],
+        ["lookup_cohort.bin", "lookup_vocabulary.bin"],
+        sorted(OPTIONAL["feedback"]),
+    ):
+        more = with_files(manifest, *names)
+        assert Manifest.parse(more.serialise(), "shop", more.release) == more
+        older = replace(more, schema_version=1)
+        with pytest.raises(ReleaseRefused, match="which no release has"):
+            Manifest.parse(older.serialise(), "shop", older.release)
+    for names, told in ((["score_feedback.onnx"], "of feedback it lacks"), (["more.bin"], "which no release has")):
+        odd = with_files(manifest, *names)
+        with pytest.raises(ReleaseRefused, match=told):
+            Manifest.parse(odd.serialise(), "shop", odd.release)
 
 
 def test_sizes_and_digests_are_those_of_the_files(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Publishing and promoting: what is visible when, and who wins."""
 
+import hashlib
 import json
 import shutil
 import threading
@@ -10,12 +11,25 @@ from pathlib import Path
 import pytest
 
 from tasks.clients.object_store import ObjectStore, open_store
-from tasks.errors import ObjectCorrupt, ObjectMissing, PointerMoved, ReleaseRefused, StoreUnavailable
-from tasks.release.manifest import Pointer, blob_key, manifest_key, pointer_key
-from tasks.release.pointer import promote, publish_release, read_manifest, read_pointer
+from tasks.errors import (
+    Conflict,
+    InvalidConfig,
+    NoRelease,
+    ObjectCorrupt,
+    ObjectMissing,
+    PointerMoved,
+    ReleaseRefused,
+    StoreUnavailable,
+)
+from tasks.release.manifest import Pointer, ReleaseFile, blob_key, manifest_key, pointer_key
+from tasks.release.pointer import move, promote, read_pointer
+from tasks.release.publishing import publish_release, read_manifest
 from tests.releases import NIGHT, PIPELINE, Made, next_night
 
-EXTRA = {"run.json": b"{}", "report.html": b"<html>"}
+EXTRA = {"run.json": b"{}", "report.html": b"<html>", "data_docs/index.html": b"<html>"}
+BESIDE = tuple(
+    ReleaseFile(name, len(EXTRA[name]), hashlib.sha256(EXTRA[name]).hexdigest()) for name in ("report.html", "run.json")
+)
 
 
 @pytest.fixture
@@ -44,7 +58,7 @@ def test_a_published_release_has_every_blob_and_its_manifest(store: ObjectStore,
     assert set(published.written) == {file.name for file in full.manifest.files}
     for file in full.manifest.files:
         assert store.get(blob_key(PIPELINE, file.sha256)).data == (full.folder / file.name).read_bytes()
-    assert read_manifest(store, PIPELINE, published.release) == full.manifest
+    assert read_manifest(store, PIPELINE, published.release) == replace(full.manifest, beside=BESIDE)
     assert store.get(f"{PIPELINE}/releases/{published.release}/report.html").data == b"<html>"
     assert read_pointer(store, PIPELINE) is None
 
@@ -87,7 +101,7 @@ def test_a_publish_that_dies_anywhere_is_invisible_and_is_finished_by_doing_it_a
         with pytest.raises(ObjectMissing, match="publish it first"):
             read_manifest(store, PIPELINE, full.manifest.release)
     assert publish(store, full) == full.manifest.release
-    assert read_manifest(store, PIPELINE, full.manifest.release) == full.manifest
+    assert read_manifest(store, PIPELINE, full.manifest.release) == replace(full.manifest, beside=BESIDE)
 
 
 def test_a_folder_that_changed_since_it_was_described_is_not_published(store: ObjectStore, full: Made, tmp_path: Path):
@@ -195,11 +209,102 @@ def test_a_lost_race_says_who_won(store: ObjectStore, full: Made, later: Made, m
     assert not ledger(store)
 
 
-def test_a_race_that_a_twin_won_is_won(store: ObjectStore, full: Made, monkeypatch: pytest.MonkeyPatch):
+def test_a_move_is_known_by_itself_and_not_by_the_release_that_it_names(
+    store: ObjectStore, full: Made, monkeypatch: pytest.MonkeyPatch
+):
+    """One move, one winner: what a twin did is his, and asking again finds the pointer where it is meant to be."""
     publish(store, full)
     twin = Pointer(full.manifest.release, NIGHT, 1, None, 3, "2026-03-02T00:00:00.000000+00:00", "twin")
     race(store, monkeypatch, twin)
+    with pytest.raises(PointerMoved, match="moved by somebody else"):
+        promote(store, PIPELINE, full.manifest.release, NIGHT, token=3)
     assert promote(store, PIPELINE, full.manifest.release, NIGHT, token=3) == twin
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_move_whose_answer_was_lost_and_that_is_refused_on_the_second_try_is_won(
+    store: ObjectStore, full: Made, later: Made, monkeypatch: pytest.MonkeyPatch, held: bool
+):
+    """What an HTTP client does that repeats a request whose answer it did not get."""
+    publish(store, full), publish(store, later)
+    first = promote(store, PIPELINE, full.manifest.release, NIGHT, token=1)
+    if held:
+        first = move(store, PIPELINE, lambda now: replace(now, hold="look at it"), "look", "hold")
+    swap = store.swap
+
+    def twice(key: str, data: bytes, etag: str | None) -> str:
+        swap(key, data, etag)
+        raise Conflict("the object is another one")
+
+    monkeypatch.setattr(store, "swap", twice)
+    told = {"by_operator": True, "move_id": "a" * 32} if held else {}
+    moved = promote(store, PIPELINE, later.manifest.release, later.manifest.night, token=1, **told)
+    assert moved == read_pointer(store, PIPELINE)
+    assert (moved.generation, moved.release) == (first.generation + 1, later.manifest.release)
+    assert moved.move_id == ("a" * 32 if held else None)
+
+
+class TestOperator:
+    """Moves by hand: hold, challenger, rollback."""
+
+    @pytest.fixture
+    def first(self, store: ObjectStore, full: Made, later: Made) -> Pointer:
+        publish(store, full), publish(store, later)
+        return promote(store, PIPELINE, full.manifest.release, NIGHT, token=7)
+
+    def test_a_held_pointer_is_moved_by_no_night(self, store: ObjectStore, later: Made, first: Pointer):
+        held = move(store, PIPELINE, lambda now: replace(now, hold="sale"), "it is black Friday", "hold")
+        assert (held.generation, held.hold, held.fencing_token, held.release) == (2, "sale", 7, first.release)
+        with pytest.raises(PointerMoved, match=r"is held \(sale\).*unhold"):
+            promote(store, PIPELINE, later.manifest.release, later.manifest.night, token=8)
+        moved = promote(store, PIPELINE, later.manifest.release, later.manifest.night, token=8, by_operator=True)
+        assert (moved.release, moved.hold, moved.generation) == (later.manifest.release, "sale", 3)
+        free = move(store, PIPELINE, lambda now: replace(now, hold=None), "over", "unhold")
+        assert (free.schema_version, free.generation, free.previous) == (1, 4, first.release)
+        assert read_pointer(store, PIPELINE) == free
+        assert [entry["what"] for entry in ledger(store)] == ["promote", "hold", "promote", "unhold"]
+
+    def test_a_night_that_began_before_refuses_its_own_move(self, store: ObjectStore, later: Made, first: Pointer):
+        move(store, PIPELINE, lambda now: replace(now, challenger=later.manifest.release), "try", "challenger")
+        with pytest.raises(PointerMoved, match="had generation 1 when this run began"):
+            promote(*(store, PIPELINE, later.manifest.release, later.manifest.night, 8), expected=first.generation)
+
+    def test_a_challenger_stays_until_it_is_promoted(self, store: ObjectStore, full: Made, later: Made, first: Pointer):
+        told = {"challenger": later.manifest.release, "share": 500}
+        tried = move(store, PIPELINE, lambda now: replace(now, **told), "try", "challenger")
+        assert (tried.challenger, tried.share, tried.schema_version) == (later.manifest.release, 500, 2)
+        assert tried.previous is None
+        again = replace(full.manifest, provenance={"seed": "other"})
+        assert again.release == full.manifest.release
+        promoted = promote(store, PIPELINE, later.manifest.release, later.manifest.night, token=8)
+        assert (promoted.challenger, promoted.share, promoted.generation) == (None, 0, 3)
+        back = move(
+            *(store, PIPELINE, lambda now: replace(now, release=full.manifest.release, night=NIGHT), "bad", "rollback")
+        )
+        assert (back.release, back.previous, back.fencing_token) == (first.release, promoted.release, 8)
+
+    def test_what_cannot_be_is_refused_before_anything_is_written(
+        self, store: ObjectStore, later: Made, first: Pointer
+    ):
+        wrong = [
+            (lambda now: replace(now, challenger=now.release), InvalidConfig, "is its champion"),
+            (lambda now: replace(now, challenger=later.manifest.release, share=10_001), InvalidConfig, "limit 10000"),
+            (lambda now: replace(now, share=1), InvalidConfig, "no challenger"),
+            (lambda now: replace(now, hold="x" * 4001), InvalidConfig, "limit 4000"),
+            (lambda now: replace(now, challenger="e" * 64), ObjectMissing, "publish it first"),
+            (lambda now: replace(now, release="e" * 64), ObjectMissing, "publish it first"),
+            (lambda now: replace(now, release=later.manifest.release), ReleaseRefused, "is of night 2026-03-02"),
+        ]
+        for change, error, told in wrong:
+            with pytest.raises(error, match=told):
+                move(store, PIPELINE, change, "why", "test")
+        assert move(store, PIPELINE, lambda now: now, "why", "test") == first
+        assert read_pointer(store, PIPELINE) == first
+        assert len(ledger(store)) == 1
+
+    def test_without_a_champion_there_is_nothing_to_move(self, store: ObjectStore):
+        with pytest.raises(NoRelease, match="promote a release first"):
+            move(store, PIPELINE, lambda now: now, "why", "test")
 
 
 def test_a_pointer_that_vanished_meanwhile_is_a_lost_race(

@@ -16,7 +16,7 @@ import pytest
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.errors import InvalidConfig, ObjectCorrupt, ParityBroken, ReleaseRefused
 from tasks.release.manifest import blob_key
-from tasks.release.pointer import publish_release
+from tasks.release.publishing import publish_release
 from tasks.release.triton import Served, raw_bytes, write_repository
 from tests.release.triton_rules import NUMPY, Arrays, answer_of, as_sent, read_config, type_of
 from tests.releases import NIGHT, PIPELINE, Made, described_anew, next_night

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tasks.clients.object_store import ObjectStore, open_store
-from tasks.release.pointer import promote, publish_release
+from tasks.release.pointer import promote
+from tasks.release.publishing import publish_release
 from tests.releases import NIGHT, PIPELINE, Made, make_release, next_night, shared_graph
 
 

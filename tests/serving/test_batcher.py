@@ -13,7 +13,8 @@ import pytest
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import ReleaseRefused, RequestRejected
 from tasks.release.manifest import InputSpec
-from tasks.release.pointer import promote, publish_release
+from tasks.release.pointer import promote
+from tasks.release.publishing import publish_release
 from tasks.serving.batcher import MOST, SMALL, Batcher
 from tasks.serving.events import Events
 from tasks.serving.ranker import Ranker

@@ -13,7 +13,8 @@ import pytest
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import InvalidConfig, ReleaseRefused
 from tasks.release.manifest import pointer_key
-from tasks.release.pointer import promote, publish_release
+from tasks.release.pointer import promote
+from tasks.release.publishing import publish_release
 from tasks.serving import cache as caches
 from tasks.serving.cache import ReleaseCache
 from tasks.serving.ranker import Ranker

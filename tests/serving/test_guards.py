@@ -13,7 +13,8 @@ from tasks.clients.object_store import ObjectStore
 from tasks.errors import ReleaseRefused
 from tasks.release.golden import check_parity, make_golden, write_golden
 from tasks.release.graphs import export
-from tasks.release.pointer import promote, publish_release
+from tasks.release.pointer import promote
+from tasks.release.publishing import publish_release
 from tasks.serving.guards import ConstantWatch, constant, require_finite, require_variety
 from tasks.serving.ranker import Ranker
 from tests.releases import PIPELINE, Made, described_anew

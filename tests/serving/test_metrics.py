@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import RequestRejected
 from tasks.release.manifest import manifest_key
-from tasks.release.pointer import promote, publish_release
+from tasks.release.pointer import promote
+from tasks.release.publishing import publish_release
 from tasks.serving.metrics import Metrics
 from tasks.serving.ranker import Ranker
 from tests.releases import NIGHT, PIPELINE, Made

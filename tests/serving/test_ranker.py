@@ -24,7 +24,8 @@ from tasks.errors import (
     StoreUnavailable,
 )
 from tasks.release.manifest import CONTENT, Pointer, blob_key, manifest_key, pointer_key
-from tasks.release.pointer import promote, publish_release, read_pointer
+from tasks.release.pointer import promote, read_pointer
+from tasks.release.publishing import publish_release
 from tasks.release.strict_json import canonical
 from tasks.serving import loaded, sessions
 from tasks.serving.ranker import Ranker
@@ -278,7 +279,7 @@ DAMAGE: dict[str, Callable[[ObjectStore, Made], object]] = {
         s, m, lambda found: found["interface"]["objectives"].reverse()
     ),
     "another night": lambda s, m: manifest_of(s, m, lambda found: found["interface"].update(night="2026-03-09")),
-    "unknown schema": lambda s, m: manifest_of(s, m, lambda found: found.update(schema_version=4)),
+    "unknown schema": lambda s, m: manifest_of(s, m, lambda found: found.update(schema_version=5)),
 }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ import pytest
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import InvalidConfig, NoRelease, StoreUnavailable
 from tasks.release.manifest import manifest_key
-from tasks.release.pointer import promote, publish_release
+from tasks.release.pointer import promote
+from tasks.release.publishing import publish_release
 from tasks.serving import refresher as refreshers
 from tasks.serving.ranker import Ranker
 from tasks.serving.refresher import Patience, Refresher

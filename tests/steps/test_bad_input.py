@@ -31,7 +31,8 @@ from tasks.errors import (
     StoreUnwritable,
 )
 from tasks.release.manifest import Pointer, blob_key, pointer_key
-from tasks.release.pointer import promote, read_manifest
+from tasks.release.pointer import promote
+from tasks.release.publishing import read_manifest
 from tasks.serving.ranker import Ranker
 from tasks.steps import watched_by
 from tests.finished import Finished

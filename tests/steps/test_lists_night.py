@@ -25,7 +25,7 @@ from tasks.night_alarms import of_inputs
 from tasks.release import alarms
 from tasks.release.golden import reference_scores
 from tasks.release.manifest import CONTENT
-from tasks.release.pointer import read_manifest
+from tasks.release.publishing import read_manifest
 from tasks.release.tables import read_tables
 from tasks.release.triton import Served, write_repository
 from tasks.serving.loaded import load

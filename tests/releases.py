@@ -145,11 +145,19 @@ def make_rows(data: DataConfig, count: int = 60, seed: int = 0) -> pa.Table:
 
 
 def make_parts(
-    kind: str, seed: int = 0, bent: Bent | None = None, prototypes: int = 0
+    kind: str,
+    seed: int = 0,
+    bent: Bent | None = None,
+    prototypes: int = 0,
+    rows: pa.Table | None = None,
+    config: RankerConfig | None = None,
 ) -> tuple[DataConfig, Ranker, npt.NDArray[np.float32], ServingTables, pa.Table]:
-    """Contract, network, bank, tables and rows of a kind of release; nothing exported yet."""
+    """Contract, network, bank, tables and rows of a kind of release; nothing exported yet.
+
+    Given rows and a config of the network make it as large as they are.
+    """
     data, random = contract(kind), np.random.default_rng(seed)
-    rows = make_rows(data, seed=seed)
+    rows = make_rows(data, seed=seed) if rows is None else rows
     vocabularies = {}
     for name in data.vocabularies:
         keys = rows[name].combine_chunks().drop_null().unique()
@@ -199,7 +207,7 @@ def make_parts(
         kinds=kinds,
     )
     torch.manual_seed(seed)
-    config = RankerConfig(
+    config = config or RankerConfig(
         **{"clashing": {"kind": "dcn"}, "past": {"kind": "transformer", "history": HISTORY, "blocks": 2}}.get(kind, {}),
         **{"embedding": 4, "hidden": 8, "factors": 2, "features": 2, "warm_up": True, "prior": True},
     )

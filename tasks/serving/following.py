@@ -179,7 +179,7 @@ class Follower:
                 challenger = before.challenger
             else:
                 challenger = self._source.load(pointer.challenger, self._keep(pointer))
-            contest = Contest(champion, challenger, int(pointer.share), self._events, self._batcher, watch)
+            contest = Contest(champion, challenger, pointer.share, self._events, self._batcher, watch)
         except Exception as error:  # whatever it is, the champion can answer everybody
             reason = f"challenger {pointer.challenger[:12]} does not serve: {type(error).__name__}: {error}"
             log.warning("%s", reason, exc_info=None if isinstance(error, NightrankError) else error)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tasks.clients.object_store import open_store
 from tasks.release.manifest import Manifest, content_digest, describe
-from tasks.release.pointer import promote, publish_release
+from tasks.release.pointer import promote
+from tasks.release.publishing import publish_release
 
 PIPELINE = "shop"
 """As in `tests.releases`, which loads torch."""

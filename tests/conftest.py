@@ -56,6 +56,7 @@ _TOGETHER = (
         *("tests/steps/test_s3_night.py", "tests/clients/test_lease.py"),
         *("tests/clients/test_object_store.py", "tests/clients/test_s3_store.py"),
         *("tests/clients/test_s3_multipart.py", "tests/faults/test_refused_stores.py"),
+        *("tests/faults/test_publish_once.py", "tests/faults/test_lost_answers.py", "tests/faults/test_policies.py"),
     ),
 )
 """Files that share the `nursery`, one embedded `prefect` or the `s3_server`, and so a worker."""

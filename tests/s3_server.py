@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,6 +23,10 @@ from tests.ports import free_ports
 
 ADMIN = ("nightrank-admin", "nightrank-admin-secret")
 READER = ("nightrank-reader", "nightrank-reader-secret")
+PUBLISHER = ("nightrank-publisher", "nightrank-publisher-secret")
+RANKER = ("nightrank-ranker", "nightrank-ranker-secret")
+"""The two whose rights are `infra/policies/publisher.json` and `reader.json`, for the pipeline `tiny`."""
+POLICIES = Path(__file__).resolve().parents[1] / "infra" / "policies"
 _PATIENCE_S = 60.0
 
 
@@ -45,7 +50,7 @@ def aws_environment(endpoint: str, access_key: str, secret_key: str) -> dict[str
 
 
 class S3Server:
-    """SeaweedFS with two identities: an administrator, and a reader who may not write.
+    """SeaweedFS with four identities: an administrator, a reader who may not write, and those of `infra/policies`.
 
     Args:
         folder: where it keeps its data and its log; a fresh one.
@@ -65,12 +70,17 @@ class S3Server:
     ) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int | None:
+        """The server's process, while it runs."""
+        return None if self._process is None else self._process.pid
+
     def environment(self, identity: tuple[str, str] = ADMIN) -> dict[str, str]:
         """The environment in which boto3 reaches this server as the identity."""
         return aws_environment(self.endpoint, *identity)
 
     def make_bucket(self, name: str) -> None:
-        """Make an empty bucket."""
+        """Make a bucket, unless it is there."""
         client = boto3.client(
             "s3",
             endpoint_url=self.endpoint,
@@ -78,7 +88,8 @@ class S3Server:
             aws_secret_access_key=ADMIN[1],
             region_name="us-east-1",
         )
-        client.create_bucket(Bucket=name)
+        with suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket=name)
         client.close()
 
     def start(self) -> None:
@@ -91,9 +102,12 @@ class S3Server:
         identities = [
             _identity("admin", ADMIN, ["Admin", "Read", "Write", "List", "Tagging"]),
             _identity("reader", READER, ["Read", "List"]),
+            _identity("publisher", PUBLISHER, [], "publisher"),
+            _identity("ranker", RANKER, [], "reader"),
         ]
+        policies = [{"name": name, "content": _policy(name)} for name in ("publisher", "reader")]
         config = self._folder / "s3.json"
-        config.write_text(json.dumps({"identities": identities}))
+        config.write_text(json.dumps({"identities": identities, "policies": policies}))
         master, master_g, volume, volume_g, filer, filer_g, s3, s3_g = free_ports(8)
         self.endpoint = f"http://127.0.0.1:{s3}"
         with (self._folder / "weed.log").open("wb") as log:
@@ -140,5 +154,11 @@ class S3Server:
         raise RuntimeError(f"weed did not come up: {(self._folder / 'weed.log').read_text()[-2000:]}")
 
 
-def _identity(name: str, keys: tuple[str, str], actions: list[str]) -> dict[str, object]:
-    return {"name": name, "credentials": [{"accessKey": keys[0], "secretKey": keys[1]}], "actions": actions}
+def _identity(name: str, keys: tuple[str, str], actions: list[str], *policies: str) -> dict[str, object]:
+    credentials = [{"accessKey": keys[0], "secretKey": keys[1]}]
+    return {"name": name, "credentials": credentials, "actions": actions, "policyNames": list(policies)}
+
+
+def _policy(name: str) -> str:
+    """A policy as it stands in the repository, for the pipeline of the tiny world."""
+    return (POLICIES / f"{name}.json").read_text().replace("/nightrank/movielens/", "/nightrank/tiny/")

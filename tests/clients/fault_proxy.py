@@ -4,7 +4,7 @@ import hashlib
 import http.client
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
@@ -52,6 +52,7 @@ class FaultProxy:
         seen: methods of all calls so far.
         calls: methods and paths of all calls so far.
         forgets: method, header (lower case) and piece of the path: calls that are passed on without that header.
+        from_then_on: the fault of a call that fits and of all that come after it.
         hangs: pass nothing on and say nothing.
         nods: answer every PUT with success, and do nothing.
         overrules: answer conditional PUTs as they should be, and write all the same.
@@ -66,6 +67,7 @@ class FaultProxy:
         self.seen: list[str] = []
         self.calls: list[str] = []
         self.forgets: set[tuple[str, str, str]] = set()
+        self.from_then_on: Fault | None = None
         self.hangs = self.nods = self.overrules = False
         self._over = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, address.hostname, address.port))
@@ -90,6 +92,10 @@ class FaultProxy:
         self.calls.append(f"{method} {path}")
         if self.hangs:
             return Fault(method, served=False, hang=True)
+        then = self.from_then_on
+        if then is not None and (then.method in ("any", method)) and then.path in path:
+            self.from_then_on = replace(then, method="any", path="")
+            return then
         if method in self.always:
             return Fault(method)
         if self.nods and method == "PUT":
@@ -106,6 +112,7 @@ class FaultProxy:
         """Forget all faults and calls, and let go of what hangs."""
         self.plan, self.always, self.seen, self.calls = [], set(), [], []
         self.forgets = set()
+        self.from_then_on: Fault | None = None
         self.hangs = self.nods = self.overrules = False
         self._over.set()
         self._over = threading.Event()

@@ -155,8 +155,11 @@ def test_300_publishes_to_s3_are_cut(on_s3: Line) -> None:
     assert came == {"nothing": 200, "visible": 50, "moved": 50}
 
 
-def test_a_publish_that_is_cut_by_a_system_call_or_at_any_moment_is_ended_by_the_next(on_disk: Line) -> None:
+def test_a_publish_whose_last_act_is_a_system_call_is_ended_by_the_next(on_disk: Line) -> None:
     assert system_calls(on_disk, deaths=4).total() == 4
+
+
+def test_a_publish_that_is_killed_at_any_moment_is_ended_by_the_next(on_disk: Line) -> None:
     assert moments(on_disk, deaths=4).total() == 4
 
 

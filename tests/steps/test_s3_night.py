@@ -1,4 +1,7 @@
-"""A whole night with lake and store in S3 is the night of a directory, to the byte."""
+"""A whole night with lake and store in S3 is the night of a directory, to the byte; least privilege is enough for it.
+
+The night runs with the rights of `infra/policies/publisher.json`, the ranker with those of `reader.json`.
+"""
 
 from pathlib import Path
 
@@ -9,35 +12,35 @@ from tasks.clients.object_store import open_store
 from tasks.release.pointer import read_pointer
 from tasks.serving.ranker import Ranker
 from tests.finished import Finished
-from tests.s3_server import S3Server
+from tests.s3_server import PUBLISHER, RANKER, S3Server
 from tests.steps.plain import plain_night
 
 
-@pytest.fixture
-def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    s3_server.make_bucket("nights")
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
-    return "s3://nights"
-
-
-def test_lake_and_store_in_s3_give_the_release_that_directories_give(
-    finished: Finished, tmp_path: Path, bucket: str
+def test_lake_and_store_in_s3_give_the_release_that_directories_give_with_least_privilege(
+    finished: Finished, tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def act_as(*identity: tuple[str, str]) -> None:
+        for name, value in s3_server.environment(*identity).items():
+            monkeypatch.setenv(name, value)
+
+    for bucket in ("lake", "models"):
+        s3_server.make_bucket(bucket)
+    act_as()
     local = finished.results[0]
-    lake, tree = open_store(f"{bucket}/lake"), finished.world.config
+    lake, tree = open_store("s3://lake/interactions"), finished.world.config
     source = Path(tree["data"]["source"])
     for file in sorted(source.rglob("*.parquet")):
         if file.parent.name <= f"night={local.night}":
             assert lake.put_file_if_absent(file.relative_to(source).as_posix(), file)
-    places = {"store": f"{bucket}/store", "scratch": str(tmp_path / "elsewhere")}
-    config = RetrainConfig.model_validate(tree | places | {"data": tree["data"] | {"source": f"{bucket}/lake"}})
+    places = {"store": "s3://models/nightrank", "scratch": str(tmp_path / "elsewhere")}
+    config = RetrainConfig.model_validate(tree | places | {"data": tree["data"] | {"source": "s3://lake/interactions"}})
     store = open_store(config.store)
     traced = sorted(finished.store.list(f"{config.pipeline}/work/graph/"))  # to trace the same again is not the point
     assert traced
     for key in traced:
         assert store.put_if_absent(key, finished.store.get(key).data)
 
+    act_as(PUBLISHER)
     remote = plain_night(config, local.night)
 
     assert remote.published.release == local.published.release
@@ -46,5 +49,6 @@ def test_lake_and_store_in_s3_give_the_release_that_directories_give(
     pointer = read_pointer(store, config.pipeline)
     assert pointer is not None
     assert (pointer.release, pointer.generation) == (local.published.release, 1)
+    act_as(RANKER)
     with Ranker(config.store, config.pipeline, device="cpu") as ranker:
         assert ranker.release == local.published.release

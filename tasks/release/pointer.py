@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, date, datetime
 
 from tasks.clients.object_store import ObjectStore, Stored
-from tasks.errors import Conflict, InvalidConfig, NoRelease, PointerMoved, ReleaseRefused
+from tasks.errors import Conflict, InvalidConfig, NoRelease, OutcomeUnknown, PointerMoved, ReleaseRefused
 from tasks.release.pointer_json import LARGEST_REASON, Pointer, pointer_key
 from tasks.release.publishing import read_manifest
 from tasks.release.signing import KEY_VARIABLE, Keyring, check_pointer, signer
@@ -226,20 +226,23 @@ def _swap(
         pointer = key.sign_pointer(pipeline, pointer)
     try:
         store.swap(pointer_key(pipeline), pointer.serialise(), None if stored is None else stored.etag)
-    except Conflict as conflict:
-        pointer = _winner(store, pipeline, pointer, conflict)
+    except (Conflict, OutcomeUnknown) as failure:
+        pointer = _winner(store, pipeline, pointer, failure)
     _enter(store, pipeline, pointer, what)
     return pointer
 
 
-def _winner(store: ObjectStore, pipeline: str, meant: Pointer, conflict: Conflict) -> Pointer:
-    """The pointer that stands after a swap that was refused, if it is the very move that was meant."""
+def _winner(store: ObjectStore, pipeline: str, meant: Pointer, failure: Conflict | OutcomeUnknown) -> Pointer:
+    """The pointer that stands after a swap that was refused or not answered, if it is the very move that was meant."""
     now, _ = _current(store, pipeline)
+    # Of two moves of one generation one was made: whatever became of the answer, this one was not and cannot be.
+    if isinstance(failure, OutcomeUnknown) and (now is None or now.generation != meant.generation):
+        raise failure
     if now is None:
         raise PointerMoved(
             f"{store.url}/{pointer_key(pipeline)} vanished while it was moved to release {meant.release[:12]}; "
             f"promote again"
-        ) from conflict
+        ) from failure
     # A pointer of schema version 1 has no move_id; its time to the microsecond, token and reason stand for one.
     ours = now == meant if meant.move_id is None else now.move_id == meant.move_id
     if not ours:
@@ -247,7 +250,7 @@ def _winner(store: ObjectStore, pipeline: str, meant: Pointer, conflict: Conflic
             f"{store.url}/{pointer_key(pipeline)} was moved by somebody else while it was moved to release "
             f"{meant.release[:12]}: it names {now.release[:12]} of night {now.night} (generation {now.generation}); "
             f"look who else runs this pipeline, then promote again"
-        ) from conflict
+        ) from failure
     return now
 
 

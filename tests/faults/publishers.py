@@ -25,10 +25,9 @@ from tasks.clients import directory_store, s3_multipart, s3_store  # noqa: F401 
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.clients.s3_client import s3_client
 from tasks.errors import NightrankError
-from tasks.release.manifest import Manifest, blob_key, content_digest, describe
-from tasks.release.pointer import promote, publish_release, read_manifest, read_pointer
-
-__all__ = ["blob_key", "promote", "publish_release", "read_manifest", "read_pointer"]
+from tasks.release.manifest import Manifest, content_digest, describe
+from tasks.release.pointer import promote
+from tasks.release.publishing import publish_release
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = "shop"

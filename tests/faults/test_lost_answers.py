@@ -23,19 +23,11 @@ from tasks.clients.object_store import open_store
 from tasks.clients.s3_client import s3_client
 from tasks.clients.s3_store import S3Store
 from tasks.errors import OutcomeUnknown, PointerMoved, StoreError, StoreUnavailable
+from tasks.release.manifest import blob_key
+from tasks.release.pointer import promote, read_pointer
+from tasks.release.publishing import publish_release, read_manifest
 from tests.clients.fault_proxy import BEGIN, END, PART, Fault, FaultProxy
-from tests.faults.publishers import (
-    EXTRA,
-    PIPELINE,
-    SMALLEST_PART,
-    Prepared,
-    blob_key,
-    prepared,
-    promote,
-    publish_release,
-    read_manifest,
-    read_pointer,
-)
+from tests.faults.publishers import EXTRA, PIPELINE, SMALLEST_PART, Prepared, prepared
 from tests.releases import Made, make_release, shared_graph
 from tests.s3_server import S3Server
 

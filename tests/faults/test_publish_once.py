@@ -23,8 +23,10 @@ from typing import Any
 import pytest
 
 from tasks.clients.object_store import ObjectStore, open_store
-from tasks.release.manifest import Pointer, blob_key
-from tasks.release.pointer import read_manifest, read_pointer
+from tasks.release.manifest import blob_key
+from tasks.release.pointer import read_pointer
+from tasks.release.pointer_json import Pointer
+from tasks.release.publishing import read_manifest
 from tests.faults.publishers import PIPELINE, SMALLEST_PART, Cut, Outcome, Prepared, Publishers, prepared, publishers
 from tests.releases import Made, make_release, shared_graph
 from tests.s3_server import S3Server

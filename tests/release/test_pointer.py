@@ -17,6 +17,7 @@ from tasks.errors import (
     NoRelease,
     ObjectCorrupt,
     ObjectMissing,
+    OutcomeUnknown,
     PointerMoved,
     ReleaseRefused,
     StoreUnavailable,
@@ -242,6 +243,36 @@ def test_a_move_whose_answer_was_lost_and_that_is_refused_on_the_second_try_is_w
     assert moved == read_pointer(store, PIPELINE)
     assert (moved.generation, moved.release) == (first.generation + 1, later.manifest.release)
     assert moved.move_id == ("a" * 32 if held else None)
+
+
+def test_a_move_that_nobody_answered_is_judged_by_the_pointer_as_it_stands(
+    store: ObjectStore, full: Made, later: Made, monkeypatch: pytest.MonkeyPatch
+):
+    """Made; beaten, since of one generation there is one move; or unknown, since it may still arrive."""
+    publish(store, full), publish(store, later)
+    swap, ahead = store.swap, [None]
+
+    def unanswered(key: str, data: bytes, etag: str | None) -> str:
+        if ahead[0] is not None:
+            swap(key, ahead[0], etag)
+        raise OutcomeUnknown("no answer")
+
+    monkeypatch.setattr(store, "swap", unanswered)
+
+    def moved() -> Pointer:
+        return promote(store, PIPELINE, later.manifest.release, later.manifest.night, token=1)
+
+    with pytest.raises(OutcomeUnknown):
+        moved()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "swap", lambda key, data, etag: (swap(key, data, etag), unanswered(key, data, etag)))
+        won = moved()
+    assert (won, won.generation) == (read_pointer(store, PIPELINE), 1)
+    promote_back = replace(won, release=full.manifest.release, night=NIGHT, generation=2, reason="rival")
+    ahead[0] = promote_back.serialise()
+    with pytest.raises(PointerMoved, match="moved by somebody else"):
+        promote(store, PIPELINE, full.manifest.release, NIGHT, token=1, force=True)
+    assert read_pointer(store, PIPELINE) == promote_back
 
 
 class TestOperator:

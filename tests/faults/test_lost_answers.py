@@ -196,7 +196,7 @@ def test_200_answers_are_lost(network: Network, monkeypatch: pytest.MonkeyPatch)
             done[beaten(network, draw, monkeypatch)] += 1
         else:
             done[silent(network, draw, monkeypatch)] += 1
-    print(done)
+            print(f"{number + 1} injections:", dict(done), flush=True)
     assert done.total() == 200
     ledger = list(network.direct.list(f"{PIPELINE}/ledger/"))
     assert len(ledger) == network.generation(), "a move without its entry, or an entry without its move"

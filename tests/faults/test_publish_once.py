@@ -260,6 +260,8 @@ def moments(line: Line, deaths: int) -> Counter[str]:
         time.sleep(draw.uniform(0, whole))
         os.kill(child.pid, signal.SIGKILL)
         dead = child.end()
+        if came.total() % 20 == 19:
+            print(f"{came.total() + 1} deaths:", dict(came), flush=True)
         if dead.killed:
             came[line.survives(release, dead, before, entries)] += 1
         else:
@@ -308,9 +310,13 @@ def test_of_a_crowd_of_publishers_one_moves_the_pointer_each_round(on_disk: Line
 
 @pytest.mark.soak
 def test_of_32_publishers_one_moves_the_pointer_in_each_of_50_rounds_on_s3(on_s3: Line) -> None:
-    crowd(on_s3, writers=32, rounds=50)
+    for tenth in range(10):
+        crowd(on_s3, writers=32, rounds=5)
+        print(f"{5 * (tenth + 1)} rounds", flush=True)
 
 
 @pytest.mark.soak
 def test_of_32_publishers_one_moves_the_pointer_in_each_of_50_rounds_on_disk(on_disk: Line) -> None:
-    crowd(on_disk, writers=32, rounds=50)
+    for tenth in range(10):
+        crowd(on_disk, writers=32, rounds=5)
+        print(f"{5 * (tenth + 1)} rounds", flush=True)

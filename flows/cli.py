@@ -9,6 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.cli_keys import add_keys
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -110,6 +112,8 @@ def parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("releases", help="list the releases of a pipeline")
     listing.add_argument("--config", required=True, help="config file")
     listing.set_defaults(command=_releases)
+
+    add_keys(commands)
 
     doctor = commands.add_parser("doctor", help="check config, lake, store and device before a night needs them")
     doctor.add_argument("--config", required=True, help="config file")

@@ -35,7 +35,8 @@ from tasks.release.tables import LevelTable, ServingTables, write_tables
 from tasks.steps import Product, Progress, carry_out, open_workspace, quietly, recalled, record_of, verb
 from tasks.validate import clean_file
 
-VERSION = 3
+VERSION = 4
+GRAPH_VERSION = 3
 GRAPH = "score.onnx"
 
 
@@ -76,7 +77,7 @@ def export(
         kept = [record for record in recent if night_of_record(record).toordinal() >= begin]
         states = [(night_of_record(record), workspace.file(record, "state.parquet")) for record in kept]
         levels = tuple(
-            LevelTable(level.columns, tuple(own.radices.tolist()), own.keys, own.slots)
+            LevelTable(level.columns, tuple(own.radices.tolist()), own.keys, own.slots, own.support, own.refused)
             for level, own in zip(rows.levels, ship.levels, strict=True)
         )
         history = trained.network.config.history
@@ -190,5 +191,5 @@ def _traced(
 
     with quietly("export"):
         depends = traced_from(shape, config, names, bent, prototypes)
-        record, _ = carry_out(place, "graph", VERSION, None, {}, depends, work)
+        record, _ = carry_out(place, "graph", GRAPH_VERSION, None, {}, depends, work)
     return open_workspace(place).file(record, GRAPH).read_bytes()

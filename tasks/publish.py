@@ -10,18 +10,22 @@ from pathlib import Path
 
 from tasks.clients.workspace import canonical_json
 from tasks.data.contract import DataConfig
+from tasks.evaluate import LIFT
 from tasks.ingest import intent_key, released_prefix
 from tasks.night_report import night_report
 from tasks.references import ExamRef, ExportRef, FinishedSteps, IngestRef, Place, PublishRef, VerdictRef
+from tasks.release import lift
 from tasks.release.gate import GateConfig, ReleaseVerdict
 from tasks.release.gate import override as overridden
 from tasks.release.interface import Interface, read_interface
 from tasks.release.manifest import Manifest, describe
+from tasks.release.manifest_parts import LevelSegments
 from tasks.release.pointer import promote as move_pointer
 from tasks.release.pointer import read_pointer
 from tasks.release.publishing import publish_release
 from tasks.release.report import render
 from tasks.release.requirements import requirements
+from tasks.release.segments_table import level_segments
 from tasks.release.strict_json import Reader
 from tasks.releases import location
 from tasks.steps import Product, Progress, carry_out, open_workspace, recalled, record_of, still_held, store_of, verb
@@ -96,8 +100,14 @@ def publish(
             {one["objective"]: one["nightly"] for one in record_of(place, verdict).notes["exams"]},
             report.provenance,
             requirements(sorted(release.glob("*.onnx"))),
+            _segments(place, done, release, data),
         )
-        extra = {**pages, "run.json": canonical_json(run), "report.html": render(report).encode()}
+        extra = {
+            **pages,
+            "run.json": canonical_json(run),
+            "report.html": render(report).encode(),
+            "lift.parquet": workspace.file(record_of(place, done.exam), LIFT).read_bytes(),
+        }
         published = publish_release(store, place.pipeline, release, manifest, extra)
         progress(len(manifest.files), len(manifest.files), "files")
         replaces = _note_intent(place, ingested, exported.release, config)
@@ -126,6 +136,24 @@ def publish(
         why=record.content["why"],
         report=location(place, f"{folder_key}/report.html"),
         signed_by=record.notes.get("signed_by"),  # a publish that was recorded before there were signatures has none
+    )
+
+
+def _segments(place: Place, done: FinishedSteps, release: Path, data: DataConfig) -> tuple[LevelSegments, ...]:
+    """Who is served by what, from the bank that ships and the exams."""
+    ship, exam, interface = (
+        record_of(place, done.ship),
+        record_of(place, done.exam),
+        _interface(release / "interface.json"),
+    )
+    return level_segments(
+        release / "segments.parquet",
+        lift.load(open_workspace(place).file(exam, LIFT)),
+        data.objectives[0].name,
+        [level.columns for level in interface.levels],
+        ship.content["seen"],
+        json.loads((release / "base.json").read_bytes())["adapter"]["kind"],
+        exam.notes["nights"],
     )
 
 

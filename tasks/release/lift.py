@@ -26,6 +26,8 @@ from tasks.release.segment_gate import UNNAMED
 
 SURE = NormalDist().inv_cdf(0.95)
 """Standard deviations from nothing at which a segment counts as better or worse off."""
+SURE_95 = NormalDist().inv_cdf(0.975)
+"""Standard deviations to either side of a mean that make a 95 % interval."""
 SHOWN = 5
 """Most segments at either end that a summary names."""
 TOO_FEW = (

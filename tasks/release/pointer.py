@@ -13,7 +13,7 @@ from tasks.clients.object_store import ObjectStore, Stored
 from tasks.errors import Conflict, InvalidConfig, NoRelease, OutcomeUnknown, PointerMoved, ReleaseRefused
 from tasks.release.pointer_json import LARGEST_REASON, Pointer, pointer_key
 from tasks.release.publishing import read_manifest
-from tasks.release.signing import KEY_VARIABLE, Keyring, check_pointer, signer
+from tasks.release.signing import KEY_VARIABLE, Keyring, SigningKey, check_pointer, signer
 from tasks.release.strict_json import canonical
 
 
@@ -152,26 +152,26 @@ def move(
     return _swap(store, pipeline, current, stored, meant, reason, move_id, what)
 
 
-def sign_pointer(store: ObjectStore, pipeline: str) -> Pointer | None:
-    """Sign the pointer as it stands with this host's key; None where there is none.
+def sign_pointer(store: ObjectStore, pipeline: str, key: SigningKey, keyring: Keyring | None) -> Pointer | None:
+    """Sign the pointer as it stands; None where there is none.
 
-    It is read without a keyring: an operator says that it is good.
+    Args:
+        store: where.
+        pipeline: the pipeline.
+        key: signs it.
+        keyring: whose keys must vouch for it until now; None takes the caller's word.
 
     Raises:
-        ReleaseRefused: it is damaged.
-        InvalidConfig: no key is named, or it cannot be used.
+        ReleaseRefused: it is damaged, or no key of the keyring vouches for it.
         PointerMoved: it changed while this call was at it.
     """
-    key = signer()
-    if key is None:
-        raise InvalidConfig(f"there is no key to sign with; name it by {KEY_VARIABLE}")
     stored = store.find(pointer_key(pipeline))
     if stored is None:
         return None
-    current = check_pointer(None, pipeline, stored.data)
+    current = check_pointer(keyring, pipeline, stored.data)
     if current.signature is not None and current == key.sign_pointer(pipeline, current):
         return current
-    return _swap(store, pipeline, current, stored, current, f"signed by key {key.key_id}", None, "sign")
+    return _swap(store, pipeline, current, stored, current, f"signed by key {key.key_id}", None, "sign", key)
 
 
 def _current(store: ObjectStore, pipeline: str) -> tuple[Pointer | None, Stored | None]:
@@ -198,9 +198,13 @@ def _swap(
     reason: str,
     move_id: str | None,
     what: str,
+    key: SigningKey | None = None,
 ) -> Pointer:
-    """Replace the pointer that was read by the one that is meant, and enter the move into the ledger."""
-    key = signer()
+    """Replace the pointer that was read by the one that is meant, and enter the move into the ledger.
+
+    It is signed by the key, or by this host's.
+    """
+    handed, key = key, signer() if key is None else key
     if key is None and current is not None and current.signature is not None:
         raise InvalidConfig(
             f"{store.url}/{pointer_key(pipeline)} is signed, and this host has no key: rankers with keys would refuse "
@@ -227,14 +231,25 @@ def _swap(
     try:
         store.swap(pointer_key(pipeline), pointer.serialise(), None if stored is None else stored.etag)
     except (Conflict, OutcomeUnknown) as failure:
-        pointer = _winner(store, pipeline, pointer, failure)
+        pointer = _winner(store, pipeline, pointer, failure, handed)
     _enter(store, pipeline, pointer, what)
     return pointer
 
 
-def _winner(store: ObjectStore, pipeline: str, meant: Pointer, failure: Conflict | OutcomeUnknown) -> Pointer:
-    """The pointer that stands after a swap that was refused or not answered, if it is the very move that was meant."""
-    now, _ = _current(store, pipeline)
+def _winner(
+    store: ObjectStore,
+    pipeline: str,
+    meant: Pointer,
+    failure: Conflict | OutcomeUnknown,
+    handed: SigningKey | None,
+) -> Pointer:
+    """The pointer that stands after a swap that was refused or not answered, if it is the very move that was meant.
+
+    One that is signed by a key that was handed in need not be good in this host's keyring yet.
+    """
+    stored = store.find(pointer_key(pipeline))
+    keyring = None if handed is not None else Keyring.from_environment()
+    now = None if stored is None else check_pointer(keyring, pipeline, stored.data)
     # Of two moves of one generation one was made: whatever became of the answer, this one was not and cannot be.
     if isinstance(failure, OutcomeUnknown) and (now is None or now.generation != meant.generation):
         raise failure

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.data import vocabulary
@@ -26,6 +27,17 @@ I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 
 
+OWN, ROLLED_BACK = "own", "rolled_back"
+"""Whose weights serve a segment: its own, or its parent's because its own are proven to do harm. A segment that is not
+listed is served by its parent's for want of rows."""
+NO_SLOT = -1
+"""Slot of a segment that the request's own coarser segment serves."""
+SEGMENTS = pa.schema(
+    [("level", pa.int64()), ("key", pa.int64()), ("slot", pa.int64()), ("support", pa.int64()), ("source", pa.string())]
+)
+"""Of `segments.parquet`."""
+
+
 @dataclass(frozen=True)
 class LevelTable:
     """Which slot of the bank serves each segment of one level.
@@ -36,12 +48,16 @@ class LevelTable:
         keys: distinct mixed-radix keys, int64 [G].
         slots: slot of each key, int64 [G]; a segment without an adapter of its own names its parent's slot or is
             left out, and then the request's own coarser segment serves it.
+        support: rows that the weights of each key were solved from, int64 [G]; None where nobody says.
+        rolled_back: further keys, whose own weights are proven to do harm; no graph knows them, int64 [H].
     """
 
     columns: tuple[str, ...]
     radices: tuple[int, ...]
     keys: I64
     slots: I64
+    support: I64 | None = None
+    rolled_back: I64 | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +96,8 @@ def write_tables(tables: ServingTables, folder: Path) -> None:
             columns["key"] = pa.array(np.concatenate([np.full(min(len(values), 1), -1), statistics.cohort_item_keys]))
         columns |= {name: pa.array(values[:, column]) for column, name in enumerate(names)}
         _write(pa.table(columns), folder / f"statistics_{group}.parquet")
-    segments = {
-        "level": np.repeat(np.arange(len(tables.levels), dtype=np.int64), [len(level.keys) for level in tables.levels]),
-        "key": np.concatenate([np.zeros(0, np.int64), *(level.keys for level in tables.levels)]),
-        "slot": np.concatenate([np.zeros(0, np.int64), *(level.slots for level in tables.levels)]),
-    }
-    _write(pa.table({name: pa.array(values) for name, values in segments.items()}), folder / "segments.parquet")
+    parts = [_segments(number, level) for number, level in enumerate(tables.levels)]
+    _write(pa.concat_tables([SEGMENTS.empty_table(), *parts]), folder / "segments.parquet")
     described = {
         "statistics": list(statistics.names),
         "base": statistics.base.astype(float).tolist(),
@@ -125,9 +137,8 @@ def read_tables(data: DataConfig, folder: Path) -> ServingTables:
             cohort_item=_features(groups["cohort_item"], names, len(described["base"]) + 1),
         )
         segments = pq.read_table(folder / "segments.parquet")
-        level, keys, slots = (segments[name].to_numpy() for name in ("level", "key", "slot"))
         levels = tuple(
-            LevelTable(tuple(one["columns"]), tuple(one["radices"]), keys[level == position], slots[level == position])
+            _level(tuple(one["columns"]), tuple(one["radices"]), segments.filter(pc.field("level") == position))
             for position, one in enumerate(described["levels"])
         )
         vocabularies = vocabulary.load(data, folder / "vocabulary.parquet")
@@ -136,6 +147,33 @@ def read_tables(data: DataConfig, folder: Path) -> ServingTables:
         raise ObjectCorrupt(
             f"the tables of the release in {folder} cannot be read: {error!r}; fetch the release again"
         ) from error
+
+
+def _segments(number: int, level: LevelTable) -> pa.Table:
+    """A level's rows of `segments.parquet`: segments with a slot, then those that were rolled back."""
+    back = np.zeros(0, np.int64) if level.rolled_back is None else level.rolled_back
+    own, all_ = len(level.keys), len(level.keys) + len(back)
+    known = np.zeros(own, np.int64) if level.support is None else level.support
+    unknown = np.arange(all_) >= (0 if level.support is None else own)
+    return pa.table(
+        {
+            "level": np.full(all_, number, np.int64),
+            "key": np.concatenate([level.keys, back]),
+            "slot": np.concatenate([level.slots, np.full(len(back), NO_SLOT, np.int64)]),
+            "support": pa.array(np.concatenate([known, np.zeros(len(back), np.int64)]), mask=unknown),
+            "source": pa.array(np.where(np.arange(all_) < own, OWN, ROLLED_BACK).tolist(), pa.string()),
+        },
+        schema=SEGMENTS,
+    )
+
+
+def _level(columns: tuple[str, ...], radices: tuple[int, ...], rows: pa.Table) -> LevelTable:
+    keys, slots = rows["key"].to_numpy(), rows["slot"].to_numpy()
+    served = slots != NO_SLOT
+    told = rows["support"].filter(pa.array(served)) if "support" in rows.column_names else None
+    support = told.to_numpy() if told is not None and told.null_count == 0 else None
+    back = None if told is None else keys[~served]
+    return LevelTable(columns, radices, keys[served], slots[served], support, back)
 
 
 def _features(table: pa.Table, names: tuple[str, ...], width: int = 0) -> F32:

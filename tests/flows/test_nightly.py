@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, date, datetime
 from html.parser import HTMLParser
 from inspect import signature
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,27 @@ def test_the_pointer_names_the_release_and_the_one_before(third: Finished, resul
 def test_each_night_starts_from_the_one_before(third: Finished) -> None:
     parents = [json.loads(beside(third, number, "run.json"))["parent"] for number in range(3)]
     assert parents == [None, *(result.published.release for result in third.results[:-1])]
+
+
+def test_the_manifest_says_who_is_served_by_what_and_what_lies_beside(third: Finished, manifest: Manifest) -> None:
+    listed = pq.read_table(BytesIO(file_of(third, manifest, "segments.parquet")))
+    columns = [one.columns for one in manifest.interface.levels]
+    assert [one.columns for one in manifest.segments] == columns == [("user_id",), ("market",)]
+    for number, (level, spec) in enumerate(zip(manifest.segments, manifest.interface.levels, strict=True)):
+        rows = listed.filter(pc.equal(listed["level"], number))
+        support = rows.filter(pc.equal(rows["source"], "own"))["support"].to_pylist()
+        assert (level.kind, level.own) == ("ridge", spec.segments)
+        assert level.own + level.parent + level.rolled_back == level.segments
+        assert level.support is not None
+        assert (level.support.sum, level.own) == (sum(support), len(support))
+        assert level.support.median == sorted(support)[len(support) // 2] or len(support) % 2 == 0
+    assert {one.name for one in manifest.beside} == {"run.json", "report.html", "lift.parquet"}
+    for one in manifest.beside:
+        data = beside(third, 2, one.name)
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (one.bytes, one.sha256)
+    assert manifest.requires is not None
+    assert manifest.requires.onnxruntime == "1.31"
+    assert manifest.requires.opsets[""] >= 20
 
 
 def test_vocabularies_only_grow(third: Finished) -> None:

@@ -15,9 +15,11 @@ import pytest
 
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.errors import InvalidConfig, ObjectCorrupt, ReleaseRefused
+from tasks.release.key_files import create_key, revoke_key, rotate_key
 from tasks.release.manifest import Pointer, manifest_key, pointer_key
 from tasks.release.pointer import promote, read_pointer, sign_pointer
 from tasks.release.publishing import publish_release, read_manifest
+from tasks.release.resigning import sign_releases
 from tasks.release.signature import Signature, signature_key, signed_bytes
 from tasks.release.signing import (
     KEY_VARIABLE,
@@ -247,13 +249,15 @@ def test_an_unsigned_pointer_is_refused_until_an_operator_signs_it(
     use(monkeypatch, tmp_path, key, trusted(key))
     with pytest.raises(ReleaseRefused, match=r"not signed, and keys are named.*releases sign"):
         read_pointer(store, PIPELINE)
-    signed = sign_pointer(store, PIPELINE)
+    ring = Keyring((trusted(key),))
+    with pytest.raises(ReleaseRefused, match="not signed"):
+        sign_pointer(store, PIPELINE, key, ring)
+    signed = sign_pointer(store, PIPELINE, key, None)
     assert read_pointer(store, PIPELINE) == signed
     assert (signed.release, signed.generation) == (before.release, before.generation + 1)
-    assert sign_pointer(store, PIPELINE) == signed
+    assert sign_pointer(store, PIPELINE, key, ring) == signed
     # A signature is good for its own pipeline and its own fields.
     data = store.get(pointer_key(PIPELINE)).data
-    ring = Keyring((trusted(key),))
     with pytest.raises(ReleaseRefused, match="not over these bytes"):
         check_pointer(ring, "bank", data)
     with pytest.raises(ReleaseRefused, match="not over these bytes"):
@@ -276,6 +280,71 @@ def test_keys_without_the_package_refuse_everything(key: SigningKey, tmp_path: P
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert "the package cryptography is not installed: nothing can be verified" in done.stdout
+
+
+def test_keys_are_made_rotated_and_revoked_and_what_was_signed_stays_good_until_then(
+    store: ObjectStore, full: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring, later = tmp_path / "ring.json", next_night(full, tmp_path / "later", NIGHT + timedelta(days=1))
+    old = create_key(ring, tmp_path / "old.pem", "first")
+    monkeypatch.setenv(KEYS_VARIABLE, str(ring)), monkeypatch.setenv(KEY_VARIABLE, str(tmp_path / "old.pem"))
+    publish_release(store, PIPELINE, full.folder, full.manifest, {})
+    before = promote(store, PIPELINE, full.manifest.release, NIGHT, token=1)
+    new = rotate_key(ring, tmp_path / "new.pem", "second")
+    assert [(key.key_id, key.state) for key in Keyring.load(ring).keys] == [
+        (old.key_id, "verify_only"),
+        (new.key_id, "active"),
+    ]
+    assert read_pointer(store, PIPELINE) == before
+    with pytest.raises(InvalidConfig, match="verify_only in"):
+        signer()
+    monkeypatch.setenv(KEY_VARIABLE, str(tmp_path / "new.pem"))
+    publish_release(store, PIPELINE, later.folder, later.manifest, {})
+    key, keyring = SigningKey.load(tmp_path / "new.pem"), Keyring.load(ring)
+    done = sign_releases(store, PIPELINE, key, keyring)
+    assert (done.new, done.already, done.refused) == ((full.manifest.release,), (later.manifest.release,), {})
+    assert (done.pointer.generation, done.pointer.signature.key_id) == (before.generation + 1, new.key_id)
+    again = sign_releases(store, PIPELINE, key, keyring)
+    assert (len(again.already), again.new, again.pointer) == (2, (), done.pointer)
+    # With the old key revoked everything is still good, for the new one has signed it.
+    assert revoke_key(ring, old.key_id).state == "revoked"
+    assert read_pointer(store, PIPELINE) == done.pointer
+    read_manifest(store, PIPELINE, full.manifest.release)
+    assert revoke_key(ring, new.key_id).state == "revoked"
+    for read in (lambda: read_pointer(store, PIPELINE), lambda: read_manifest(store, PIPELINE, later.manifest.release)):
+        with pytest.raises(ReleaseRefused, match=f"key {new.key_id} has signed it, which is revoked"):
+            read()
+
+
+def test_what_nobody_vouches_for_is_signed_by_an_operators_word_alone(
+    store: ObjectStore, full: Made, key: SigningKey, tmp_path: Path
+) -> None:
+    publish_release(store, PIPELINE, full.folder, full.manifest, {})
+    promote(store, PIPELINE, full.manifest.release, NIGHT, token=1)
+    ring = Keyring((trusted(key),))
+    left = sign_releases(store, PIPELINE, key, ring)
+    assert (left.new, list(left.refused)) == ((), [full.manifest.release])
+    assert "not signed" in left.pointer_refused
+    done = sign_releases(store, PIPELINE, key, None)
+    assert (done.new, done.pointer_refused) == ((full.manifest.release,), None)
+    assert sign_releases(store, PIPELINE, key, ring).already == (full.manifest.release,)
+
+
+def test_a_key_is_never_overwritten_and_an_unknown_one_not_revoked(tmp_path: Path) -> None:
+    ring, private = tmp_path / "ring.json", tmp_path / "key.pem"
+    made = create_key(ring, private)
+    before = (ring.read_bytes(), private.read_bytes())
+    for call in (create_key, rotate_key):
+        with pytest.raises(InvalidConfig, match="never overwritten"):
+            call(ring, private)
+    with pytest.raises(InvalidConfig, match=f"has no key '0000'; it has {made.key_id}"):
+        revoke_key(ring, "0000")
+    with pytest.raises(InvalidConfig, match="comment has 201 characters"):
+        create_key(ring, tmp_path / "other.pem", "x" * 201)
+    assert (ring.read_bytes(), private.read_bytes()) == before
+    assert not (tmp_path / "other.pem").exists()
+    with pytest.raises(InvalidConfig, match="cannot be read"):
+        rotate_key(tmp_path / "none.json", tmp_path / "other.pem")
 
 
 def test_a_key_id_is_of_its_key(key: SigningKey) -> None:

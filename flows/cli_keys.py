@@ -1,0 +1,101 @@
+"""`nightrank keys ...`: the keys that sign releases, made and replaced by hand."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser."""
+    keys = commands.add_parser("keys", help="make, list, rotate and revoke the keys that sign releases")
+    actions = keys.add_subparsers(required=True, metavar="ACTION")
+    ring = argparse.ArgumentParser(add_help=False)
+    ring.add_argument("--keys", type=Path, help="the keyring file (default: what NIGHTRANK_TRUSTED_KEYS names)")
+    private = argparse.ArgumentParser(add_help=False)
+    private.add_argument("--key", type=Path, required=True, help="file to be made for the private key")
+    private.add_argument("--comment", default="", help="a word on the key, for people")
+
+    create = actions.add_parser("create", parents=[ring, private], help="make a key, and the keyring if there is none")
+    create.set_defaults(command=_create)
+    listed = actions.add_parser("list", parents=[ring], help="the keys of a keyring and their states")
+    listed.set_defaults(command=_list)
+    rotate = actions.add_parser(
+        "rotate", parents=[ring, private], help="a new key in place of those that sign; what they signed stays good"
+    )
+    rotate.add_argument("--config", help="config file: also sign its pipeline's releases and pointer with the new key")
+    rotate.set_defaults(command=_rotate)
+    revoke = actions.add_parser("revoke", parents=[ring], help="refuse whatever a key has signed")
+    revoke.add_argument("key_id", help="the key's id, as `nightrank keys list` shows it")
+    revoke.set_defaults(command=_revoke)
+
+
+def _create(options: argparse.Namespace, console: "Console") -> None:
+    from tasks.release.key_files import create_key
+
+    made = create_key(_ring(options), options.key, options.comment)
+    _say_made(console, options, made.key_id)
+
+
+def _rotate(options: argparse.Namespace, console: "Console") -> None:
+    from tasks.release.key_files import rotate_key
+    from tasks.release.resigning import sign_releases
+    from tasks.release.signing import Keyring, SigningKey
+
+    config = None
+    if options.config:
+        from flows.config import load_config
+
+        config = load_config(options.config)
+    made = rotate_key(_ring(options), options.key, options.comment)
+    _say_made(console, options, made.key_id)
+    if config is None:
+        console.print("hand the keyring to every ranker, then sign what is there: nightrank releases sign")
+        return
+    from tasks.steps import store_of
+
+    key, keyring = SigningKey.load(options.key), Keyring.load(_ring(options))
+    done = sign_releases(store_of(config.place()), config.pipeline, key, keyring)
+    console.print(f"signed  {len(done.new)} releases; {len(done.already)} were")
+    for release, why in done.refused.items():
+        console.print(f"left    {release[:12]}: {why}", soft_wrap=True)
+    told = done.pointer_refused or (f"generation {done.pointer.generation}" if done.pointer else "there is none")
+    console.print(f"pointer {told}", soft_wrap=True)
+
+
+def _list(options: argparse.Namespace, console: "Console") -> None:
+    from tasks.release.signing import Keyring
+
+    for key in Keyring.load(_ring(options)).keys:
+        console.print(f"{key.key_id}  {key.state:<11}  {key.created}  {key.comment}".rstrip(), markup=False)
+
+
+def _revoke(options: argparse.Namespace, console: "Console") -> None:
+    from tasks.release.key_files import revoke_key
+    from tasks.release.signing import Keyring
+
+    revoked = revoke_key(_ring(options), options.key_id)
+    console.print(f"revoked {revoked.key_id}: rankers refuse what it signed once they have this keyring")
+    if not any(key.state == "active" for key in Keyring.load(_ring(options)).keys):
+        console.print("no key signs now: nightrank keys rotate makes one")
+
+
+def _ring(options: argparse.Namespace) -> Path:
+    from tasks.errors import InvalidConfig
+    from tasks.release.signing import KEYS_VARIABLE
+
+    named = options.keys or os.environ.get(KEYS_VARIABLE)
+    if not named:
+        raise InvalidConfig(f"which keyring? give --keys, or name it by {KEYS_VARIABLE}")
+    return Path(named)
+
+
+def _say_made(console: "Console", options: argparse.Namespace, key_id: str) -> None:
+    from tasks.release.signing import KEY_VARIABLE, KEYS_VARIABLE
+
+    console.print(f"key     {key_id}: {options.key} signs; keep it on the host that publishes", soft_wrap=True)
+    console.print(f"keyring {_ring(options)}: no secret, for publisher and rankers", soft_wrap=True)
+    console.print(f"export {KEY_VARIABLE}={options.key} {KEYS_VARIABLE}={_ring(options)}", soft_wrap=True, markup=False)

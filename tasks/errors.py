@@ -22,7 +22,7 @@
     │   ├── ObjectCorrupt          bytes do not match their digest
     │   ├── FormatUnknown          an object is whole, but of a format of another version of nightrank
     │   ├── Conflict               a conditional write lost: the object changed under us
-    │   └── OutcomeUnknown         a conditional write may or may not have happened
+    │   └── OutcomeUnknown         a conditional write may or may not have happened (transient: the next try finds out)
     ├── SearchRunning              another search uses the file of trials
     ├── LeaseHeld                  another run of this pipeline is alive (transient)
     ├── LeaseLost                  our lease was taken over: stop writing
@@ -133,7 +133,12 @@ class Conflict(StoreError):
 
 
 class OutcomeUnknown(StoreError):
-    """A conditional write may or may not have happened, and the store cannot be asked."""
+    """A conditional write may or may not have happened, and the store cannot be asked.
+
+    The same again reads what is there first, and takes a finished write for what it is.
+    """
+
+    transient = True
 
 
 class SearchRunning(NightrankError):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.errors import DataRejected, DeviceUnavailable, LeaseLost, StoreUnavailable
+from tasks.errors import DataRejected, DeviceUnavailable, LeaseLost, OutcomeUnknown, StoreUnavailable
 from tasks.references import Place
 from tasks.steps import Product, Progress, _a_retry_can_help, carry_out, device_of, hold, store_of, verb, watched_by
 
@@ -158,6 +158,17 @@ def test_what_a_killed_run_left_in_scratch_is_swept_after_a_day(place: Place) ->
         assert [folder.name for folder in room.iterdir()] == ["new"]
 
 
+def test_what_a_killed_run_left_half_written_in_the_store_is_swept_after_a_day(place: Place) -> None:
+    room = Path(place.store) / ".nightrank" / "tmp"
+    room.mkdir(parents=True)
+    for name in ("old", "new"):
+        (room / name).write_text("half")
+    yesterday = time.time() - 86_401
+    os.utime(room / "old", (yesterday, yesterday))
+    with hold(place):
+        assert [file.name for file in room.iterdir()] == ["new"]
+
+
 def test_a_retry_is_tried_only_where_the_error_says_that_it_can_help() -> None:
     from prefect.client.schemas.objects import TaskRun
     from prefect.states import Failed
@@ -167,6 +178,7 @@ def test_a_retry_is_tried_only_where_the_error_says_that_it_can_help() -> None:
     some_step: Any = verb(some_function)
     run = TaskRun(task_key="some-step", dynamic_key="0")
     assert _a_retry_can_help(some_step, run, Failed(data=StoreUnavailable("busy")))
+    assert _a_retry_can_help(some_step, run, Failed(data=OutcomeUnknown("no answer")))  # it reads what came of it first
     assert not _a_retry_can_help(some_step, run, Failed(data=DataRejected("bad rows")))
     assert not _a_retry_can_help(some_step, run, Failed(data=KeyError("a bug")))
 

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tasks.clients.object_store import open_store
 from tasks.release.manifest import blob_key
+from tasks.release.scorer import Scorer
 from tasks.serving.batcher import Batcher
 from tasks.serving.cache import ReleaseCache
 from tasks.serving.events import Events
@@ -28,6 +30,10 @@ from tests.benchmarks.served import ByHand, Served, encoded, make_served
 from tests.releases import PIPELINE, manifest_of
 
 ONE = Engine(threads=1)
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +165,32 @@ def test_a_stamp_beside_a_digest_of_a_large_blob(row: Row, tmp_path: Path):
         "a release of 256 MiB made ready from the cache: beside hashing it again",
         *("cpu", f"{np.median(own) * 1e3:.1f} ms", f"{np.median(other) * 1e3:.0f} ms", ratio(own, other)),
     )
+
+
+@pytest.mark.parametrize("requests", [1, 16, 256])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_by_batch_size_beside_torch(served: Served, row: Row, device: str, requests: int):
+    """Scores of 100 candidates each from ids: the release's graph, and the same module in torch, eager and compiled."""
+    _, network, bank, tables, _ = served.parts
+    request = served.request(requests, 100)
+    ids = {role: torch.from_numpy(np.array(one)).to(device) for role, one in encoded(served, request).items()}
+    eager = Scorer(network, bank, tables.statistics).eval().to(device)
+    inputs, shape = read_request(served.manifest.interface.inputs, request)
+    loaded = load(served.folder, served.manifest, device, Engine(threads=1, cuda_graphs=device == "cuda"))
+
+    def torch_scores(module: torch.nn.Module) -> np.ndarray:
+        with torch.no_grad():
+            return module(**ids).cpu().numpy()
+
+    modules = {"eager": eager}
+    if device == "cuda":  # on a CPU this would compile C++
+        modules["compiled"] = torch.compile(eager)
+    np.testing.assert_allclose(loaded.run(inputs, shape), torch_scores(eager), rtol=1e-3, atol=1e-4)
+    works = [lambda: loaded.run(inputs, shape), *(lambda one=one: torch_scores(one) for one in modules.values())]
+    own, *others = in_turn(works, 60)
+    for name, other in zip(modules, others, strict=True):
+        row(
+            f"{requests} requests x 100 candidates of raw columns: beside the network in torch, {name}, ids given",
+            *(device, f"{requests / np.median(own):,.0f} requests a second"),
+            *(f"{requests / np.median(other):,.0f} requests a second", ratio(own, other)),
+        )

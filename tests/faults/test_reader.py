@@ -78,7 +78,7 @@ class Traffic:
             self.wrong.append(error)
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.wait(0.002):
             self.ask()
 
     def __enter__(self) -> "Traffic":

@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.cache,
         engine=Engine(threads=1),  # calls are answered by several threads
         refresh_every=options.poll,
-        batching=True,
+        batching=options.device == "cuda",  # on a CPU a run costs no more than waking a thread for it
         events=Metrics(registry, options.pipeline),
     )
     uvicorn.run(

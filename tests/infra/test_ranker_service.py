@@ -2,35 +2,23 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from infra.ranker.load import Report, offer
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.release.manifest import blob_key
 from tasks.release.pointer import promote
 from tasks.release.publishing import publish_release
 from tasks.serving.ranker import Ranker
-from tests.ports import free_ports
+from tests.benchmarks import traffic
+from tests.infra.running import Running, as_json, running, under_traffic
 from tests.releases import NIGHT, PIPELINE, Made, make_release, next_night, shared_graph
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -51,75 +39,6 @@ def store(tmp_path: Path, nights: list[Made]) -> ObjectStore:
         publish_release(opened, PIPELINE, made.folder, made.manifest, {})
     promote(opened, PIPELINE, nights[0].manifest.release, NIGHT, token=1)
     return opened
-
-
-@dataclass(frozen=True)
-class Running:
-    """A service in a process of its own."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-
-    def call(self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
-        """Status and JSON of one call."""
-        sent = {"Content-Type": "application/json"} if headers is None else headers
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, sent)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return response.status, json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
-
-    def text(self, path: str) -> str:
-        """A page as text."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as response:
-            found: str = response.read().decode()
-            return found
-
-    def half(self, body: bytes) -> socket.socket:
-        """A call to /score whose last byte is still to come."""
-        head = (
-            f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        connection.sendall(head.encode() + body[:-1])
-        return connection
-
-
-@contextmanager
-def running(store: ObjectStore, folder: Path, *options: str) -> Iterator[Running]:
-    """A service, once it is ready; ended where the block ends."""
-    (port,) = free_ports(1)
-    temporary = folder / "temporary"
-    temporary.mkdir()
-    words = ("--store", store.url, "--pipeline", PIPELINE, "--port", str(port), "--device", "cpu", *options)
-    command = [sys.executable, "-m", "infra.ranker.service", *words]
-    environment = {**os.environ, "TMPDIR": str(temporary)}
-    with (folder / "service.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        service = Running(process, port)
-        try:
-            while True:
-                assert process.poll() is None, (folder / "service.log").read_text()
-                try:
-                    service.call("/readyz")
-                    break
-                except urllib.error.URLError:
-                    time.sleep(0.05)
-            yield service
-        finally:
-            process.kill()
-            process.wait()
-
-
-def as_json(made: Made, number: int) -> bytes:
-    """A golden request as a caller sends it."""
-    listed: dict[str, Any] = {}
-    for spec in made.manifest.interface.inputs:
-        flat = made.golden[number].inputs[spec.name].astype(object)
-        flat[(flat != flat) if spec.missing is None else (flat == spec.missing)] = None
-        listed[spec.name] = flat.tolist()
-    return json.dumps(listed).encode()
 
 
 def test_it_answers_as_the_network_does_and_names_the_release(store: ObjectStore, nights: list[Made], tmp_path: Path):
@@ -213,56 +132,12 @@ def test_more_calls_than_it_takes_are_told_to_come_back_and_slow_ones_are_let_go
         assert service.call("/score", body)[0] == 200
 
 
-def answered_by(nights: list[Made], numbers: list[int], seen: list[str]) -> Callable[[int, bytes], str]:
-    """A judge: every score is the named release's own."""
-    expected = {made.manifest.release: [made.golden[number].scores for number in numbers] for made in nights}
-
-    def judge(at: int, body: bytes) -> str:
-        found = json.loads(body)
-        (release,) = set(found["releases"])
-        off = np.abs(np.array(found["scores"], np.float32) - expected[release][at]).max()
-        if not off <= 1e-4:
-            raise ValueError(f"mixed: an answer that names {release[:12]} is {off:.3g} off its scores")
-        seen.append(release)
-        return str(release)
-
-    return judge
-
-
-async def under_traffic(
-    service: Running, nights: list[Made], rate: float, swap: Callable[[Made], None], between: float = 0.0
-) -> tuple[Report, list[tuple[float, float]]]:
-    """Traffic from the first night's release to the last one's; each swap from its promotion to its first answer."""
-    numbers, seen, done = [8, 9], list[str](), asyncio.Event()
-    began, swaps = time.perf_counter(), []
-    bodies = [as_json(nights[0], number) for number in numbers]
-    url = f"http://127.0.0.1:{service.port}/score"
-    judge = answered_by(nights, numbers, seen)
-    traffic = asyncio.create_task(offer(url, bodies, rate, 3600, judge, connections=32, until=done))
-    try:
-        for made in nights:
-            if made is not nights[0]:
-                await asyncio.sleep(between)
-                started = time.perf_counter() - began
-                await asyncio.to_thread(swap, made)
-            while made.manifest.release not in seen[-50:] and not traffic.done():
-                await asyncio.sleep(0.02)
-            if made is not nights[0]:
-                swaps.append((started, time.perf_counter() - began))
-        await asyncio.sleep(between or 0.5)
-    finally:
-        done.set()
-    return await traffic, swaps
-
-
 def test_two_nights_come_in_under_traffic_and_no_call_fails_or_is_answered_by_two(
     store: ObjectStore, nights: list[Made], tmp_path: Path
 ):
     def swap(made: Made) -> None:
         promote(store, PIPELINE, made.manifest.release, made.manifest.night, token=1)
 
-    apart = [np.abs(one.golden[8].scores - other.golden[8].scores).max() for one, other in pairwise(nights)]
-    assert min(apart) > 0.01  # or a mixed answer would not show
     with running(store, tmp_path, "--poll", "0.1") as service:
         report, swaps = asyncio.run(under_traffic(service, nights, 25.0, swap))
         assert service.call("/readyz")[1]["release"] == nights[-1].manifest.release
@@ -286,3 +161,12 @@ def test_a_refused_night_shows_and_the_last_good_one_serves(store: ObjectStore, 
         assert told[1]["refusal"].startswith("ReleaseRefused: ")
         assert f'nightrank_refused{{pipeline="{PIPELINE}"}} 1.0' in service.text("/metrics")
         assert service.call("/score", as_json(nights[0], 8))[0] == 200
+
+
+@pytest.mark.soak
+def test_twenty_nights_come_in_during_ten_minutes_of_traffic(tmp_path: Path):
+    figures = traffic.run(tmp_path, seconds=600.0, swaps=20)
+    print(json.dumps(figures, indent=1))
+    assert figures["failures"] == {}
+    assert figures["swaps"] == 20
+    assert len(figures["releases"]) == 21

@@ -24,6 +24,8 @@ MOST_PER_SECOND, MOST_SECONDS, MOST_CONNECTIONS = 10_000.0, 3_600.0, 256
 """No load generator of ours goes further."""
 PATIENCE = 30.0
 """Seconds after which a call counts as failed."""
+IDLE = 30.0
+"""Seconds after which an idle connection is not used again, as callers' pools have it."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,14 @@ class _Connections:
 
     def __init__(self, host: str, port: int, most: int) -> None:
         self._place, self._turn = (host, port), asyncio.Semaphore(most)
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._free: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._opened: list[asyncio.StreamWriter] = []
 
     async def ask(self, message: bytes) -> tuple[int, bytes]:
         """Send a whole request; its status and body."""
         async with self._turn:
-            reader, writer = self._free.pop() if self._free else await self._open()
+            self._free = [one for one in self._free if time.monotonic() - one[0] < IDLE]
+            _, reader, writer = self._free.pop() if self._free else await self._open()
             try:
                 writer.write(message)
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
@@ -96,13 +99,13 @@ class _Connections:
             if headers.get("connection") == "close":
                 writer.close()
             else:
-                self._free.append((reader, writer))
+                self._free.append((time.monotonic(), reader, writer))
             return int(head.split(" ", 2)[1]), body
 
-    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        opened = await asyncio.open_connection(*self._place)
-        self._opened.append(opened[1])
-        return opened
+    async def _open(self) -> tuple[float, asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(*self._place)
+        self._opened.append(writer)
+        return 0.0, reader, writer
 
     async def close(self) -> None:
         """End them all."""

@@ -27,12 +27,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tasks.errors import NightrankError, NoRelease, RequestRejected
+from tasks.errors import InvalidConfig, NightrankError, NoRelease, RequestRejected
 from tasks.serving.metrics import Metrics
 from tasks.serving.ranker import Answer, Ranker
 from tasks.serving.sessions import Engine
 
 log = logging.getLogger("nightrank.service")
+KEEP_ALIVE = 75
+"""Seconds that an idle connection stays open: longer than balancers and pools keep theirs (60), or a call now and then
+meets a connection that is just being closed."""
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -55,6 +58,16 @@ class Limits:
     candidates: int = 2000
     in_flight: int = 256
     threads: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse limits that let nothing through.
+
+        Raises:
+            InvalidConfig: one is less than 1.
+        """
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise InvalidConfig(f"--max-{name.replace('_', '-')} is {value}; give 1 or more")
 
 
 class Refused(Exception):
@@ -186,6 +199,7 @@ class Service:
                 "generation": ranker.generation,
                 "challenger": ranker.challenger,
                 "device": ranker.device,
+                "signed": ranker.signed,
             }
         except NoRelease as error:
             return _error(503, "stopping", str(error))
@@ -271,24 +285,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--max-{name.replace('_', '-')}", type=int, default=default, dest=name, metavar="N")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    limits = Limits(**{name: getattr(options, name) for name in asdict(Limits())})
     registry = CollectorRegistry()
-    ranker = Ranker(
-        options.store,
-        options.pipeline,
-        options.device,
-        options.cache,
-        engine=Engine(threads=1),  # calls are answered by several threads
-        refresh_every=options.poll,
-        batching=options.device == "cuda",  # on a CPU a run costs no more than waking a thread for it
-        events=Metrics(registry, options.pipeline),
-    )
+    try:
+        limits = Limits(**{name: getattr(options, name) for name in asdict(Limits())})
+        ranker = Ranker(
+            options.store,
+            options.pipeline,
+            options.device,
+            options.cache,
+            engine=Engine(threads=1),  # calls are answered by several threads
+            refresh_every=options.poll,
+            batching=options.device == "cuda",  # on a CPU a run costs no more than waking a thread for it
+            events=Metrics(registry, options.pipeline),
+        )
+    except NightrankError as error:
+        parser.exit(2, f"{type(error).__name__}: {error}\n")
     uvicorn.run(
         Service(ranker, registry, limits).app(),
         host=options.host,
         port=options.port,
         access_log=False,
         log_config=None,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=20,
     )
 

@@ -70,7 +70,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Repository:
-    """What was written.
+    """An ensemble that was written.
 
     Attributes:
         folder: the model repository.
@@ -111,11 +111,11 @@ class _Part:
         return dict(zip(names, found, strict=True))
 
 
-def write_repository(store: ObjectStore, manifest: Manifest, out: Path, served: Served) -> Repository:
+def write_repository(store: ObjectStore, manifest: Manifest, out: Path, served: Served) -> tuple[Repository, ...]:
     """Write a release into a model repository, beside whatever other models that holds.
 
-    The release's two models come first and the ensemble that names them last, so that a server which is told to load
-    the ensemble finds all of it. Models of other releases stay: remove them once no server has them loaded.
+    The release's models come first and the ensemble that names them last, so that a server which is told to load the
+    ensemble finds all of it. Models of other releases stay: remove them once no server has them loaded.
 
     Args:
         store: where the release is.
@@ -123,19 +123,31 @@ def write_repository(store: ObjectStore, manifest: Manifest, out: Path, served: 
         out: the model repository; made where it is missing.
         served: how it is to be served.
 
+    Returns:
+        The ensemble for requests, and where the release takes feedback a second one for requests that bring it.
+
     Raises:
         InvalidConfig: the repository has a model of that name that is somebody else's.
         ReleaseRefused: the release lacks a file, or its golden requests cannot be read.
         ParityBroken: the written models do not answer the golden requests, or cannot be batched.
         StoreError: the store cannot be read, or a file is not what the manifest says.
     """
-    ensemble = out / served.name
-    if (ensemble / "config.pbtxt").exists() and not list(ensemble.glob(f"*/{TOLD}")):
-        raise InvalidConfig(f"{ensemble} holds a model that was not written here; give another name")
-    version = int(manifest.night.strftime("%Y%m%d"))
+    has = {file.name for file in manifest.files}
+    kinds = [kind for kind in ("", "_feedback") if not kind or f"lookup{kind}.onnx" in has]
+    for kind in kinds:
+        ensemble = out / f"{served.name}{kind}"
+        if (ensemble / "config.pbtxt").exists() and not list(ensemble.glob(f"*/{TOLD}")):
+            raise InvalidConfig(f"{ensemble} holds a model that was not written here; give another name")
+    return tuple(_written(store, manifest, out, served, kind) for kind in kinds)
+
+
+def _written(store: ObjectStore, manifest: Manifest, out: Path, served: Served, kind: str) -> Repository:
+    """One ensemble: the graphs whose names end in `kind`, tried by the golden requests that are for them."""
+    name, version = f"{served.name}{kind}", int(manifest.night.strftime("%Y%m%d"))
+    ensemble = out / name
     with _room(out) as room:
-        golden = _golden(store, manifest, room)
-        lookup, score = (_laid_out(store, manifest, served.name, part, room) for part in ("lookup", "score"))
+        golden = _golden(store, manifest, room, brings=bool(kind))
+        lookup, score = (_laid_out(store, manifest, served.name, part + kind, room) for part in ("lookup", "score"))
         encoded, difference = _asked(manifest, golden, lookup, score)
         widest = max(range(len(golden)), key=lambda at: golden[at][1].shape[1])
         for part, sample in ((lookup, golden[widest][0]), (score, encoded[widest])):
@@ -156,13 +168,13 @@ def write_repository(store: ObjectStore, manifest: Manifest, out: Path, served: 
                 os.replace(out / part.model, room / f"old {part.model}")
             os.replace(part.folder, out / part.model)
         steps = [(part.model, part.takes, part.gives) for part in (lookup, score)]
-        text = ensemble_config(served.name, version, lookup.takes, score.gives, steps, served.max_batch)
+        text = ensemble_config(name, version, lookup.takes, score.gives, steps, served.max_batch)
         (room / "config.pbtxt").write_text(text, encoding="utf-8")
         (ensemble / str(version)).mkdir(parents=True, exist_ok=True)
         told = {"schema_version": 1, "pipeline": manifest.pipeline, "release": manifest.release}
         (ensemble / str(version) / TOLD).write_bytes(canonical({**told, "night": manifest.night.isoformat()}) + b"\n")
         os.replace(room / "config.pbtxt", ensemble / "config.pbtxt")
-    return Repository(out, served.name, version, (lookup.model, score.model), difference)
+    return Repository(out, name, version, (lookup.model, score.model), difference)
 
 
 @contextmanager
@@ -186,7 +198,7 @@ def _fetched(store: ObjectStore, manifest: Manifest, name: str, folder: Path) ->
     return folder / name
 
 
-def _laid_out(store: ObjectStore, manifest: Manifest, name: str, part: Literal["lookup", "score"], room: Path) -> _Part:
+def _laid_out(store: ObjectStore, manifest: Manifest, name: str, part: str, room: Path) -> _Part:
     """A graph in its version's folder, with every file that it reads."""
     model, graph = f"{name}_{part}_{manifest.release[:12]}", f"{part}.onnx"
     version = room / model / "1"
@@ -198,30 +210,37 @@ def _laid_out(store: ObjectStore, manifest: Manifest, name: str, part: Literal["
     return _Part(model, graph, room / model, tensors(found.input, graph), tensors(found.output, graph))
 
 
-def _golden(store: ObjectStore, manifest: Manifest, room: Path) -> list[tuple[Arrays, npt.NDArray[np.float32]]]:
-    """Golden requests as inputs and expected scores [R, M, K]."""
-    specs = manifest.interface.inputs
+def _golden(
+    store: ObjectStore, manifest: Manifest, room: Path, brings: bool
+) -> list[tuple[Arrays, npt.NDArray[np.float32]]]:
+    """Golden requests that bring feedback, or that do not, as inputs and expected scores [R, M, K]."""
+    specs = {spec.name: spec for spec in manifest.interface.inputs}
     try:
         found = json.loads(_fetched(store, manifest, "golden.json", room).read_bytes())
         golden: list[tuple[Arrays, npt.NDArray[np.float32]]] = []
         for one in found["requests"]:
-            requests, candidates, objectives = one["shape"]
-            scores = np.array(one["scores"], np.float32).reshape(requests, candidates, objectives)
-            inputs = {spec.name: _values(spec, one["inputs"][spec.name], requests, candidates) for spec in specs}
+            if ("feedback" in one) != brings:
+                continue
+            scores = np.array(one["scores"], np.float32).reshape(one["shape"])
+            places = {"request": one["shape"][:1], "candidate": one["shape"][:2]}
+            rows = [one["shape"][0], one.get("feedback", 0)]
+            inputs = {
+                name: _values(specs[name], values, places.get(specs[name].per, rows))
+                for name, values in one["inputs"].items()
+            }
             golden.append((inputs, scores))
         if not golden:
             raise ValueError("there are none")
         return golden
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, IndexError) as error:
         raise ReleaseRefused(
             f"golden requests of release {manifest.release[:12]} cannot be read: {error!r}; publish it again"
         ) from error
 
 
-def _values(spec: InputSpec, flat: list[object], requests: int, candidates: int) -> npt.NDArray[np.generic]:
+def _values(spec: InputSpec, flat: list[object], shape: list[int]) -> npt.NDArray[np.generic]:
     dtype = {"float32": np.float32, "int64": np.int64, "string": object}[spec.dtype]
-    shape = (requests,) if spec.per == "request" else (requests, candidates)
-    return np.array(flat, dtype).reshape(shape if spec.values is None else (*shape, spec.values))
+    return np.array(flat, dtype).reshape(shape if spec.values is None else [*shape, spec.values])
 
 
 def _asked(
@@ -231,6 +250,10 @@ def _asked(
     ratings = np.array([objective.kind == "rating" for objective in manifest.interface.objectives])
     encoded, worst = [], 0.0
     for inputs, expected in golden:
+        if lacking := sorted({tensor.name for tensor in lookup.takes} - inputs.keys()):
+            raise ReleaseRefused(
+                f"a golden request of release {manifest.release[:12]} lacks {', '.join(lacking)}; publish it again"
+            )
         between = lookup.run(inputs)
         encoded.append(between)
         answer = np.asarray(score.run(between)[score.gives[0].name], np.float32)

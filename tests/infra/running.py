@@ -60,16 +60,18 @@ class Running:
 
 
 @contextmanager
-def running(store: ObjectStore, folder: Path, *options: str) -> Iterator[Running]:
+def running(
+    store: ObjectStore, folder: Path, *options: str, python: str = sys.executable, root: Path = ROOT
+) -> Iterator[Running]:
     """A service, once it is ready; ended where the block ends."""
     (port,) = free_ports(1)
     temporary = folder / "temporary"
     temporary.mkdir()
     words = ("--store", store.url, "--pipeline", PIPELINE, "--port", str(port), "--device", "cpu", *options)
-    command = [sys.executable, "-m", "infra.ranker.service", *words]
+    command = [python, "-m", "infra.ranker.service", *words]
     environment = {**os.environ, "TMPDIR": str(temporary)}
     with (folder / "service.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)
         service = Running(process, port)
         try:
             while True:

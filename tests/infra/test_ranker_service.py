@@ -2,22 +2,29 @@
 
 import asyncio
 import json
+import shlex
+import shutil
 import signal
 import socket
+import subprocess
 import time
+import venv
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+from starlette.requests import Request
+from starlette.types import Message
 
+from infra.ranker.service import Limits, Refused, _body, main
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.release.manifest import blob_key
 from tasks.release.pointer import promote
 from tasks.release.publishing import publish_release
 from tasks.serving.ranker import Ranker
 from tests.benchmarks import traffic
-from tests.infra.running import Running, as_json, running, under_traffic
+from tests.infra.running import ROOT, Running, as_json, running, under_traffic
 from tests.releases import NIGHT, PIPELINE, Made, make_release, next_night, shared_graph
 
 
@@ -44,7 +51,8 @@ def store(tmp_path: Path, nights: list[Made]) -> ObjectStore:
 def test_it_answers_as_the_network_does_and_names_the_release(store: ObjectStore, nights: list[Made], tmp_path: Path):
     made = nights[0]
     named = {"release": made.manifest.release, "night": "2026-03-01"}
-    with running(store, tmp_path) as service, Ranker(store, PIPELINE, "cpu") as ranker:
+    options = ("--max-in-flight", "1", "--max-body-seconds", "300")
+    with running(store, tmp_path, *options) as service, Ranker(store, PIPELINE, "cpu") as ranker:
         for number, golden in enumerate(made.golden):
             status, found = service.call("/score", as_json(made, number))
             assert (status, found.keys()) == (200, {"release", "night", "releases", "objectives", "scores"})
@@ -98,11 +106,14 @@ def refused(service: Running, made: Made) -> None:
 
 
 def ends_on_term(service: Running, made: Made, folder: Path) -> None:
-    """A call in flight is answered, no new one is taken, and nothing is left on the disk."""
+    """While a call is in flight others are told to come back; it is answered, and nothing is left on the disk."""
     body = as_json(made, 8)
     with service.half(body) as connection:
         while "nightrank_http_in_flight 1.0" not in service.text("/metrics"):
             time.sleep(0.02)
+        busy = {"error": "busy", "message": "1 calls are in flight, limit 1; try again"}
+        assert service.call("/score", body) == (503, busy)
+        assert service.call("/healthz") == (200, {"alive": True})
         service.process.send_signal(signal.SIGTERM)
         while True:
             try:
@@ -117,19 +128,30 @@ def ends_on_term(service: Running, made: Made, folder: Path) -> None:
     assert list((folder / "temporary").glob("nightrank-*")) == []
 
 
-def test_more_calls_than_it_takes_are_told_to_come_back_and_slow_ones_are_let_go(
-    store: ObjectStore, nights: list[Made], tmp_path: Path
+def test_a_body_that_does_not_come_is_let_go():
+    async def nothing() -> Message:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    request = Request({"type": "http", "headers": [(b"content-type", b"application/json")]}, nothing)
+    with pytest.raises(Refused, match="the body did not come within 1 s") as refusal:
+        asyncio.run(_body(request, Limits(body_seconds=1)))
+    assert refusal.value.status == 408
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-threads", "0"], "InvalidConfig: --max-threads is 0; give 1 or more\n"),
+        (["--pipeline", "shops"], "NoRelease: "),
+    ],
+)
+def test_a_service_that_cannot_start_says_why(
+    store: ObjectStore, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ):
-    body = as_json(nights[0], 8)
-    with running(store, tmp_path, "--max-in-flight", "1", "--max-body-seconds", "2") as service:
-        with service.half(body) as connection:
-            while "nightrank_http_in_flight 1.0" not in service.text("/metrics"):
-                time.sleep(0.02)
-            busy = {"error": "busy", "message": "1 calls are in flight, limit 1; try again"}
-            assert service.call("/score", body) == (503, busy)
-            assert service.call("/healthz") == (200, {"alive": True})
-            assert b" 408 " in connection.recv(2**16).split(b"\r\n")[0]
-        assert service.call("/score", body)[0] == 200
+    with pytest.raises(SystemExit, match="2"):
+        main(["--store", store.url, "--pipeline", PIPELINE, *options])
+    assert capsys.readouterr().err.startswith(message)
 
 
 def test_two_nights_come_in_under_traffic_and_no_call_fails_or_is_answered_by_two(
@@ -170,3 +192,30 @@ def test_twenty_nights_come_in_during_ten_minutes_of_traffic(tmp_path: Path):
     assert figures["failures"] == {}
     assert figures["swaps"] == 20
     assert len(figures["releases"]) == 21
+
+
+@pytest.mark.soak
+def test_the_steps_of_the_image_give_a_service_without_what_trains(
+    store: ObjectStore, nights: list[Made], tmp_path: Path
+):
+    """What the Dockerfile copies and installs, in a folder and an environment of their own."""
+    image, environment = tmp_path / "image", tmp_path / "environment"
+    venv.create(environment, with_pip=True)
+    python = str(environment / "bin" / "python")
+    steps = (ROOT / "infra" / "ranker" / "Dockerfile").read_text().splitlines()
+    for what, *words in (step.split() for step in steps if step.startswith(("COPY ", "RUN pip "))):
+        if what == "COPY":
+            *sources, target = words
+            for source in sources:
+                place = image / target / (source if target == "./" else "")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                ours = ROOT / source
+                shutil.copytree(ours, place) if ours.is_dir() else shutil.copy(ours, place)
+        else:
+            subprocess.run([python, "-m", *shlex.split(" ".join(words))], cwd=image, check=True)
+    for name in ("torch", "prefect", "pandas", "pyarrow", "onnx"):
+        assert subprocess.run([python, "-c", f"import {name}"], cwd=image, stderr=subprocess.PIPE).returncode == 1, name
+    with running(store, tmp_path, python=python, root=image) as service:
+        status, found = service.call("/score", as_json(nights[0], 8))
+    assert status == 200
+    np.testing.assert_allclose(found["scores"], nights[0].golden[8].scores, rtol=1e-5, atol=1e-5)

@@ -106,7 +106,7 @@ def from_bytes(data: bytes, tensor: Any) -> npt.NDArray[Any]:
 
 def test_only_scores_may_be_put_together_and_moved_to_the_gpu(full: Made, store_of, tmp_path: Path):
     served = Served("shop", device="cuda", max_batch=8, instances=3)
-    found = write_repository(store_of(full), full.manifest, tmp_path, served)
+    (found,) = write_repository(store_of(full), full.manifest, tmp_path, served)
     lookup, score = (read_config(tmp_path / model / "config.pbtxt") for model in found.models)
     kinds = [(group.count, group.Kind.Name(group.kind)) for one in (lookup, score) for group in one.instance_group]
     assert kinds == [(3, "KIND_CPU"), (3, "KIND_GPU")]
@@ -132,9 +132,9 @@ def test_the_next_release_comes_beside_the_last_and_the_ensemble_names_it(full: 
     store, out = open_store(str(tmp_path / "store")), tmp_path / "models"
     for made in (full, after):
         publish_release(store, PIPELINE, made.folder, made.manifest, {})
-    first = write_repository(store, full.manifest, out, Served("shop"))
+    (first,) = write_repository(store, full.manifest, out, Served("shop"))
     before = {path: path.read_bytes() for model in first.models for path in (out / model).rglob("*") if path.is_file()}
-    second = write_repository(store, after.manifest, out, Served("shop"))
+    (second,) = write_repository(store, after.manifest, out, Served("shop"))
     assert {path: path.read_bytes() for path in before} == before
     assert not set(first.models) & set(second.models)
     config = read_config(out / "shop" / "config.pbtxt")
@@ -143,7 +143,9 @@ def test_the_next_release_comes_beside_the_last_and_the_ensemble_names_it(full: 
     golden = after.golden[-2]
     scores = answer_of(out, "shop", as_sent(after.manifest.interface, golden.inputs))["scores"]
     np.testing.assert_allclose(scores, golden.scores, rtol=1e-5, atol=1e-5)
-    again = write_repository(store, full.manifest, out, Served("shop", device="cuda"))  # a rollback, served otherwise
+    (again,) = write_repository(
+        store, full.manifest, out, Served("shop", device="cuda")
+    )  # a rollback, served otherwise
     assert read_config(out / again.models[1] / "config.pbtxt").instance_group[0].kind == 1
     assert [path for path in out.iterdir() if path.name.startswith(".")] == []
 
@@ -184,13 +186,23 @@ def test_a_graph_that_cannot_be_batched_is_refused_by_tensor(full: Made, tmp_pat
         write_repository(store, manifest, tmp_path / "models", Served("shop"))
 
 
-def test_golden_requests_that_cannot_be_read_are_refused(full: Made, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("golden", "message"),
+    [
+        ([], "there are none"),
+        (
+            [{"shape": [1, 1, 2], "scores": [0.5, 3.0], "inputs": {"user": ["ann"]}}],
+            "a golden request .* lacks age, genre",
+        ),
+    ],
+)
+def test_golden_requests_that_cannot_be_read_are_refused(full: Made, tmp_path: Path, golden: list[Any], message: str):
     odd = tmp_path / "odd"
     shutil.copytree(full.folder, odd)
-    (odd / "golden.json").write_text('{"requests": [], "schema_version": 1}')
+    (odd / "golden.json").write_text(json.dumps({"requests": golden, "schema_version": 1}))
     store, manifest = open_store(str(tmp_path / "store")), described_anew(full, odd)
     publish_release(store, PIPELINE, odd, manifest, {})
-    with pytest.raises(ReleaseRefused, match="there are none"):
+    with pytest.raises(ReleaseRefused, match=message):
         write_repository(store, manifest, tmp_path / "models", Served("shop"))
 
 

@@ -13,7 +13,7 @@ from tasks.data.contract import DataConfig
 from tasks.data.interactions import FrozenFile, FrozenNight, freeze
 from tasks.data.lakes import Joined, Source, folders
 from tasks.errors import Conflict
-from tasks.parents import released_parent
+from tasks.parents import released_parent, require_same_hashing
 from tasks.references import IngestRef, ParentRef, Place
 from tasks.release.gate import GateConfig
 from tasks.release.manifest import Pointer
@@ -37,10 +37,13 @@ def ingest(place: Place, data: DataConfig, gate: GateConfig, night: date, config
 
     Raises:
         DataRejected: the night is missing, changes while it is copied, is corrupt, or breaks the contract's schema.
+        InvalidConfig: personal columns are hashed otherwise than in the release that the night starts from.
     """
     record, shared = freeze_night(place, data, night)
     frozen = thawed(record.content)
     settled = _settle(place, gate, night, frozen.digest, config)
+    if settled["parent"] is not None:
+        require_same_hashing(place, data, settled["parent"])
     return IngestRef(
         **shared,
         **_counted(frozen),

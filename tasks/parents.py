@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.clients.workspace import digest_of
-from tasks.errors import ObjectCorrupt
+from tasks.data.contract import DataConfig
+from tasks.errors import InvalidConfig, ObjectCorrupt
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base
 from tasks.references import BaseRef, ParentRef, Place, PrepareRef
 from tasks.release.manifest import blob_key, sha256_of
@@ -26,6 +27,25 @@ def released_parent(place: Place, release: str) -> ParentRef:
     """
     files = {file.name: file.sha256 for file in read_manifest(store_of(place), place.pipeline, release).files}
     return ParentRef(digest=_digest(files), release=release)
+
+
+def require_same_hashing(place: Place, data: DataConfig, release: str) -> None:
+    """Refuse to go on from a release whose personal columns were hashed otherwise: all their values would be others.
+
+    Raises:
+        InvalidConfig: a column has another key, or one of the two has none.
+        ObjectMissing, ReleaseRefused: as `released_parent`.
+    """
+    inputs = read_manifest(store_of(place), place.pipeline, release).interface.inputs
+    before = {spec.name: None if spec.personal is None else spec.personal.key_id for spec in inputs}
+    for column in data.columns:
+        key = None if column.personal is None else column.personal.key_id
+        if column.name in before and before[column.name] != key:
+            was, now = (f"hashed with key {one}" if one else "not hashed" for one in (before[column.name], key))
+            raise InvalidConfig(
+                f"column {column.name!r} is {now}, and was {was} in release {release[:12]}, which this night starts "
+                f"from: none of its values would be known again; give the pipeline another name, so that it starts anew"
+            )
 
 
 def replayed_parent(place: Place, prepared: PrepareRef, base: BaseRef) -> ParentRef:

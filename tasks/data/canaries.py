@@ -124,13 +124,13 @@ def _value(data: DataConfig, column: ColumnConfig) -> Any:
     if column.kind == "dense":
         return [0.0] * column.width
     if column.kind == "multi":
-        return ["a" if column.dtype == "string" else 0]
+        return [_text(column) if column.dtype == "string" else 0]
     if column.dtype == "timestamp":
         return _bounds(data)[0]
     if column.dtype == "bool":
         return False
     if column.dtype == "string":
-        return column.allowed[0] if column.allowed else "a"
+        return column.allowed[0] if column.allowed else _text(column)
     low, high = column.minimum, column.maximum
     bounds = [bound for bound in (low, high) if bound is not None]
     if column.dtype == "int64":
@@ -151,6 +151,15 @@ def _value(data: DataConfig, column: ColumnConfig) -> Any:
             f"{column.allowed} as {column.role}; widen them"
         )
     return fitting[0]
+
+
+def _text(column: ColumnConfig) -> str:
+    return "a" if column.personal is None else "a" * 64
+
+
+def _unhashed() -> tuple[str, ...]:
+    """Nothing, raw text, capitals, a digit too few and one too many, a line end that some read over."""
+    return ("", "ann@example.org", "A" * 64, "a" * 63, "a" * 65, "a" * 64 + "\n")
 
 
 def _violations(data: DataConfig, column: ColumnConfig) -> list[tuple[str, Any]]:
@@ -174,6 +183,8 @@ def _violations(data: DataConfig, column: ColumnConfig) -> list[tuple[str, Any]]
         strings = [value for value in column.allowed if isinstance(value, str)]
         numbers = [value for value in column.allowed if not isinstance(value, str)]
         found.append((f"allowed:{column.name}", "".join(strings) + "x" if strings else max(numbers) + 1))
+    if column.personal is not None:
+        found += [(f"not_hashed:{column.name}", value) for value in _unhashed()]
     if _binary(data, column) and column.dtype != "bool":
         found.append((f"domain:{column.name}", 2))
     if column.role == "weight":
@@ -187,7 +198,10 @@ def _list_violations(data: DataConfig, column: ColumnConfig) -> list[tuple[str, 
     if column.kind == "multi":
         longer = good * (column.width + 1)
         empty = [[value] for value in (None, MISSING[column.dtype])]
-        return [(f"too_many:{column.name}", longer), *((f"empty_value:{column.name}", value) for value in empty)]
+        code = "empty_value"
+        if column.personal is not None:
+            code, empty = "not_hashed", [*empty, *([*good, value] for value in _unhashed())]
+        return [(f"too_many:{column.name}", longer), *((f"{code}:{column.name}", value) for value in empty)]
     lengths = [(f"wrong_length:{column.name}", value) for value in ([*good, 0.0], good[1:], [])]
     bad = (None, math.nan, math.inf, -math.inf, 1e39)
     return [*lengths, *((f"not_finite:{column.name}", [*good[1:], value]) for value in bad)]

@@ -24,6 +24,14 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class PersonalConfig(Section):
+    """How a column of personal values was hashed before it came into the lake."""
+
+    key_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
+    """Names the key: rankers find it in the environment variable `NIGHTRANK_HASH_KEY_<key_id>`. Another key makes other
+    values of all, so it is another pipeline."""
+
+
 class ColumnConfig(Section):
     """One column of the lake."""
 
@@ -59,6 +67,10 @@ class ColumnConfig(Section):
     """Largest value allowed; larger ones go to quarantine."""
     allowed: tuple[str | int | float, ...] | None = None
     """The closed set of values allowed; others go to quarantine."""
+    personal: PersonalConfig | None = Field(None, exclude_if=lambda personal: personal is None)
+    """Says that the lake holds the lower-case hexadecimal HMAC-SHA256 of the raw values' UTF-8 bytes, of a string user,
+    request or candidate column. Values that are not 64 such digits go to quarantine. A ranker hashes what callers give
+    it; no error shows a value."""
 
     @model_validator(mode="after")
     def _inputs_say_their_kind(self) -> Self:
@@ -102,6 +114,18 @@ class ColumnConfig(Section):
             raise ValueError(
                 f"column {self.name!r} holds lists, and {', '.join(said)} speaks of single values: remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _personal_values_are_hashed_strings(self) -> Self:
+        if self.personal is not None:
+            if self.dtype != "string" or self.role not in ("user", "request", "candidate"):
+                raise ValueError(
+                    f"column {self.name!r} is personal and must be a string user, request or candidate column, not "
+                    f"{self.dtype} {self.role}"
+                )
+            if self.allowed is not None:
+                raise ValueError(f"column {self.name!r} is personal, and allowed speaks of raw values: remove it")
         return self
 
     @property
@@ -251,6 +275,9 @@ class DataConfig(Section):
                     yield f"own_keys: {name!r} has allowed values, which cannot differ by lake: remove them"
                 elif field == "lake_column" and (strange := sorted(set(names) - set(column.allowed or names))):
                     yield f"lakes: {', '.join(strange)} is not among the allowed values of {name!r}: add it there"
+        personal = {column.name for column in self.columns if column.personal is not None}
+        for hashed in sorted(personal & {self.lake_column, *self.own_keys}):
+            yield f"{hashed!r} is personal, and lake_column and own_keys are about raw values: remove personal"
         if self.lake_column in self.own_keys:
             yield f"own_keys: {self.lake_column!r} is the lake itself: remove it"
 

@@ -21,7 +21,7 @@ from jinja2.bccache import Bucket
 from tasks.data.canaries import Canary, canaries
 from tasks.data.contract import PARTITION, DataConfig
 from tasks.data.interactions import footers
-from tasks.data.quarantine import VIEW, measured_view, night_view, reading, split
+from tasks.data.quarantine import NOT_SHOWN, VIEW, measured_view, night_view, reading, split
 from tasks.data.rules import rules
 from tasks.data.suite import Check, agree, failures, generated, plain
 from tasks.errors import ExpectationsFailed, InvalidConfig, NightMissing, ValidatorBroken
@@ -91,7 +91,7 @@ def validate(
         with reading(files):
             parts = split(connection, data, checks, rows, clean_file, quarantine_file)
         results = _evaluate(connection, suite, measured_view(connection, data))
-    expectations = [_told(check, result) for check, result in zip(suite, results, strict=True)]
+    expectations = [_told(data, check, result) for check, result in zip(suite, results, strict=True)]
     agree(f"night {night}", suite, expectations, parts.reasons)
     if found := failures(data, parts, expectations, quarantine_file):
         raise ExpectationsFailed(f"night {night} stops: {'; '.join(found)}")
@@ -259,9 +259,13 @@ def _exception(info: Mapping[str, Any] | None) -> str | None:
     return None
 
 
-def _told(check: Check, result: Any) -> dict[str, Any]:
-    """A check and its result as JSON can say them."""
+def _told(data: DataConfig, check: Check, result: Any) -> dict[str, Any]:
+    """A check and its result as JSON can say them, without a value of a personal column."""
     found = result.result or {}
+    told = (one for value in check.kwargs.values() for one in (value if isinstance(value, list | tuple) else [value]))
+    about = {one for one in told if isinstance(one, str)}
+    named = any(column.personal is not None and column.name in about for column in data.columns)
+    private = named and (not check.stops or check.about == "config")
     return {
         "type": check.type,
         "kwargs": plain(check.kwargs),
@@ -269,7 +273,7 @@ def _told(check: Check, result: Any) -> dict[str, Any]:
         "stops": check.stops,
         "success": bool(result.success),
         "unexpected": found.get("unexpected_count", None if check.stops else 0),
-        "observed": plain(found.get("observed_value", found.get("partial_unexpected_list"))),
+        "observed": NOT_SHOWN if private else plain(found.get("observed_value", found.get("partial_unexpected_list"))),
     }
 
 
@@ -300,7 +304,7 @@ def _judge(data: DataConfig, canary: Canary) -> None:
         files = (Path(folder) / "clean.parquet", Path(folder) / "quarantine.parquet")
         parts = split(connection, data, checks, len(canary.rows), *files)
         results = _evaluate(connection, suite, measured_view(connection, data))
-    expectations = [_told(check, result) for check, result in zip(suite, results, strict=True)]
+    expectations = [_told(data, check, result) for check, result in zip(suite, results, strict=True)]
     failing = {told["about"] for told in expectations if not told["success"]}
     for by, found, wanted in (("rules", set(parts.reasons), canary.reasons), ("expectations", failing, canary.failing)):
         if wrong := sorted((found ^ wanted) if canary.good else (wanted - found)):

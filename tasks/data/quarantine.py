@@ -51,6 +51,8 @@ _ARROW = {
     "bool": pa.bool_(),
     "timestamp": pa.timestamp("us", "UTC"),
 }
+NOT_SHOWN = "personal, not shown"
+"""What stands for a value of a personal column wherever people or logs would see it."""
 
 
 @dataclass(frozen=True)
@@ -310,10 +312,12 @@ def _examples(data: DataConfig, checks: Sequence[Rule], bad: Path) -> tuple[dict
     with pq.ParquetFile(bad) as file:
         rows = next(file.iter_batches(5)).to_pylist()
     about = {rule.code: rule.column for rule in checks}
+    personal = {column.name for column in data.columns if column.personal is not None}
     found = []
     for row in rows:
         shown = [data.user, data.item, data.time, *(name for code in row[REASONS] if (name := about.get(code)))]
-        found.append({"reasons": row[REASONS], "row": {name: _plain(row[name]) for name in dict.fromkeys(shown)}})
+        told = {name: NOT_SHOWN if name in personal else _plain(row[name]) for name in dict.fromkeys(shown)}
+        found.append({"reasons": row[REASONS], "row": told})
     return tuple(found)
 
 

@@ -13,6 +13,8 @@ from tasks.errors import InvalidConfig
 
 SQL_TYPES = {"int64": "BIGINT", "float64": "DOUBLE", "string": "VARCHAR", "bool": "BOOLEAN", "timestamp": "TIMESTAMP"}
 """DuckDB's names of the contract's types."""
+HASHED = "[0-9a-f]{64}"
+"""What a hashed value looks like."""
 LARGEST = 1.7976931348623157e308
 """The largest finite double."""
 _ONE = '"value:one"'
@@ -76,6 +78,8 @@ def rules(data: DataConfig, night: date) -> tuple[Rule, ...]:
         if column.dtype == "float64":
             found.append(_finite(column))
         found += [*_range(column), *_allowed(column)]
+        if column.personal is not None:
+            found.append(_hashed(column))
         if column.name in binary and column.dtype != "bool":
             found.append(_member(f"domain:{column.name}", column, [0, 1]))
         if column.role == "weight":
@@ -109,8 +113,8 @@ def measures(data: DataConfig) -> dict[str, str]:
     """What expectations read of list columns, which they cannot look into: helper column to SQL, each a count per row.
 
     `column:values` is how many values the list has, `column:bad` how many of them are none: in a `multi` list missing
-    or the marker of missing values, in a `dense` one missing or beyond the finite numbers of float32. No contract can
-    name a column so. Where the list is missing, so are the counts.
+    or the marker of missing values (in a personal one what is not hashed), in a `dense` one missing or beyond the
+    finite numbers of float32. No contract can name a column so. Where the list is missing, so are the counts.
     """
     read = (column for column in data.columns if column.kind in LISTS and column.role != "ignored")
     return {name: sql for column in read for name, sql in _counts(column).items()}
@@ -124,6 +128,8 @@ def _counts(column: ColumnConfig) -> dict[str, str]:
 def _bad_value(column: ColumnConfig) -> str:
     if column.kind == "dense":
         return f"(isfinite({_ONE}) AND abs({_ONE}) <= {LARGEST_FLOAT32!r}) IS NOT TRUE"
+    if column.personal is not None:
+        return f"regexp_full_match({_ONE}, '{HASHED}') IS NOT TRUE"
     marker = MISSING[column.dtype]
     return f"{_ONE} IS NULL OR {_ONE} = " + (str(marker) if isinstance(marker, int) else f"'{marker}'")
 
@@ -133,7 +139,7 @@ def _list_rules(column: ColumnConfig) -> list[Rule]:
     dense = column.kind == "dense"
     counts = (
         ("wrong_length" if dense else "too_many", "values", column.width if dense else None, column.width),
-        ("not_finite" if dense else "empty_value", "bad", None, 0),
+        ("not_finite" if dense else "empty_value" if column.personal is None else "not_hashed", "bad", None, 0),
     )
     found = []
     for code, measure, low, high in counts:
@@ -157,6 +163,18 @@ def _finite(column: ColumnConfig) -> Rule:
         # in DuckDB NaN is larger than every number, so the largest finite one bounds it out
         "expect_column_values_to_be_between",
         {"min_value": -LARGEST, "max_value": LARGEST},
+    )
+
+
+def _hashed(column: ColumnConfig) -> Rule:
+    name = quoted(column)
+    return Rule(
+        f"not_hashed:{column.name}",
+        column.name,
+        f"({name} IS NULL OR regexp_full_match({name}, '{HASHED}'))",
+        {},
+        "expect_column_values_to_match_regex",
+        {"regex": f"^{HASHED}$"},
     )
 
 

@@ -8,7 +8,7 @@ of a list.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from tasks.data.lists import NOTHING
 from tasks.data.segments import mixed_radix
 from tasks.data.vocabulary import MISSING
 from tasks.release.histories import encode_history, history_nodes, history_specs
-from tasks.release.interface import Example, InputSpec, Objective
+from tasks.release.interface import Example, InputSpec, Objective, Personal
 from tasks.release.nodes import Graph
 from tasks.release.tables import ServingTables
 
@@ -142,7 +142,13 @@ def input_specs(
                 values=column.width if column.kind in LISTS else None,
             )
         )
-    return (*specs, *history_specs(data, history, examples))
+    return tuple(_hashed(data, spec) for spec in (*specs, *history_specs(data, history, examples)))
+
+
+def _hashed(data: DataConfig, spec: InputSpec) -> InputSpec:
+    """The input, marked where it holds values of a personal column, of the request or of the user's history."""
+    how = data.column(spec.of or spec.name).personal
+    return spec if how is None else replace(spec, personal=Personal(how.key_id))
 
 
 def objectives(data: DataConfig) -> tuple[Objective, ...]:

@@ -88,7 +88,7 @@ class Champion:
             ReleaseRefused: the release gives something that is no answer.
         """
         try:
-            inputs, shape = read_request(self.release.manifest.interface.inputs, request)
+            inputs, shape = read_request(self.release.manifest.interface.inputs, request, self.release.hasher)
         except RequestRejected:
             self._events.rejected()
             raise

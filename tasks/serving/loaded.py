@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ import onnxruntime
 from tasks.errors import DeviceUnavailable, InvalidConfig, ReleaseRefused, RequestRejected
 from tasks.release.manifest import InputSpec, Manifest
 from tasks.serving.guards import require_variety
+from tasks.serving.hashing import Hasher
 from tasks.serving.requests import Arrays, read_request
 from tasks.serving.runners import Halves, Runner, Whole
 from tasks.serving.sessions import Device, Engine, require_gpu
@@ -38,6 +39,7 @@ class LoadedRelease:
         user: name of the user column.
         item: name of the item column.
         runner: its graphs.
+        hasher: hashes the personal columns of requests.
     """
 
     manifest: Manifest
@@ -45,6 +47,7 @@ class LoadedRelease:
     user: str
     item: str
     runner: Runner
+    hasher: Hasher = field(default_factory=lambda: Hasher({}), repr=False)
 
     def run(self, inputs: Arrays, shape: tuple[int, int]) -> F32:
         """Scores [R, M, K] of checked inputs with R requests and M candidates.
@@ -77,7 +80,8 @@ def load(folder: Path, manifest: Manifest, device: Device, engine: Engine | None
         ReleaseRefused: the interface is not the one of the manifest, a graph does not load, a golden request is
             answered otherwise, or none tells its candidates apart.
         DeviceUnavailable: `cuda` was asked for and no GPU works.
-        InvalidConfig: the engine is to use what only a GPU has, and the device is `cpu`.
+        InvalidConfig: the engine is to use what only a GPU has, and the device is `cpu`; or the key of a personal
+            column is missing on this host.
     """
     if (folder / "interface.json").read_bytes() != manifest.interface.serialise():
         raise ReleaseRefused(_about(manifest, "its interface.json says something else than its manifest"))
@@ -126,7 +130,7 @@ def _load(
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ReleaseRefused(_about(manifest, f"its graph takes other inputs than its manifest says: {', '.join(odd)}"))
     user, item = (next(spec.name for spec in specs if spec.per == per) for per in ("request", "candidate"))
-    loaded = LoadedRelease(manifest, device, user, item, runner)
+    loaded = LoadedRelease(manifest, device, user, item, runner, Hasher.of(manifest.interface.inputs))
     require_variety(manifest, golden, [_asked(loaded, position, *one) for position, one in enumerate(golden)])
     return loaded
 

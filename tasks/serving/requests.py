@@ -9,11 +9,14 @@ import numpy.typing as npt
 
 from tasks.errors import RequestRejected
 from tasks.release.manifest import InputSpec
+from tasks.serving.hashing import Hasher
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 
 
-def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> tuple[Arrays, tuple[int, int]]:
+def read_request(
+    specs: Sequence[InputSpec], request: Mapping[str, object], hasher: Hasher | None = None
+) -> tuple[Arrays, tuple[int, int]]:
     """Check a request and give its columns their types.
 
     Integers may be of any width, numbers may be integers, floats or booleans; digit strings are not integers. None
@@ -27,12 +30,13 @@ def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> t
     Args:
         specs: the inputs of the release.
         request: column name to array or nested list.
+        hasher: hashes personal columns; None where the request holds what the lake holds.
 
     Returns:
         Arrays by column, and (R, M): requests and candidates per request.
 
     Raises:
-        RequestRejected: names the column, what came, and what was expected.
+        RequestRejected: names the column, what came, and what was expected; of a personal column not what came.
 
     >>> from tasks.release.manifest import InputSpec
     >>> specs = (InputSpec("user", "request", "string", "", ""), InputSpec("item", "candidate", "int64", "", -1))
@@ -47,7 +51,7 @@ def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> t
         raise RequestRejected(f"the request lacks {', '.join(lacking)}; it must hold {', '.join(sorted(names))}")
     if extra := sorted(str(name) for name in request.keys() - names):
         raise RequestRejected(f"the request holds {', '.join(extra)}, which the release does not know; leave it out")
-    arrays = {spec.name: _column(spec, request[spec.name]) for spec in specs}
+    arrays = {spec.name: _shielded(spec, request[spec.name]) for spec in specs}
     past = [spec for spec in specs if spec.of is not None]
     _same_entries({spec.name: request[spec.name] for spec in past})
     asked = {spec.name for spec in specs if spec.per == "request"}
@@ -64,7 +68,23 @@ def read_request(specs: Sequence[InputSpec], request: Mapping[str, object]) -> t
                 f"column {spec.name!r} has shape {list(found)}, expected {list(expected)}, because "
                 f"{first['candidate']!r} has shape {[requests, candidates]} (requests x candidates)"
             )
+    if hasher is not None:
+        arrays = {spec.name: hasher.hashed(spec, arrays[spec.name]) for spec in specs}
     return arrays, (requests, candidates)
+
+
+def _shielded(spec: InputSpec, values: object) -> npt.NDArray[np.generic]:
+    """A column; of a personal one no error, nor what led to it, holds a value."""
+    if spec.personal is None:
+        return _column(spec, values)
+    try:
+        return _column(spec, values)
+    except RequestRejected:
+        pass  # raised anew where this one is no longer its context
+    raise RequestRejected(
+        f"column {spec.name!r} does not hold {spec.dtype} of shape [{', '.join(map(str, spec.shape))}]; its values are "
+        f"personal and are not shown"
+    )
 
 
 def _column(spec: InputSpec, values: object) -> npt.NDArray[np.generic]:

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,7 +18,7 @@ from tasks.data.contract import ColumnConfig, DataConfig, ExpectationConfig, Obj
 from tasks.data.expectations import Validated, data_docs, validate
 from tasks.data.rules import Rule, rules
 from tasks.errors import CorruptFile, ExpectationsFailed, InvalidConfig, NightMissing, SchemaBroken, ValidatorBroken
-from tests.data.nights import NIGHT, contract, row, write
+from tests.data.nights import NIGHT, SCHEMA, contract, row, write
 
 
 def judge(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Validated:
@@ -230,7 +231,44 @@ def other_contract() -> DataConfig:
     return DataConfig(source="x", columns=columns, objectives=objectives, time_zone="Asia/Kolkata")
 
 
-@pytest.mark.parametrize("data", [contract(), contract(time_zone="America/Sao_Paulo"), other_contract()])
+def personal_contract(**changes: Any) -> DataConfig:
+    """Hashed plans, and lists of hashed friends."""
+    mark = {"personal": {"key_id": "k1"}, "role": "request", "dtype": "string"}
+    plan = ColumnConfig(name="plan", kind="categorical", **mark)
+    friends = ColumnConfig(name="friends", kind="multi", max_values=2, nullable=True, **mark)
+    columns = tuple(plan if column.name == "plan" else column for column in contract().columns)
+    return contract(columns=(*columns, friends), **changes)
+
+
+def test_what_is_not_hashed_goes_to_quarantine_and_nobody_is_shown_it(tmp_path: Path) -> None:
+    good_hash, secrets = "0123456789abcdef" * 4, ("secret", "0123456789ABCDEF" * 4, "", "0" * 63, "0" * 64 + "\n")
+    rows = [row(number, plan=good_hash, friends=[good_hash] * (number % 3)) for number in range(6)]
+    rows += [row(10 + number, plan=plan, friends=None) for number, plan in enumerate(secrets)]
+    rows += [row(20 + number, plan=good_hash, friends=[good_hash, plan]) for number, plan in enumerate(secrets)]
+    rows.append(row(40, plan=good_hash, friends=[good_hash], age=500))
+    table = pa.table(
+        {
+            **{name: pa.array([one[name] for one in rows], SCHEMA.field(name).type) for name in SCHEMA.names},
+            "friends": pa.array([one["friends"] for one in rows], pa.list_(pa.string())),
+        }
+    )
+    pq.write_table(table, tmp_path / "0.parquet")
+    found = validate(personal_contract(), NIGHT, [tmp_path / "0.parquet"], tmp_path / "out")
+    assert found.reasons == {"not_hashed:plan": 5, "not_hashed:friends": 5, "range:age": 1}
+    assert (found.clean, found.bad) == (6, 11)
+    told = json.dumps([found.expectations, found.examples], default=str)
+    assert "secret" not in told
+    assert "ABCDEF" not in told
+    assert "personal, not shown" in told
+    with pytest.raises(ExpectationsFailed) as caught:
+        validate(personal_contract(max_bad_rows=0.1), NIGHT, [tmp_path / "0.parquet"], tmp_path / "again")
+    assert "not_hashed:plan 5" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data", [contract(), contract(time_zone="America/Sao_Paulo"), other_contract(), personal_contract()]
+)
 def test_canaries_break_every_rule_of_a_contract_and_are_judged_right(unproven: None, data: DataConfig) -> None:
     batches = {canary.name: canary for canary in canaries(data)}
     codes = {rule.code for rule in rules(data, NIGHT)} | {"duplicate", "conflicting_duplicate"}
@@ -273,8 +311,8 @@ def test_an_expectation_that_never_fails_is_caught_by_the_canaries(
 ) -> None:
     told = expectations._told
 
-    def blind(check: Any, result: Any) -> dict[str, Any]:
-        return told(check, result) | ({"success": True, "unexpected": 0} if check.about == code else {})
+    def blind(data: DataConfig, check: Any, result: Any) -> dict[str, Any]:
+        return told(data, check, result) | ({"success": True, "unexpected": 0} if check.about == code else {})
 
     monkeypatch.setattr(expectations, "_told", blind)
     with pytest.raises(
@@ -291,7 +329,9 @@ def test_a_split_and_an_expectation_that_disagree_break_the_validator(
     monkeypatch.setattr(
         expectations,
         "_told",
-        lambda check, result: told(check, result) | ({"unexpected": 3} if check.about == "range:age" else {}),
+        lambda data, check, result: (
+            told(data, check, result) | ({"unexpected": 3} if check.about == "range:age" else {})
+        ),
     )
     with pytest.raises(ValidatorBroken, match="finds 3 rows, our rule range:age 0"):
         judge(tmp_path, good())

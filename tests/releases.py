@@ -25,6 +25,7 @@ from tasks.release.interface import Interface, Json, LevelSpec
 from tasks.release.lookups import input_specs, objectives, wires
 from tasks.release.manifest import Manifest, content_digest
 from tasks.release.manifest import describe as describe_files
+from tasks.release.nodes import ENCODER_KEYS
 from tasks.release.requirements import requirements
 from tasks.release.scorer import trace
 from tasks.release.tables import LevelTable, ServingTables, write_tables
@@ -251,11 +252,18 @@ def shared_graph(factory: pytest.TempPathFactory, kind: str) -> bytes:
     return (made_once(factory, f"graph-{kind}", make) / "score.onnx").read_bytes()
 
 
-def make_release(folder: Path, graph: bytes, kind: str = "full", seed: int = 0, night: date = NIGHT) -> Made:
+def make_release(
+    folder: Path,
+    graph: bytes,
+    kind: str = "full",
+    seed: int = 0,
+    night: date = NIGHT,
+    encoder_keys: int = ENCODER_KEYS,
+) -> Made:
     """Export a release into a new folder."""
     folder.mkdir(parents=True)
     data, network, bank, tables, rows = make_parts(kind, seed)
-    export(network, bank, tables, data, folder, lambda *_: graph)
+    export(network, bank, tables, data, folder, lambda *_: graph, encoder_keys)
     golden = make_golden(network, bank, tables, data, draw_requests(data, rows, history=tables.history))
     write_golden(data, golden, folder, tables.history)
     parity = check_parity(data, tables, golden, folder)

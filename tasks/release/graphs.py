@@ -2,7 +2,7 @@
 
 `lookup.onnx` turns raw columns into ids, `score.onnx` turns ids and numbers into scores, `model.onnx` is both in one.
 Weights lie in external files that are cut by how fast they change: `base.bin`, `statistics.bin`, `bank.bin`; both
-`score.onnx` and `model.onnx` refer to them by bare name.
+`score.onnx` and `model.onnx` refer to them by bare name. So do `lookup.onnx` and `model.onnx` to tables of many keys.
 
 Shapes: K objectives, D numbers of an adapter per objective.
 """
@@ -22,14 +22,14 @@ from tasks.errors import ParityBroken
 from tasks.learning.bending import Bent
 from tasks.learning.networks import Ranker, RankerShape
 from tasks.learning.ranker_config import RankerConfig
+from tasks.release.external import ExternalFiles
 from tasks.release.lookups import Wires, as_model, lookup_graph, wires
+from tasks.release.nodes import ENCODER_KEYS
 from tasks.release.scorer import PREFIX, Scorer, numbers_of, trace
 from tasks.release.tables import ServingTables
 
 F32 = npt.NDArray[np.float32]
 Trace = Callable[[RankerShape, RankerConfig, Wires, Bent | None, int], bytes]
-ALIGNMENT = 64
-"""Tensors in external files start at multiples of this many bytes, so that they can be mapped as they lie."""
 EXTERNAL = {"network.": "base.bin", "statistics_": "statistics.bin", "bank": "bank.bin"}
 """Prefix of a parameter's name to the external file that holds it."""
 
@@ -40,7 +40,7 @@ class ExportedGraphs:
 
     Attributes:
         folder: where the files are.
-        files: their names: three graphs and three external files.
+        files: their names: three graphs, three external files of weights, and those of tables of many keys.
         wires: names of the tensors between the two halves.
     """
 
@@ -50,7 +50,13 @@ class ExportedGraphs:
 
 
 def export(
-    network: Ranker, bank: F32, tables: ServingTables, data: DataConfig, folder: Path, traced: Trace = trace
+    network: Ranker,
+    bank: F32,
+    tables: ServingTables,
+    data: DataConfig,
+    folder: Path,
+    traced: Trace = trace,
+    encoder_keys: int = ENCODER_KEYS,
 ) -> ExportedGraphs:
     """Write the graphs and their external files.
 
@@ -61,15 +67,18 @@ def export(
         data: the contract: names and types of the inputs.
         folder: an existing folder for the files.
         traced: gives the graph of the network's layers, which is filled here.
+        encoder_keys: a look-up of more keys is a table in an external file.
 
     Raises:
         ParityBroken: bank, tables and network do not fit together, or the graphs are not valid ONNX.
     """
     _check_fit(network, bank, tables)
-    names = wires(data, tables)
-    lookup = lookup_graph(data, tables, names)
+    names, files = wires(data, tables), ExternalFiles(folder)
+    for file in EXTERNAL.values():
+        files.begin(file)
+    lookup = lookup_graph(data, tables, names, files, encoder_keys)
     score = onnx.load_from_string(traced(network.shape, network.config, names, network.bent, network.prototypes))
-    _fill(score, Scorer(copy.deepcopy(network).cpu(), bank, tables.statistics), folder)
+    _fill(score, Scorer(copy.deepcopy(network).cpu(), bank, tables.statistics), files)
     graph = helper.make_graph(
         [*lookup.graph.node, *score.graph.node],
         "model",
@@ -84,7 +93,7 @@ def export(
             onnx.checker.check_model(str(folder / name), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ParityBroken(f"{name} is not valid ONNX: {error}; this is a defect of the export") from error
-    return ExportedGraphs(folder, (*models, *EXTERNAL.values()), names)
+    return ExportedGraphs(folder, (*models, *files.names), names)
 
 
 def _check_fit(network: Ranker, bank: F32, tables: ServingTables) -> None:
@@ -111,9 +120,8 @@ def _check_fit(network: Ranker, bank: F32, tables: ServingTables) -> None:
             )
 
 
-def _fill(model: onnx.ModelProto, scorer: Scorer, folder: Path) -> None:
+def _fill(model: onnx.ModelProto, scorer: Scorer, files: ExternalFiles) -> None:
     """Put the numbers into the blank initialisers: weights into the external files, in the order of their names."""
-    parts: dict[str, bytearray] = {file: bytearray() for file in EXTERNAL.values()}
     numbers = {f"{PREFIX}{name}": tensor for name, tensor in numbers_of(scorer).items()}
     for tensor in sorted(model.graph.initializer, key=lambda one: one.name):
         if tensor.name not in numbers:
@@ -123,14 +131,5 @@ def _fill(model: onnx.ModelProto, scorer: Scorer, folder: Path) -> None:
         file = next((file for prefix, file in EXTERNAL.items() if name.startswith(prefix)), None)
         if file is None or tensor.data_type != TensorProto.FLOAT or not values.size:
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-            continue
-        data = values.astype("<f4").tobytes()
-        part = parts[file]
-        part.extend(bytes(-len(part) % ALIGNMENT))
-        tensor.dims[:] = values.shape
-        for key, value in {"location": file, "offset": str(len(part)), "length": str(len(data))}.items():
-            tensor.external_data.add(key=key, value=value)
-        tensor.data_location = TensorProto.EXTERNAL
-        part.extend(data)
-    for file, part in parts.items():
-        (folder / file).write_bytes(part)
+        else:
+            tensor.CopyFrom(files.place(file, tensor.name, values.astype(np.float32, copy=False)))

@@ -115,12 +115,8 @@ def history_nodes(data: DataConfig, tables: ServingTables, graph: Graph, names: 
     border, end = graph.number(-length, axis=True), graph.number(np.iinfo(np.int64).max, axis=True)
     candidates, entries = {}, []
     for column in (data.item, *data.named("candidate", "categorical")):
-        vocabulary = tables.vocabularies[column]
-        keys, ids = vocabulary.keys.to_pylist(), np.arange(1, vocabulary.rows)
-        if column == data.item:
-            keys, ids = [*keys, MISSING[data.column(column).dtype]], np.append(ids, NOTHING)
         both = graph.node("Concat", [column, inputs[column]], f"lookup/both/{column}", axis=1)
-        found = graph.encoder(both, f"lookup/all/{column}", keys, ids, 0)
+        found = graph.keys_of(tables, column, both, f"lookup/all/{column}", listed=column == data.item)
         own = graph.node("Slice", [found, graph.number(0, axis=True), border, axis], f"lookup/own/{column}")
         candidates[column] = graph.node("Max", [own, graph.number(0)], f"lookup/ids/{column}")
         entries.append(graph.node("Slice", [found, border, end, axis], f"lookup/entries/{column}"))

@@ -7,7 +7,7 @@ Shapes: R requests, M candidates per request, Cr/Cc categorical request/candidat
 of a list.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -21,9 +21,10 @@ from tasks.data.contract import LISTS, DataConfig
 from tasks.data.lists import NOTHING
 from tasks.data.segments import mixed_radix
 from tasks.data.vocabulary import MISSING
+from tasks.release.external import ExternalFiles
 from tasks.release.histories import encode_history, history_nodes, history_specs
 from tasks.release.interface import Example, InputSpec, Objective, Personal
-from tasks.release.nodes import Graph
+from tasks.release.nodes import COHORT, CONTRIBUTED, ENCODER_KEYS, SEGMENTS, Graph
 from tasks.release.tables import ServingTables
 
 I64 = npt.NDArray[np.int64]
@@ -205,18 +206,26 @@ def _find(keys: I64, values: I64, wanted: I64, default: int) -> I64:
     return np.where(keys[order][at] == wanted, values[order][at], default)
 
 
-def lookup_graph(data: DataConfig, tables: ServingTables, names: Wires) -> onnx.ModelProto:
+def lookup_graph(
+    data: DataConfig,
+    tables: ServingTables,
+    names: Wires,
+    files: ExternalFiles | None = None,
+    encoder_keys: int = ENCODER_KEYS,
+) -> onnx.ModelProto:
     """Build `lookup.onnx`.
 
     Args:
         data: the contract: the inputs.
-        tables: vocabularies, cohort keys and slots; they become attributes of LabelEncoder nodes.
+        tables: vocabularies, cohort keys and slots; few keys become attributes of LabelEncoder nodes.
         names: what the outputs are called.
+        files: get tables of many keys, cut by how often they change; None keeps all in the graph.
+        encoder_keys: many are more than these.
     """
-    graph = Graph()
+    graph = Graph(files, encoder_keys)
     specs = input_specs(data, history=tables.history)
     ids = {
-        name: graph.encoder(name, f"lookup/ids/{name}", *_entries(data, tables, name), 0)
+        name: graph.keys_of(tables, name, name, f"lookup/ids/{name}", listed=data.column(name).kind == "multi")
         for name in data.vocabularies
         if not tables.history or name not in (data.item, *data.named("candidate", "categorical"))
     }
@@ -236,7 +245,7 @@ def lookup_graph(data: DataConfig, tables: ServingTables, names: Wires) -> onnx.
     slot = graph.node("Mul", [user, graph.number(0)], "lookup/base")
     for position, level in reversed(list(enumerate(tables.levels))):
         key = graph.mixed_radix([ids[name] for name in level.columns], level.radices, f"lookup/level{position}")
-        own = graph.encoder(key, f"lookup/own{position}", level.keys, level.slots, -1)
+        own = graph.look_up(key, f"lookup/own{position}", level.keys, level.slots, -1, SEGMENTS, f"level{position}")
         has = graph.node("GreaterOrEqual", [own, graph.number(0)], f"lookup/has{position}")
         slot = graph.node("Where", [has, own, slot], f"lookup/slot{position}")
     graph.node("Identity", [slot], names.slot)
@@ -249,7 +258,7 @@ def lookup_graph(data: DataConfig, tables: ServingTables, names: Wires) -> onnx.
         scaled = graph.node("Mul", [column, graph.number(statistics.cohort_radices[-1])], "lookup/cohort/scaled")
         key = graph.node("Add", [scaled, item], "lookup/cohort/key")
         rows = np.arange(1, len(statistics.cohort_item_keys) + 1)
-        graph.encoder(key, names.cohort_item_row, statistics.cohort_item_keys, rows, 0)
+        graph.look_up(key, names.cohort_item_row, statistics.cohort_item_keys, rows, 0, COHORT, "cohort_item")
     shapes: dict[str, tuple[int, list[str | int]]] = {
         "candidate_ids": (
             TensorProto.INT64,
@@ -276,13 +285,7 @@ def lookup_graph(data: DataConfig, tables: ServingTables, names: Wires) -> onnx.
 
 def as_model(graph: onnx.GraphProto) -> onnx.ModelProto:
     """Wrap a graph with the versions that every file of a release states."""
-    opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
+    used = {node.domain for node in graph.node}
+    versions = OPSETS | ({CONTRIBUTED: 1} if CONTRIBUTED in used else {})
+    opsets = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="nightrank")
-
-
-def _entries(data: DataConfig, tables: ServingTables, name: str) -> tuple[Sequence[int] | Sequence[str], I64]:
-    vocabulary, column = tables.vocabularies[name], data.column(name)
-    keys, ids = vocabulary.keys.to_pylist(), np.arange(1, vocabulary.rows)
-    if column.kind == "multi":  # what fills a list up is no unknown value
-        return [*keys, MISSING[column.dtype]], np.append(ids, NOTHING)
-    return keys, ids

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from tasks.data import vocabulary
 from tasks.data.contract import DataConfig
+from tasks.data.lists import NOTHING
 from tasks.data.statistics import StatisticsTables
-from tasks.data.vocabulary import Vocabulary
+from tasks.data.vocabulary import MISSING, Vocabulary
 from tasks.errors import ObjectCorrupt
 
 I64 = npt.NDArray[np.int64]
@@ -75,6 +76,14 @@ class ServingTables:
     statistics: StatisticsTables
     levels: tuple[LevelTable, ...]
     history: int = 0
+
+    def entries(self, name: str, listed: bool = False) -> tuple[pa.Array, I64]:
+        """The keys of a column and their ids; `listed` adds what fills lists up, which is no unknown value."""
+        keys, ids = self.vocabularies[name].keys, np.arange(1, self.vocabularies[name].rows)
+        if not listed:
+            return keys, ids
+        marker = MISSING["string" if pa.types.is_string(keys.type) else "int64"]
+        return pa.concat_arrays([keys, pa.array([marker], keys.type)]), np.append(ids, NOTHING)
 
     def ids(self, name: str, values: npt.NDArray[np.generic]) -> I64:
         """Ids of a column's raw values, in their shape; 0 where they are unknown or missing."""

@@ -1,9 +1,15 @@
 """Releases that the tests of this folder share; exporting one takes seconds."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tasks.data.contract import DataConfig
+from tasks.release.external import ExternalFiles
+from tasks.release.lookups import lookup_graph, wires
+from tasks.release.nodes import ENCODER_KEYS
+from tasks.release.tables import ServingTables
 from tests.releases import Made, make_release, shared_graph
 
 
@@ -31,3 +37,19 @@ def made(request: pytest.FixtureRequest, release_of: Callable[[str], Made]) -> M
 def full(release_of: Callable[[str], Made]) -> Made:
     """A release with everything that one can have."""
     return release_of("full")
+
+
+Lookup = Callable[[DataConfig, ServingTables], Path]
+
+
+@pytest.fixture(params=["keys in nodes", "keys in tables"])
+def lookup(request: pytest.FixtureRequest, tmp_path: Path) -> Lookup:
+    """Writes a look-up graph whose keys lie where those of few and of many keys do."""
+
+    def write(data: DataConfig, tables: ServingTables) -> Path:
+        few = ENCODER_KEYS if request.param == "keys in nodes" else 0
+        model = lookup_graph(data, tables, wires(data, tables), ExternalFiles(tmp_path), few)
+        (tmp_path / "lookup.onnx").write_bytes(model.SerializeToString())
+        return tmp_path / "lookup.onnx"
+
+    return write

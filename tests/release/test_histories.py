@@ -9,8 +9,9 @@ from tasks.errors import ParityBroken
 from tasks.release.golden import draw_requests
 from tasks.release.graphs import export
 from tasks.release.histories import FARTHEST
-from tasks.release.lookups import encode, input_specs, lookup_graph, wires
+from tasks.release.lookups import encode, input_specs, wires
 from tasks.release.tables import ServingTables, read_tables, write_tables
+from tests.release.conftest import Lookup
 from tests.release.test_lookups import run
 from tests.releases import HISTORY, make_parts
 
@@ -35,10 +36,10 @@ def test_the_inputs_are_the_columns_of_earlier_rows_and_when_it_is_asked(parts):
     assert not [spec for spec in input_specs(parts[0]) if spec.of is not None or spec.name == "at"]
 
 
-def test_the_graph_equals_its_oracle_on_golden_requests(parts):
+def test_the_graph_equals_its_oracle_on_golden_requests(parts, lookup: Lookup):
     data, _, _, tables, rows = parts
     names = wires(data, tables)
-    graph = lookup_graph(data, tables, names).SerializeToString()
+    graph = lookup(data, tables)
     requests = draw_requests(data, rows, history=HISTORY)
     for request in requests:
         found, expected = run(graph, dict(request)), encode(data, tables, request)
@@ -53,7 +54,7 @@ def test_the_graph_equals_its_oracle_on_golden_requests(parts):
     assert any((one == LEAST).any() for one in times), "no golden request misses a time"
 
 
-def test_ids_and_gaps_are_those_worked_out_by_hand(parts):
+def test_ids_and_gaps_are_those_worked_out_by_hand(parts, lookup: Lookup):
     data, _, _, tables, _ = parts
     keys = {"user": ["ann"], "item": [10, 20, 30], "genre": ["new", "old"]}
     own = {name: Vocabulary(name, pa.array(values)) for name, values in keys.items()}
@@ -71,8 +72,7 @@ def test_ids_and_gaps_are_those_worked_out_by_hand(parts):
             [NOON - 1, NOON - DAY // 2 - 2_999_999, NOON - 2 * DAY, LEAST], [NOON - DAY] * 4, [-2 * FARTHEST] * 4
         ]),
     }  # fmt: skip
-    names = wires(data, small)
-    found = run(lookup_graph(data, small, names).SerializeToString(), request)
+    found = run(lookup(data, small), request)
     assert found["candidate_ids"][..., 0].tolist() == [[1, 2], [0, 0], [3, 1]]
     assert found["candidate_ids"][..., 1].tolist() == [[1, 0]] * 3
     assert found["history_ids"][..., 0].tolist() == [[2, 0, 1, -1], [3, -1, -1, -1], [-1] * 4]
@@ -83,11 +83,11 @@ def test_ids_and_gaps_are_those_worked_out_by_hand(parts):
     np.testing.assert_array_equal(found["history_labels"], request["history_stars"])
 
 
-def test_gaps_of_every_length_are_exact(parts):
+def test_gaps_of_every_length_are_exact(parts, lookup: Lookup):
     """A minute, an hour and years, on both sides of every power of two of microseconds."""
     data, _, _, tables, rows = parts
     names = wires(data, tables)
-    graph = lookup_graph(data, tables, names).SerializeToString()
+    graph = lookup(data, tables)
     request = dict(draw_requests(data, rows, history=HISTORY)[-1])
     count = len(request["at"])
     gaps = np.array([(1 << power) + off for power in range(1, 60) for off in (-1, 0, 12_345_678)], np.int64)

@@ -1,5 +1,7 @@
 """The look-up graph against its oracle in numpy, and against keys written out by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 import pyarrow as pa
@@ -7,12 +9,13 @@ import pytest
 
 from tasks.data.statistics import StatisticsTables
 from tasks.data.vocabulary import Vocabulary
-from tasks.release.lookups import encode, input_specs, lookup_graph, wires
+from tasks.release.lookups import encode, input_specs, wires
 from tasks.release.tables import LevelTable, ServingTables, read_tables
+from tests.release.conftest import Lookup
 from tests.releases import Made, contract, make_parts
 
 
-def run(model: bytes, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def run(model: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -54,9 +57,9 @@ REQUEST = {
 }
 
 
-def test_ids_slots_and_pairs_are_those_worked_out_by_hand():
+def test_ids_slots_and_pairs_are_those_worked_out_by_hand(lookup: Lookup):
     data, tables = tiny()
-    found = run(lookup_graph(data, tables, wires(data, tables)).SerializeToString(), REQUEST)
+    found = run(lookup(data, tables), REQUEST)
     assert found["user_row"].tolist() == [1, 2, 0, 0]
     assert found["candidate_ids"][..., 0].tolist() == [[1, 2], [2, 0], [3, 0], [2, 1]]
     assert found["candidate_ids"][..., 1].tolist() == [[1, 0]] * 4
@@ -67,9 +70,9 @@ def test_ids_slots_and_pairs_are_those_worked_out_by_hand():
     np.testing.assert_array_equal(found["request_numbers"], np.stack([REQUEST["age"], REQUEST["member"]], axis=-1))
 
 
-def test_the_graph_equals_its_oracle_on_golden_requests(made: Made):
+def test_the_graph_equals_its_oracle_on_golden_requests(made: Made, lookup: Lookup):
     names = wires(made.data, made.tables)
-    model = lookup_graph(made.data, made.tables, names).SerializeToString()
+    model = lookup(made.data, made.tables)
     for golden in made.golden:
         found = run(model, dict(golden.inputs))
         expected = encode(made.data, made.tables, golden.inputs)
@@ -87,7 +90,7 @@ def test_golden_requests_reach_own_adapters_parents_and_the_base(full: Made):
 
 
 @pytest.mark.parametrize("empty", ["user", "item", "job", "genre", "levels", "pairs"])
-def test_nothing_known_means_unknown(empty: str):
+def test_nothing_known_means_unknown(empty: str, lookup: Lookup):
     data, tables = tiny()
     statistics = tables.statistics
     if empty == "levels":
@@ -104,7 +107,7 @@ def test_nothing_known_means_unknown(empty: str):
         kept = dict(tables.vocabularies)
         kept[empty] = Vocabulary(empty, kept[empty].keys[:0])
         tables = ServingTables(kept, statistics, tables.levels)
-    found = run(lookup_graph(data, tables, wires(data, tables)).SerializeToString(), REQUEST)
+    found = run(lookup(data, tables), REQUEST)
     for role, values in encode(data, tables, REQUEST).items():
         np.testing.assert_array_equal(found[role], values)
     blank = {"user": "user_row", "levels": "slot", "pairs": "cohort_item_row"}
@@ -165,11 +168,11 @@ def listed(**keys: list[object]) -> ServingTables:
     return ServingTables(vocabularies, statistics, (LevelTable(("user",), (2,), np.array([1]), np.array([1])),))
 
 
-def test_every_value_of_a_list_has_its_id_and_what_fills_it_up_has_none():
+def test_every_value_of_a_list_has_its_id_and_what_fills_it_up_has_none(lookup: Lookup):
     data, tables = contract("lists"), listed()
     names = wires(data, tables)
     assert (names.request_values, names.candidate_values) == ("request_values_", "candidate_values")
-    found = run(lookup_graph(data, tables, names).SerializeToString(), LISTS)
+    found = run(lookup(data, tables), LISTS)
     assert found["request_values_"].tolist() == [[2, 1, 2, -1, -1], [-1, -1, 0, 1, 2]]
     assert found["candidate_values"].tolist() == [[[2, 1, -1], [-1, -1, -1]], [[0, 1, 1], [2, -1, 1]]]
     np.testing.assert_array_equal(found["request_vectors"], LISTS["mood"])
@@ -179,9 +182,9 @@ def test_every_value_of_a_list_has_its_id_and_what_fills_it_up_has_none():
         np.testing.assert_array_equal(found[names.between()[role]], values, err_msg=role)
 
 
-def test_without_a_known_value_all_are_unknown_and_an_empty_list_is_still_empty():
+def test_without_a_known_value_all_are_unknown_and_an_empty_list_is_still_empty(lookup: Lookup):
     data, tables = contract("lists"), listed(tags=[])
-    found = run(lookup_graph(data, tables, wires(data, tables)).SerializeToString(), LISTS)
+    found = run(lookup(data, tables), LISTS)
     assert found["candidate_values"].tolist() == [[[0, 0, -1], [-1, -1, -1]], [[0, 0, 0], [0, -1, 0]]]
     np.testing.assert_array_equal(found["candidate_values"], encode(data, tables, LISTS)["candidate_values"])
 

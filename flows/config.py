@@ -22,7 +22,7 @@ from tasks.learning.outer import misfit
 from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.training_config import BESIDE, TrainingConfig
 from tasks.references import Device, Place
-from tasks.release.export_config import ExportConfig
+from tasks.release.export_config import ExportConfig, unsolvable
 from tasks.release.gate import GateConfig
 
 
@@ -93,6 +93,7 @@ class RetrainConfig(Section):
             yield fault
         numeric, categorical = data.named("candidate", "numeric"), data.named("candidate", "categorical")
         listed = data.named("candidate", "multi")
+        yield from unsolvable(self.export.feedback, self.adapter.kind, self.segments.levels[0], data.user, self.ranker)
         yield from unheard(self.ranker, self.adapter, bool(numeric), bool(categorical), bool(listed))
         try:
             ZoneInfo(data.time_zone)

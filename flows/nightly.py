@@ -96,7 +96,9 @@ def nightly_retrain(
         verdict = judge(place, data, segments, adapter, gate, ingested, validated, prepared, exam, retention)
         write_verdict(config.training, place, night, verdict)
         ship = adapt(place, data, segments, adapter, prepared, base, bank="ship", exam=exam)
-        exported = export(place, data, segments, config.statistics, ingested, validated, prepared, base, ship)
+        exported = export(
+            place, data, segments, config.statistics, config.export, ingested, validated, prepared, base, ship
+        )
         done = FinishedSteps(
             ingested=ingested, validated=validated, prepared=prepared, base=base, bank=bank,
             exam=exam, lists=lists, retention=retention, verdict=verdict, ship=ship, exported=exported,

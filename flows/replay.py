@@ -22,13 +22,14 @@ from tasks.data.contract import Section
 from tasks.data.lakes import nights as nights_of
 from tasks.errors import DataRejected, InvalidConfig, NotEnoughHistory
 from tasks.evaluate import evaluate
+from tasks.feedback import examine_feedback
 from tasks.ingest import ingest_replayed, lake, released_before
 from tasks.joint import examine_joint, jointly
 from tasks.meta_train import meta_train
 from tasks.parents import replayed_parent
 from tasks.prepare import prepare
 from tasks.recommend import recommend
-from tasks.references import BankRef, ExamRef, IngestRef, JointRef, ListsRef, ParentRef, PrepareRef
+from tasks.references import BankRef, ExamRef, FeedbackRef, IngestRef, JointRef, ListsRef, ParentRef, PrepareRef
 from tasks.replay import Examined, ReplayRef, compare_nights
 from tasks.steps import hold
 from tasks.tensorboard import check as check_tensorboard
@@ -48,13 +49,14 @@ class ReplayedNight(Section):
     exam: ExamRef | None = None
     lists: ListsRef | None = None
     joint: JointRef | None = None
+    feedback: FeedbackRef | None = None
 
     @property
     def examined(self) -> Examined | None:
         """What is compared; None where the night was not examined."""
         if self.bank is None or self.exam is None or self.lists is None:
             return None
-        return Examined(bank=self.bank, exam=self.exam, lists=self.lists, joint=self.joint)
+        return Examined(bank=self.bank, exam=self.exam, lists=self.lists, joint=self.joint, feedback=self.feedback)
 
 
 class ReplayResult(Section):
@@ -111,7 +113,8 @@ def replay(
     """Examine the nights of a range in order, without publishing, and compare every method over all of them.
 
     Beside its exams, each night ranks one catalogue for a sample of its users: at most 300,000 scores of the network
-    (`tasks.learning.catalogue`). Step records are written and the lease is taken; releases, pointer and ledger stay as
+    (`tasks.learning.catalogue`). With `export.feedback`, first contact is also asked through requests that bring it.
+    Step records are written and the lease is taken; releases, pointer and ledger stay as
     they are. A night that was examined before from the same start, in a replay or to be published, is not examined
     again.
 
@@ -182,6 +185,8 @@ def _one_night(
             exam = evaluate(place, data, segments, config.baselines, gate, ingested, prepared, base, bank)
             statistics, baselines = config.statistics, config.baselines
             lists = recommend(place, data, segments, statistics, baselines, ingested, prepared, base, bank)
+            brought = (place, data, segments, statistics, config.export, ingested, prepared, base, bank)
+            feedback = examine_feedback(*brought) if config.export.feedback else None
             parent = replayed_parent(place, prepared, base)
             answers, other = _trained_jointly(config, ingested, prepared, chain.jointly) if joint else (None, None)
     except NotEnoughHistory as error:
@@ -190,8 +195,9 @@ def _one_night(
         return ReplayedNight(night=night, state="rejected", why=f"{type(error).__name__}: {error}"), chain
     why = f"{exam.rows:,} rows of {exam.users:,} users{', as examined before' if exam.reused else ''}"
     outcome = ReplayedNight(
-        night=night, state="examined", why=why, prepared=prepared, bank=bank, exam=exam, lists=lists, joint=answers
-    )
+        night=night, state="examined", why=why, prepared=prepared, bank=bank, exam=exam, lists=lists, joint=answers,
+        feedback=feedback,
+    )  # fmt: skip
     return outcome, replace(chain, parent=parent, jointly=other, exams=(exam.key, *chain.exams)[: gate.pool_nights - 1])
 
 

@@ -126,7 +126,7 @@ def _past(
     champion: LoadedRelease, data: DataConfig, rows: Rows, night: Night, vocabularies: Vocabularies, at: I64
 ) -> dict[str, npt.NDArray[np.generic]]:
     """What the champion takes of the users' histories, as raw keys, for rows at positions [N]; by input [N, H]."""
-    specs = [spec for spec in champion.manifest.interface.inputs if spec.of is not None]
+    specs = [spec for spec in champion.manifest.interface.inputs if spec.recalls]
     if not specs:
         return {}
     assert specs[0].values is not None
@@ -157,7 +157,7 @@ def _ask(champion: LoadedRelease, table: pa.Table, past: Mapping[str, npt.NDArra
     """Scores [N, K] of rows, each as a request with one candidate, and with what the users' histories were."""
     request: dict[str, object] = dict(past or {})
     for spec in champion.manifest.interface.inputs:
-        if spec.name in request:
+        if spec.name in request or spec.per == "feedback":
             continue
         if spec.name not in table.column_names:
             raise ReleaseRefused(f"it asks for the column {spec.name!r}, which the contract no longer has")

@@ -25,12 +25,13 @@ from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
 from tasks.prepare import night_of_record
 from tasks.references import BankRef, BaseRef, ExportRef, IngestRef, Place, PrepareRef, ValidateRef
+from tasks.release.export_config import ExportConfig
 from tasks.release.golden import Parity, check_parity, draw_requests, examples, make_golden, write_golden
 from tasks.release.graphs import export as write_graphs
 from tasks.release.interface import Interface, LevelSpec
 from tasks.release.lookups import Request, Wires, input_specs, objectives, wires
 from tasks.release.manifest import content_digest, describe
-from tasks.release.scorer import trace, traced_from
+from tasks.release.scorer import Solving, trace, traced_from
 from tasks.release.tables import LevelTable, ServingTables, write_tables
 from tasks.steps import Product, Progress, carry_out, open_workspace, quietly, recalled, record_of, verb
 from tasks.validate import clean_file
@@ -46,6 +47,7 @@ def export(
     data: DataConfig,
     segments: SegmentsConfig,
     statistics: StatisticsConfig,
+    config: ExportConfig,
     ingested: IngestRef,
     validated: ValidateRef,
     prepared: PrepareRef,
@@ -64,6 +66,7 @@ def export(
         "window": data.window_nights,
         "levels": [list(level) for level in segments.levels],
         "statistics": statistics.model_dump(mode="json"),
+        **config.model_dump(mode="json", include={"feedback"}),
     }
 
     def work(folder: Path, progress: Progress) -> Product:
@@ -82,11 +85,11 @@ def export(
         )
         history = trained.network.config.history
         known = serving_tables(data, statistics, vocabularies, states)
-        tables = ServingTables(vocabularies, known, levels, history)
+        tables = ServingTables(vocabularies, known, levels, history, config.feedback)
         weights = np.zeros((*ship.weights.shape[:2], trained.network.width), np.float32)
         weights[:, :, : ship.weights.shape[2]] = ship.weights
         drawn_from = _some_rows(data, clean_file(place, record_of(place, validated)))
-        requests = draw_requests(data, drawn_from, history=history)
+        requests = draw_requests(data, drawn_from, history=history, feedback=config.feedback)
         release, parity = write_release(
             place, data, trained, weights, tables, requests, ingested.night, folder, progress
         )
@@ -138,20 +141,24 @@ def write_release(
     """
     release = folder / "release"
     release.mkdir()
-    network, history = base.network, tables.history
+    network, history, feedback = base.network, tables.history, tables.feedback
+    solving = Solving(feedback, base.adapter.steps, base.table()[0].numpy()) if feedback else None
     with steady(0, None), _says_what_to_delete(place):
-        write_graphs(network, weights, tables, data, release, partial(_traced, place))
+        write_graphs(network, weights, tables, data, release, partial(_traced, place), solving=solving)
         progress(1, 3, "parts")
-        golden = make_golden(network, weights, tables, data, requests)
+        golden = make_golden(network, weights, tables, data, requests, solving)
     write_golden(data, golden, release, history)
     with _says_what_to_delete(place):
         parity = check_parity(data, tables, golden, release)
     progress(2, 3, "parts")
     save_base(base, release)
     write_tables(tables, release)
+    shown = dict(examples(data, golden[0], history))
+    for one in golden[-2:] if feedback else ():
+        shown = {**examples(data, one, history, feedback), **shown}
     interface = Interface(
         night=night,
-        inputs=input_specs(data, examples(data, golden[0], history), history),
+        inputs=input_specs(data, shown, history, feedback),
         output=wires(data, tables).scores,
         objectives=objectives(data),
         wires=wires(data, tables).between(),
@@ -181,15 +188,21 @@ def _says_what_to_delete(place: Place) -> Iterator[None]:
 
 
 def _traced(
-    place: Place, shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None, prototypes: int
+    place: Place,
+    shape: RankerShape,
+    config: RankerConfig,
+    names: Wires,
+    bent: Bent | None,
+    prototypes: int,
+    solving: Solving | None,
 ) -> bytes:
     """The graph of these layers, which every night shares: tracing it takes longer than all else in an export."""
 
     def work(folder: Path, progress: Progress) -> Product:
-        (folder / GRAPH).write_bytes(trace(shape, config, names, bent, prototypes))
+        (folder / GRAPH).write_bytes(trace(shape, config, names, bent, prototypes, solving))
         return Product({}, {}, {GRAPH: folder / GRAPH})
 
     with quietly("export"):
-        depends = traced_from(shape, config, names, bent, prototypes)
+        depends = traced_from(shape, config, names, bent, prototypes, solving)
         record, _ = carry_out(place, "graph", GRAPH_VERSION, None, {}, depends, work)
     return open_workspace(place).file(record, GRAPH).read_bytes()

@@ -162,6 +162,10 @@ class JointRef(StepRef):
     """What the same network says of a night, trained without adaptation in its loss."""
 
 
+class FeedbackRef(StepRef):
+    """What first contact comes to where requests bring feedback."""
+
+
 class RetentionRef(StepRef):
     """What the base still knows of golden nights, beside its parent's."""
 

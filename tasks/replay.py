@@ -5,13 +5,16 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
+import pyarrow as pa
+
 from tasks.adapt import cost_of
 from tasks.data.contract import DataConfig, Section, SegmentsConfig
 from tasks.errors import StoreUnwritable
 from tasks.evaluate import exam_table
+from tasks.feedback import with_feedback
 from tasks.joint import with_joint
 from tasks.recommend import varieties_of
-from tasks.references import BankRef, ExamRef, JointRef, ListsRef, ParentRef, Place
+from tasks.references import BankRef, ExamRef, FeedbackRef, JointRef, ListsRef, ParentRef, Place
 from tasks.release import cost, earned, lift, variety
 from tasks.release.replay_page import render
 from tasks.release.slices import compared, save
@@ -30,6 +33,12 @@ class Examined(Section):
     exam: ExamRef
     lists: ListsRef
     joint: JointRef | None = None
+    feedback: FeedbackRef | None = None
+
+    def table(self, place: Place) -> pa.Table:
+        """The night's exam, with all that was asked beside it."""
+        table = with_joint(place, exam_table(place, self.exam.key), self.joint)
+        return with_feedback(place, table, self.feedback)
 
 
 class ReplayRef(Section):
@@ -76,10 +85,7 @@ def compare_nights(
         ObjectMissing: a record is gone.
         StoreUnwritable: the folder cannot be written.
     """
-    tables = {
-        night.isoformat(): with_joint(place, exam_table(place, one.exam.key), one.joint)
-        for night, one in examined.items()
-    }
+    tables = {night.isoformat(): one.table(place) for night, one in examined.items()}
     spent = [cost_of(record_of(place, one.bank)) for one in examined.values()]
     shown = variety.with_pooled([line for one in examined.values() for line in varieties_of(place, one.lists)])
     with looked_at("compare", f"{len(tables)} {'night' if len(tables) == 1 else 'nights'}, by slice") as progress:

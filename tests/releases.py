@@ -27,7 +27,7 @@ from tasks.release.manifest import Manifest, content_digest
 from tasks.release.manifest import describe as describe_files
 from tasks.release.nodes import ENCODER_KEYS
 from tasks.release.requirements import requirements
-from tasks.release.scorer import trace
+from tasks.release.scorer import Solving, trace
 from tasks.release.tables import LevelTable, ServingTables, write_tables
 from tests.shared import made_once
 
@@ -35,6 +35,8 @@ PIPELINE = "shop"
 NIGHT = date(2026, 3, 1)
 HISTORY = 4
 """Entries that the release with histories reads."""
+FEEDBACK = 5
+"""Rows of feedback that releases with feedback take."""
 
 
 def _column(name: str, role: str, dtype: str, kind: str | None = None) -> dict[str, Any]:
@@ -114,6 +116,7 @@ class Made:
     parity: Parity
     graph: bytes
     """As it was traced, without numbers."""
+    solving: Solving | None = None
 
 
 def contract(kind: str) -> DataConfig:
@@ -136,6 +139,8 @@ def make_rows(data: DataConfig, count: int = 60, seed: int = 0) -> pa.Table:
         absent = (random.random(count) < 1 / 8) & column.nullable
         if column.dtype == "string":
             arrays[column.name] = pa.array([f"{column.name} {one} é" for one in drawn], pa.string(), mask=absent)
+        elif column.role == "label" and column.dtype == "int64":
+            arrays[column.name] = pa.array(drawn % 2)
         elif column.dtype == "int64":
             arrays[column.name] = pa.array(drawn * 1_000_003, pa.int64(), mask=absent)
         elif column.dtype == "bool":
@@ -228,7 +233,7 @@ def describe(data: DataConfig, tables: ServingTables, golden: tuple[Golden, ...]
     names = wires(data, tables)
     return Interface(
         night=night,
-        inputs=input_specs(data, examples(data, golden[0], tables.history), tables.history),
+        inputs=input_specs(data, examples(data, golden[0], tables.history), tables.history, tables.feedback),
         output=names.scores,
         objectives=objectives(data),
         wires=names.between(),
@@ -240,6 +245,25 @@ def make_graph(kind: str, bent: Bent | None = None) -> bytes:
     """The traced graph of a kind of release, which takes longer than the rest of it."""
     data, network, _, tables, _ = make_parts(kind, bent=bent)
     return trace(network.shape, network.config, wires(data, tables), bent)
+
+
+def solving_of(data: DataConfig, network: Ranker) -> Solving:
+    """How releases with feedback solve it."""
+    precision = np.linspace(0.5, 4.0, len(data.objectives) * network.width, dtype=np.float32)
+    return Solving(FEEDBACK, 2, precision.reshape(len(data.objectives), network.width))
+
+
+def shared_feedback_graph(factory: pytest.TempPathFactory, kind: str) -> bytes:
+    """The traced graph of a kind of release with feedback, made once per test session."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        data, network, _, tables, _ = make_parts(kind)
+        names = wires(data, replace(tables, feedback=FEEDBACK))
+        traced = trace(network.shape, network.config, names, solving=solving_of(data, network))
+        (folder / "score.onnx").write_bytes(traced)
+
+    return (made_once(factory, f"graph-feedback-{kind}", make) / "score.onnx").read_bytes()
 
 
 def shared_graph(factory: pytest.TempPathFactory, kind: str) -> bytes:
@@ -259,12 +283,17 @@ def make_release(
     seed: int = 0,
     night: date = NIGHT,
     encoder_keys: int = ENCODER_KEYS,
+    with_feedback: bytes | None = None,
 ) -> Made:
-    """Export a release into a new folder."""
+    """Export a release into a new folder; one with feedback where there is a traced graph for it."""
     folder.mkdir(parents=True)
     data, network, bank, tables, rows = make_parts(kind, seed)
-    export(network, bank, tables, data, folder, lambda *_: graph, encoder_keys)
-    golden = make_golden(network, bank, tables, data, draw_requests(data, rows, history=tables.history))
+    solving = None if with_feedback is None else solving_of(data, network)
+    tables = tables if solving is None else replace(tables, feedback=solving.rows)
+    graphs = {False: graph, True: with_feedback or b""}
+    export(network, bank, tables, data, folder, lambda *layers: graphs[layers[-1] is not None], encoder_keys, solving)
+    requests = draw_requests(data, rows, history=tables.history, feedback=tables.feedback)
+    golden = make_golden(network, bank, tables, data, requests, solving)
     write_golden(data, golden, folder, tables.history)
     parity = check_parity(data, tables, golden, folder)
     adapter, columns = AdapterConfig(), tuple(level.columns for level in tables.levels)
@@ -273,7 +302,7 @@ def make_release(
     write_tables(tables, folder)
     interface = describe(data, tables, golden, night)
     manifest = manifest_of(folder, interface, {"largest": parity.model}, {"log_loss": 0.5}, {"seed": seed})
-    return Made(data, network, bank, tables, rows, golden, folder, manifest, parity, graph)
+    return Made(data, network, bank, tables, rows, golden, folder, manifest, parity, graph, solving)
 
 
 def next_night(made: Made, folder: Path, night: date, seed: int = 1) -> Made:
@@ -282,7 +311,7 @@ def next_night(made: Made, folder: Path, night: date, seed: int = 1) -> Made:
     bank = made.bank.copy()
     bank[1:] = np.random.default_rng(seed).normal(size=bank[1:].shape)
     (folder / "bank.bin").write_bytes(bank.tobytes())
-    golden = make_golden(made.network, bank, made.tables, made.data, [one.inputs for one in made.golden])
+    golden = make_golden(made.network, bank, made.tables, made.data, [one.inputs for one in made.golden], made.solving)
     write_golden(made.data, golden, folder, made.tables.history)
     parity = check_parity(made.data, made.tables, golden, folder)
     interface = describe(made.data, made.tables, golden, night)

@@ -6,10 +6,12 @@ Shapes: B segments, S support rows (padded), K objectives, D adapter features.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from tasks.learning.positive import solve_positive
 
 ObjectiveKind = Literal["binary", "rating"]
 SMALLEST_CURVATURE = 1e-3
@@ -62,12 +64,12 @@ def solve(
     bent = torch.zeros_like(offsets)
     for step in range(steps):
         if step > 0:
-            bent = _bent(features, solution)
+            bent = bent_by(features, solution)
         if features.shape[1] < features.shape[2]:
             solution = _newton_by_rows(*rows, bent)
         else:
-            gradient, hessian = _newton(*rows, solution, bent)
-            solution = solution + _solve_positive(hessian, gradient)
+            gradient, hessian = newton(*rows, solution, bent)
+            solution = solution + solve_positive(hessian, gradient)
     return solution
 
 
@@ -115,7 +117,7 @@ def match(
     >>> match(shares, torch.zeros(1, 3, 1), 2 * torch.ones(1, 3, 1), torch.ones(1, 3), torch.ones(1, 2), ["rating"])
     tensor([[[1.5000, 0.0000]]])
     """
-    residual, curvature, mass = _likelihood(offsets, labels, weights, kinds)
+    residual, curvature, mass = likelihood(offsets, labels, weights, kinds)
     said = torch.einsum("bsd,bsk->bkd", features, mass * residual)
     return said / (torch.einsum("bsd,bsk->bkd", features, mass * curvature) + precision)
 
@@ -170,7 +172,7 @@ def descend(
     seen = features.detach() if first_order else features
     solution = features.new_zeros(features.shape[0], labels.shape[-1], features.shape[-1])
     for _ in range(steps):
-        residual, _, _ = _likelihood(offsets + _bent(features, solution), labels, weights, kinds)
+        residual, _, _ = likelihood(offsets + bent_by(features, solution), labels, weights, kinds)
         said = torch.einsum("bsd,bsk->bkd", features, mass * residual)
         slope = (said.detach() if first_order else said) - precision * solution
         way = slope / precision
@@ -224,7 +226,7 @@ def descend_through(
     for _ in range(steps):
         here = solution.detach() if first_order else solution
         changed, pulled_back = torch.func.vjp(change, here)[:2]
-        residual, _, _ = _likelihood(offsets + changed, labels, weights, kinds)
+        residual, _, _ = likelihood(offsets + changed, labels, weights, kinds)
         (said,) = pulled_back(mass * residual)
         slope = (said.detach() if first_order else said) - precision * solution
         way = slope / precision
@@ -275,46 +277,16 @@ def variances(
     tensor([[[0.2000]]])
     """
     rows = (features, offsets, labels, weights, precision, kinds)
-    _, hessian = _newton(*rows, solution, _bent(features, solution))
+    _, hessian = newton(*rows, solution, bent_by(features, solution))
     return torch.cholesky_inverse(torch.linalg.cholesky(hessian)).diagonal(dim1=-2, dim2=-1)
 
 
-class _SolvePositive(torch.autograd.Function):
-    """x = A^-1 b of positive definite systems, with the derivative of the equation instead of that of its solution.
-
-    From A x = b follows dx = A^-1 (db - dA x): one more solve with the same factor, and nothing flows through the
-    factor. Source: Giles, An extended collection of matrix derivative results, 2008.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, systems: Tensor, right: Tensor) -> Tensor:
-        factor = torch.linalg.cholesky(systems)
-        solution = torch.cholesky_solve(right[..., None], factor)[..., 0]
-        ctx.save_for_backward(systems, factor, solution)
-        return solution
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
-        systems, factor, solution = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants a second derivative, which the factor does not carry
-            back = _solve_positive(systems, slope)
-        else:
-            back = torch.cholesky_solve(slope[..., None], factor)[..., 0]
-        return -back[..., :, None] * solution[..., None, :], back
-
-
-def _solve_positive(systems: Tensor, right: Tensor) -> Tensor:
-    """Solutions ``[..., N]`` of symmetric positive definite systems ``[..., N, N]``."""
-    solution: Tensor = _SolvePositive.apply(systems, right)  # type: ignore[no-untyped-call]
-    return solution
-
-
-def _bent(features: Tensor, solution: Tensor) -> Tensor:
+def bent_by(features: Tensor, solution: Tensor) -> Tensor:
     """What weights ``[B, K, D]`` add to the scores of their segments' rows ``[B, S, K]``."""
     return torch.einsum("bsd,bkd->bsk", features, solution)
 
 
-def _newton(
+def newton(
     features: Tensor,
     offsets: Tensor,
     labels: Tensor,
@@ -325,7 +297,7 @@ def _newton(
     bent: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the penalised likelihood ``[B, K, D]``, and minus its Hessian ``[B, K, D, D]``."""
-    residual, curvature, mass = _likelihood(offsets + bent, labels, weights, kinds)
+    residual, curvature, mass = likelihood(offsets + bent, labels, weights, kinds)
     gradient = torch.einsum("bsd,bsk->bkd", features, mass * residual) - precision * solution
     scaled = features[:, :, None, :] * (mass * curvature)[..., None]
     hessian = torch.einsum("bskd,bse->bkde", scaled, features) + torch.diag_embed(precision)
@@ -347,15 +319,29 @@ def _newton_by_rows(
 
         w <- Lambda^-1 Phi' R (I + R Phi Lambda^-1 Phi' R)^-1 R z
     """
-    residual, curvature, mass = _likelihood(offsets + bent, labels, weights, kinds)
+    root, target, spread, system = by_rows(features, offsets, labels, weights, precision, kinds, bent)
+    dual = solve_positive(system, target)
+    return torch.einsum("bks,bksd->bkd", root * dual, spread)
+
+
+def by_rows(
+    features: Tensor,
+    offsets: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    precision: Tensor,
+    kinds: Sequence[ObjectiveKind],
+    bent: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a Newton step from the rows' side: R and R z ``[B, K, S]``, Phi Lambda^-1 ``[B, K, S, D]``, and its system."""
+    residual, curvature, mass = likelihood(offsets + bent, labels, weights, kinds)
     # The root of 0 has no finite slope, and padding has no mass.
     root = ((mass * curvature).clamp_min(1e-30).sqrt() * (mass > 0)).mT
     target = root * (bent + residual / curvature).mT
     spread = features[:, None] / precision[:, None, :]
     system = root[..., :, None] * (spread @ features[:, None].mT) * root[..., None, :]
     system = system + torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
-    dual = _solve_positive(system, target)
-    return torch.einsum("bks,bksd->bkd", root * dual, spread)
+    return root, target, spread, system
 
 
 def _curving(
@@ -367,7 +353,7 @@ def _curving(
     return mass, (mass.detach() if first_order else mass) * steepest
 
 
-def _likelihood(
+def likelihood(
     scores: Tensor, labels: Tensor, weights: Tensor, kinds: Sequence[ObjectiveKind]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Residual, curvature and mass of every row and objective ``[B, S, K]``; no mass where the label is missing."""

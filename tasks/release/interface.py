@@ -1,7 +1,7 @@
 """What goes into a release and what comes out, as a manifest states it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Literal
@@ -12,7 +12,9 @@ Json = Mapping[str, object]
 Scalar = str | int | float | None
 Example = Scalar | tuple[Scalar, ...]
 """A value of an input, or a list's values."""
-_RARE = ("values", "of", "optional", "personal")
+Axis = Literal["request", "candidate", "feedback"]
+_AXES = {"candidate": "candidates", "feedback": "feedback"}
+_RARE = ("values", "of", "optional", "personal", "rows")
 """What an interface tells of those inputs only that have it."""
 _KEY_ID = re.compile(r"[A-Za-z0-9_]{1,64}")
 
@@ -32,11 +34,11 @@ class Personal:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One raw column that a request must hold.
+    """One raw column of a request.
 
     Attributes:
         name: the column's name in the lake and in `model.onnx`.
-        per: whether there is one value per request, or one per candidate.
+        per: whether there is one value per request, one per candidate, or one per row of feedback.
         dtype: element type of the tensor.
         meaning: for people.
         missing: what stands for a missing value; None means NaN. A list of categories is filled up with it behind its
@@ -44,14 +46,15 @@ class InputSpec:
         example: a value as it may stand in a request.
         values: of a list column the length of the tensor's last axis: a list of categories (`int64`, `string`) has at
             most so many values, a vector (`float32`) just so many. None where there is one value.
-        of: of a user's history the column whose values of earlier rows the input holds, newest first: at most `values`
-            of them, more are cut off. None for every other input.
+        of: of a user's history and of feedback the column whose values of earlier rows the input holds, newest first:
+            of a history at most `values` of them, more are cut off. None for every other input.
         optional: whether a request may leave it out.
         personal: how its raw values are hashed before they go in; None where they go in as they are.
+        rows: of feedback the most rows that a request holds; more are cut off.
     """
 
     name: str
-    per: Literal["request", "candidate"]
+    per: Axis
     dtype: Literal["int64", "string", "float32"]
     meaning: str
     missing: str | int | None
@@ -60,11 +63,17 @@ class InputSpec:
     of: str | None = None
     optional: bool = False
     personal: Personal | None = None
+    rows: int | None = None
+
+    @property
+    def recalls(self) -> bool:
+        """Whether it is of a user's history, which the network reads."""
+        return self.of is not None and self.per == "request"
 
     @property
     def shape(self) -> tuple[str | int, ...]:
         """Shape of the tensor, symbolic but for the places of a list."""
-        axes: tuple[str | int, ...] = ("requests",) if self.per == "request" else ("requests", "candidates")
+        axes: tuple[str | int, ...] = ("requests",) if self.per == "request" else ("requests", _AXES[self.per])
         return axes if self.values is None else (*axes, self.values)
 
     def as_json(self) -> Json:
@@ -136,7 +145,10 @@ def read_interface(read: Reader, value: object) -> Interface:
     names = ("night", "inputs", "output", "objectives", "wires", "levels")
     values = read.fields(value, "interface", names, versioned=False)
     inputs = tuple(_input(read, one) for one in read.sequence(values["inputs"], "inputs"))
-    if len({spec.name for spec in inputs}) != len(inputs) or {spec.per for spec in inputs} != {"request", "candidate"}:
+    if len({spec.name for spec in inputs}) != len(inputs) or not {spec.per for spec in inputs} >= {
+        "request",
+        "candidate",
+    }:
         read.refuse("its inputs are doubled, or lack the user or the item")
     output = read.fields(values["output"], "output", ("name", "dtype", "shape"), versioned=False)
     objectives = []
@@ -148,6 +160,7 @@ def read_interface(read: Reader, value: object) -> Interface:
         objectives.append(Objective(read.name(said["name"]), kind))
     if not objectives:
         read.refuse("it has no objective")
+    _feedback_fits(read, inputs, objectives)
     levels = []
     for one in read.sequence(values["levels"], "levels"):
         said = read.fields(one, "level", ("columns", "segments"), versioned=False)
@@ -166,15 +179,16 @@ def _input(read: Reader, value: object) -> InputSpec:
     names += [name for name in _RARE if isinstance(value, Mapping) and name in value]
     values = read.fields(value, "input", names, versioned=False)
     name = read.name(values["name"])
-    per: Literal["request", "candidate"] = "request" if values["per"] == "request" else "candidate"
+    pers: dict[object, Axis] = {"request": "request", "candidate": "candidate", "feedback": "feedback"}
     dtypes: dict[object, Literal["int64", "string", "float32"]] = {
         "int64": "int64",
         "string": "string",
         "float32": "float32",
     }
-    if values["per"] != per or not isinstance(values["dtype"], str) or values["dtype"] not in dtypes:
+    known = isinstance(values["per"], str) and values["per"] in pers
+    if not known or not isinstance(values["dtype"], str) or values["dtype"] not in dtypes:
         read.refuse(f"input {name!r} is per {values['per']!r} and of dtype {values['dtype']!r}, which is unknown")
-    missing, example = values["missing"], values["example"]
+    per, missing, example = pers[values["per"]], values["missing"], values["example"]
     dtype = dtypes[values["dtype"]]
     expected = {"int64": int, "string": str, "float32": type(None)}[dtype]
     width = read.count(values["values"], "values") if "values" in values else None
@@ -188,14 +202,35 @@ def _input(read: Reader, value: object) -> InputSpec:
     assert isinstance(missing, str | int | None)
     shown: Example = listed if isinstance(example, list) else listed[0]
     of = read.name(values["of"]) if "of" in values else None
-    if of is not None and (width is None or per != "request"):
+    if of is not None and (width is None or per != "request") and per != "feedback":
         read.refuse(f"input {name!r} is of a history, and does not say how long it is")
     optional = values.get("optional", False)
     if not isinstance(optional, bool):
         read.refuse(f"input {name!r} is optional {optional!r:.80}, which is neither true nor false")
     personal = _personal(read, values["personal"], name, dtype) if "personal" in values else None
+    rows = read.count(values["rows"], "rows") if "rows" in values else None
     meaning = read.text(values["meaning"], "meaning")
-    return InputSpec(name, per, dtype, meaning, missing, shown, width, of, optional, personal)
+    return InputSpec(name, per, dtype, meaning, missing, shown, width, of, optional, personal, rows)
+
+
+def _feedback_fits(read: Reader, inputs: Sequence[InputSpec], objectives: Sequence[Objective]) -> None:
+    """Refuse feedback that does not hold a candidate's inputs and then a label for each objective."""
+    if any(spec.rows is not None for spec in inputs if spec.per != "feedback"):
+        read.refuse("an input that is no feedback says how many rows of it there are")
+
+    def holds(name: str | None, spec: InputSpec) -> tuple[object, ...]:
+        return name, spec.dtype, spec.values, spec.missing, spec.personal
+
+    said = [holds(spec.of, spec) for spec in inputs if spec.per == "feedback"]
+    if not said:
+        return
+    candidates = [holds(spec.name, spec) for spec in inputs if spec.per == "candidate"]
+    labels = said[len(candidates) :]
+    plain = all(one[1:] == ("float32", None, None, None) for one in labels) and len(labels) == len(objectives)
+    rows = {(spec.rows, spec.optional) for spec in inputs if spec.per == "feedback"}
+    least = next(iter(rows))[0]
+    if said[: len(candidates)] != candidates or not plain or len(rows) != 1 or not least or (least, True) not in rows:
+        read.refuse("its feedback does not hold what a candidate does, and a label for each objective")
 
 
 def _personal(read: Reader, value: object, name: str, dtype: str) -> Personal:

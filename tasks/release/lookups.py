@@ -22,6 +22,7 @@ from tasks.data.lists import NOTHING
 from tasks.data.segments import mixed_radix
 from tasks.data.vocabulary import MISSING
 from tasks.release.external import ExternalFiles
+from tasks.release.feedback_inputs import feedback_labels, feedback_specs, joined_nodes, labels_of, together
 from tasks.release.histories import encode_history, history_nodes, history_specs
 from tasks.release.interface import Example, InputSpec, Objective, Personal
 from tasks.release.nodes import COHORT, CONTRIBUTED, ENCODER_KEYS, SEGMENTS, Graph
@@ -59,16 +60,23 @@ class Wires:
     history_ids: str | None = None
     history_labels: str | None = None
     history_gaps: str | None = None
+    parent_slot: str | None = None
+    feedback_labels: str | None = None
 
-    def between(self) -> dict[str, str]:
-        """Role to name of every tensor that `lookup.onnx` gives and `score.onnx` takes."""
-        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "scores"}
+    def between(self, feedback: bool = False) -> dict[str, str]:
+        """Role to name of every tensor that `lookup.onnx` gives and `score.onnx` takes.
+
+        Args:
+            feedback: of `lookup_feedback.onnx` and `score_feedback.onnx` instead.
+        """
+        left_out = ("scores",) if feedback else ("scores", *FEEDBACK)
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
         return {role: name for role, name in named.items() if name is not None}
 
 
 def wires(data: DataConfig, tables: ServingTables) -> Wires:
     """The tensor names of a release."""
-    taken = {spec.name for spec in input_specs(data, history=tables.history)}
+    taken = {spec.name for spec in input_specs(data, history=tables.history, feedback=tables.feedback)}
 
     def free(name: str) -> str:
         while name in taken:
@@ -86,9 +94,12 @@ def wires(data: DataConfig, tables: ServingTables) -> Wires:
         scores=free("scores"),
         **{role: free(role) for role, _ in _beside(data)},
         **{role: free(role) for role in (HISTORY if tables.history else ())},
+        **{role: free(role) for role in (FEEDBACK if tables.feedback else ())},
     )
 
 
+FEEDBACK = ("parent_slot", "feedback_labels")
+"""Roles of the tensors that only graphs with feedback have."""
 HISTORY = ("history_ids", "history_labels", "history_gaps")
 """Roles of the tensors that hold histories."""
 
@@ -105,17 +116,18 @@ def _beside(data: DataConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def input_specs(
-    data: DataConfig, examples: Mapping[str, Example] | None = None, history: int = 0
+    data: DataConfig, examples: Mapping[str, Example] | None = None, history: int = 0, feedback: int = 0
 ) -> tuple[InputSpec, ...]:
-    """What a ranking request must hold: user, request columns, item, candidate columns, then the user's history.
+    """What a ranking request holds: user, request columns, item, candidate columns, then the user's past.
 
     Args:
         data: the contract.
         examples: a value per column, for readers of the manifest.
         history: entries that the network reads of a user's history.
+        feedback: most rows of feedback.
     """
     examples = examples or {}
-    specs = []
+    specs: list[InputSpec] = []
     for name in (data.user, *data.named("request"), data.item, *data.named("candidate")):
         column = data.column(name)
         dtype = "float32" if column.kind in ("numeric", "dense") else column.dtype
@@ -143,7 +155,9 @@ def input_specs(
                 values=column.width if column.kind in LISTS else None,
             )
         )
-    return tuple(_hashed(data, spec) for spec in (*specs, *history_specs(data, history, examples)))
+    candidates = {spec.name: spec for spec in specs if spec.per == "candidate"}
+    past = (*history_specs(data, history, examples), *feedback_specs(data, candidates, feedback, examples))
+    return tuple(_hashed(data, spec) for spec in (*specs, *past))
 
 
 def _hashed(data: DataConfig, spec: InputSpec) -> InputSpec:
@@ -158,7 +172,13 @@ def objectives(data: DataConfig) -> tuple[Objective, ...]:
 
 
 def encode(data: DataConfig, tables: ServingTables, request: Request) -> dict[str, npt.NDArray[np.generic]]:
-    """The look-up in numpy: role (a field of `Wires`) to array. Absent roles are absent here, too."""
+    """The look-up in numpy: role (a field of `Wires`) to array. Absent roles are absent here, too.
+
+    A request that holds feedback is looked up as `lookup_feedback.onnx` does.
+    """
+    brings = tables.feedback > 0 and feedback_labels(data)[0] in request
+    labels = labels_of(data, request) if brings else None
+    request = together(data, request) if brings else request
     ids = {name: tables.ids(name, request[name]) for name in data.vocabularies}
     user, item = ids[data.user], ids[data.item]
     encoded: dict[str, npt.NDArray[np.generic]] = {
@@ -173,12 +193,14 @@ def encode(data: DataConfig, tables: ServingTables, request: Request) -> dict[st
     for role, names in _beside(data):
         parts = [_listed(tables, name, ids.get(name), request[name]) for name in names]
         encoded[role] = np.concatenate(parts, axis=-1)
-    slot = np.zeros_like(user)
+    slot = parent = np.zeros_like(user)
     for level in reversed(tables.levels):
         key = mixed_radix([ids[name] for name in level.columns], level.radices, "segments")
         own = _find(level.keys, level.slots, key, -1)
-        slot = np.where(own >= 0, own, slot)
+        parent, slot = slot, np.where(own >= 0, own, slot)
     encoded["slot"] = slot
+    if labels is not None:
+        encoded |= {"parent_slot": parent, "feedback_labels": labels}
     statistics = tables.statistics
     if statistics.cohort_columns:
         cohort = [np.broadcast_to(ids[name][:, None], item.shape) for name in statistics.cohort_columns]
@@ -212,8 +234,9 @@ def lookup_graph(
     names: Wires,
     files: ExternalFiles | None = None,
     encoder_keys: int = ENCODER_KEYS,
+    feedback: bool = False,
 ) -> onnx.ModelProto:
-    """Build `lookup.onnx`.
+    """Build `lookup.onnx`, or `lookup_feedback.onnx`.
 
     Args:
         data: the contract: the inputs.
@@ -221,11 +244,15 @@ def lookup_graph(
         names: what the outputs are called.
         files: get tables of many keys, cut by how often they change; None keeps all in the graph.
         encoder_keys: many are more than these.
+        feedback: whether requests bring feedback; its rows then stand before the candidates.
     """
     graph = Graph(files, encoder_keys)
-    specs = input_specs(data, history=tables.history)
+    specs = input_specs(data, history=tables.history, feedback=tables.feedback if feedback else 0)
+    read = joined_nodes(data, graph) if feedback else {}
     ids = {
-        name: graph.keys_of(tables, name, name, f"lookup/ids/{name}", listed=data.column(name).kind == "multi")
+        name: graph.keys_of(
+            tables, name, read.get(name, name), f"lookup/ids/{name}", listed=data.column(name).kind == "multi"
+        )
         for name in data.vocabularies
         if not tables.history or name not in (data.item, *data.named("candidate", "categorical"))
     }
@@ -239,16 +266,21 @@ def lookup_graph(
     if names.request_numbers:
         graph.stack(data.named("request", "numeric"), names.request_numbers)
     if names.candidate_numbers:
-        graph.stack(data.named("candidate", "numeric"), names.candidate_numbers)
+        graph.stack([read.get(name, name) for name in data.named("candidate", "numeric")], names.candidate_numbers)
     for role, columns in _beside(data):
-        graph.node("Concat", [ids.get(name, name) for name in columns], names.between()[role], axis=-1)
-    slot = graph.node("Mul", [user, graph.number(0)], "lookup/base")
+        parts = [ids.get(name, read.get(name, name)) for name in columns]
+        graph.node("Concat", parts, names.between()[role], axis=-1)
+    slot = parent = graph.node("Mul", [user, graph.number(0)], "lookup/base")
     for position, level in reversed(list(enumerate(tables.levels))):
         key = graph.mixed_radix([ids[name] for name in level.columns], level.radices, f"lookup/level{position}")
         own = graph.look_up(key, f"lookup/own{position}", level.keys, level.slots, -1, SEGMENTS, f"level{position}")
         has = graph.node("GreaterOrEqual", [own, graph.number(0)], f"lookup/has{position}")
-        slot = graph.node("Where", [has, own, slot], f"lookup/slot{position}")
+        parent, slot = slot, graph.node("Where", [has, own, slot], f"lookup/slot{position}")
     graph.node("Identity", [slot], names.slot)
+    between = names.between(feedback)
+    if feedback:
+        graph.node("Identity", [parent], between["parent_slot"])
+        graph.stack(feedback_labels(data), between["feedback_labels"])
     statistics = tables.statistics
     if names.cohort_item_row:
         cohort = graph.mixed_radix(
@@ -273,13 +305,18 @@ def lookup_graph(
     }
     for role, columns in _beside(data):
         axes: list[str | int] = ["requests"] if role.startswith("request") else ["requests", "candidates"]
-        kind = TensorProto.INT64 if role.endswith("values") else TensorProto.FLOAT
-        shapes[role] = kind, [*axes, sum(data.column(name).width for name in columns)]
+        dtype = TensorProto.INT64 if role.endswith("values") else TensorProto.FLOAT
+        shapes[role] = dtype, [*axes, sum(data.column(name).width for name in columns)]
     entries: list[str | int] = ["requests", tables.history]
     shapes["history_ids"] = TensorProto.INT64, [*entries, 1 + len(data.named("candidate", "categorical"))]
     shapes["history_labels"], shapes["history_gaps"] = (TensorProto.FLOAT, entries), (TensorProto.INT64, entries)
+    shapes["parent_slot"] = TensorProto.INT64, ["requests"]
+    shapes["feedback_labels"] = TensorProto.FLOAT, ["requests", "feedback", len(data.objectives)]
+    if feedback:
+        for role, (kind, axes) in shapes.items():
+            shapes[role] = kind, ["rows" if axis == "candidates" else axis for axis in axes]
     inputs = [helper.make_tensor_value_info(spec.name, _TYPES[spec.dtype], list(spec.shape)) for spec in specs]
-    outputs = [helper.make_tensor_value_info(name, *shapes[role]) for role, name in names.between().items()]
+    outputs = [helper.make_tensor_value_info(name, *shapes[role]) for role, name in between.items()]
     return as_model(helper.make_graph(graph.nodes, "lookup", inputs, outputs, list(graph.constants.values())))
 
 

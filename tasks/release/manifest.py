@@ -167,6 +167,8 @@ class Manifest:
         parity, metrics, provenance = (read.mapping(values[name], name) for name in ("parity", "metrics", "provenance"))
         interface = read_interface(read, values["interface"])
         manifest = cls(pipeline, release, files, interface, parity, metrics, provenance)
+        if any(spec.per == "feedback" for spec in interface.inputs) != (not OPTIONAL["feedback"].isdisjoint(named)):
+            read.refuse("its inputs and its graphs do not agree whether requests bring feedback")
         if not newer:
             if any(spec.optional or spec.personal is not None for spec in interface.inputs):
                 read.refuse("an input is optional or hashed, which its schema version does not have")
@@ -228,7 +230,7 @@ def _complete(names: set[str], what: str, optional: frozenset[str]) -> None:
 
 def _older_version(interface: Interface) -> int:
     """The schema version, of 1 to 3, whose readers know all that an interface says."""
-    if any(spec.of is not None for spec in interface.inputs):
+    if any(spec.recalls for spec in interface.inputs):
         return HISTORY_VERSION
     return LISTS_VERSION if any(spec.values is not None for spec in interface.inputs) else SCHEMA_VERSION
 

@@ -4,7 +4,8 @@ A graph depends on the network's layers and on what goes in, not on a weight nor
 there are: it is traced from a blank network once, and filled with each night's numbers. The exporter's metadata (stack
 traces with source paths) is stripped, so that equal layers give equal bytes wherever they are traced.
 
-Shapes: R requests, M candidates, H entries of a history, K objectives, D numbers of an adapter per objective.
+Shapes: R requests, M candidates, F rows of feedback, H entries of a history, K objectives, D numbers of an adapter per
+objective.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from tasks.data.statistics import StatisticsTables
-from tasks.learning import attention, bending, layers, lists, networks
+from tasks.learning import attention, bending, feedback, layers, lists, networks, positive, solvers
 from tasks.learning.bending import Bent
 from tasks.learning.networks import Ranker, RankerShape
 from tasks.learning.ranker_config import RankerConfig
@@ -39,8 +40,24 @@ VOCABULARIES = (
 )
 """Fields of a shape that say how many rows tables have, which no graph says."""
 # Read with the modules: what lies on the disk later may be newer than what runs.
-_FILES = (attention.__file__, bending.__file__, layers.__file__, lists.__file__, networks.__file__, __file__)
+_MODULES = (attention, bending, feedback, layers, lists, networks, positive, solvers)
+_FILES = (*(str(module.__file__) for module in _MODULES), __file__)
 _CODE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in _FILES)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Solving:
+    """How the adapter of a user who brings feedback is solved.
+
+    Attributes:
+        rows: most rows of feedback that a request holds.
+        steps: Newton steps.
+        precision: of the user's level, float32 [K, D], D the width of what is solved: 1 for a constant alone.
+    """
+
+    rows: int
+    steps: int
+    precision: F32
 
 
 class Scorer(nn.Module):
@@ -51,14 +68,18 @@ class Scorer(nn.Module):
     statistics_cohort_item: Tensor
     bank: Tensor
     binary: Tensor
+    precision: Tensor
 
-    def __init__(self, network: Ranker, bank: F32, statistics: StatisticsTables) -> None:
+    def __init__(
+        self, network: Ranker, bank: F32, statistics: StatisticsTables, solving: Solving | None = None
+    ) -> None:
         """Join the parts.
 
         Args:
             network: the shared network; ids beyond its embedding tables count as unknown in it.
             bank: adapter weights [slots, K, D], D the network's width; slot 0 is the base.
             statistics: as-of statistics by vocabulary id.
+            solving: how feedback is solved; None for a scorer that takes none.
         """
         super().__init__()
         self.network = network
@@ -68,6 +89,9 @@ class Scorer(nn.Module):
         self.objectives, self.features = bank.shape[1:]
         self.register_buffer("bank", torch.from_numpy(bank.reshape(len(bank), -1).copy()))
         self.register_buffer("binary", torch.tensor([kind == "binary" for kind in self.shape.kinds]))
+        self.solving = solving
+        if solving is not None:
+            self.register_buffer("precision", torch.from_numpy(solving.precision.copy()))
 
     def forward(
         self,
@@ -85,8 +109,13 @@ class Scorer(nn.Module):
         history_ids: Tensor | None = None,
         history_labels: Tensor | None = None,
         history_gaps: Tensor | None = None,
+        parent_slot: Tensor | None = None,
+        feedback_labels: Tensor | None = None,
     ) -> Tensor:
         """Score candidates.
+
+        With feedback, what is per candidate holds the rows of feedback before the candidates: M is then F + M, but in
+        the scores.
 
         Args:
             candidate_ids: vocabulary ids [R, M, 1 + Cc], the item's first; ids that the network is too old for count
@@ -105,6 +134,8 @@ class Scorer(nn.Module):
                 behind the oldest. A request's are encoded once, whatever the number of its candidates.
             history_labels: labels of their first objective [R, H], NaN where missing.
             history_gaps: seconds between them and the request [R, H].
+            parent_slot: adapter of each request's segment above the user [R].
+            feedback_labels: [R, F, K], NaN where missing; a row without any is none.
 
         Returns:
             Probabilities (binary) or values (rating), float32 [R, M, K].
@@ -135,25 +166,51 @@ class Scorer(nn.Module):
             history_labels,
             history_gaps,
         )
-        adapter = embedding(slot, self.bank).reshape(requests, self.objectives, self.features)
+        adapter = self._adapter(slot, requests)
+        if self.solving is not None:
+            assert parent_slot is not None
+            assert feedback_labels is not None
+            given, width = feedback_labels.shape[1], self.precision.shape[1]
+            features = features[..., :width]
+            adapter = self.solved(
+                *(logits[:, :given], features[:, :given], feedback_labels),
+                *(self._adapter(parent_slot, requests)[..., :width], adapter[..., :width]),
+            )
+            logits, features = logits[:, given:], features[:, given:]
         values = logits + self.network.change(features, adapter)
         if all(kind == "binary" for kind in self.shape.kinds):
             return torch.sigmoid(values)
         return torch.where(self.binary, torch.sigmoid(values), values)
 
+    def solved(self, logits: Tensor, features: Tensor, labels: Tensor, parent: Tensor, own: Tensor) -> Tensor:
+        """Weights that serve each request, of its rows of feedback; as for `feedback.adapted`."""
+        assert self.solving is not None
+        kinds, steps, rows = self.shape.kinds, self.solving.steps, self.solving.rows
+        return feedback.adapted(logits, features, labels, parent, own, self.precision, kinds, steps, rows)
+
+    def _adapter(self, slot: Tensor, requests: int) -> Tensor:
+        return embedding(slot, self.bank).reshape(requests, self.objectives, self.features)
+
 
 def traced_from(
-    shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None = None, prototypes: int = 0
+    shape: RankerShape,
+    config: RankerConfig,
+    names: Wires,
+    bent: Bent | None = None,
+    prototypes: int = 0,
+    solving: Solving | None = None,
 ) -> dict[str, object]:
     """What ``trace`` depends on, as JSON: layers, inputs, format, our code and the exporter's versions."""
     layers = shape.model_dump(mode="json", exclude={*VOCABULARIES, "names"})
+    solved = None if solving is None else [solving.rows, solving.steps, *solving.precision.shape]
     return {
         "layers": layers,
         "tables": [len(shape.request_vocabularies), len(shape.candidate_vocabularies)],
         "ranker": config.model_dump(mode="json"),
         "bent": None if bent is None else asdict(bent),
         "prototypes": prototypes,
-        "wires": {**names.between(), "scores": names.scores},
+        "wires": {**names.between(solving is not None), "scores": names.scores},
+        "solving": solved,
         "format": {"ir": IR_VERSION, "opsets": OPSETS},
         "code": _CODE,
         "versions": {package: version(package) for package in ("torch", "onnx", "onnx-ir", "onnxscript")},
@@ -161,7 +218,12 @@ def traced_from(
 
 
 def trace(
-    shape: RankerShape, config: RankerConfig, names: Wires, bent: Bent | None = None, prototypes: int = 0
+    shape: RankerShape,
+    config: RankerConfig,
+    names: Wires,
+    bent: Bent | None = None,
+    prototypes: int = 0,
+    solving: Solving | None = None,
 ) -> bytes:
     """The graph of a scorer with these layers.
 
@@ -171,12 +233,13 @@ def trace(
         names: what the inputs and the output are called.
         bent: what adapters bend of the dense layers; None if they are linear.
         prototypes: that rows have shares in, where adapters match; 0 for others.
+        solving: of what size the systems of feedback are; None for a graph that takes none.
 
     Returns:
         A serialised ``ModelProto``; its initialisers that are called ``PREFIX`` and the name of a parameter or buffer
         of ``Scorer`` are blank, the others are constants.
     """
-    scorer = _blank(shape, config, bent, prototypes)
+    scorer = _blank(shape, config, bent, prototypes, solving)
     example, dims = _example(scorer, names)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -192,7 +255,7 @@ def trace(
         )
     assert program is not None
     model = as_model(program.model_proto.graph)
-    given = {**names.between(), "scores": names.scores}
+    given = {**names.between(solving is not None), "scores": names.scores}
     _rename(model.graph, lambda name: given.get(name) or (f"{PREFIX}{name}" if name else ""))
     model.graph.name = "score"
     _strip(model.graph)
@@ -210,7 +273,9 @@ def numbers_of(scorer: Scorer) -> dict[str, Tensor]:
     return {**dict(scorer.named_parameters()), **dict(scorer.named_buffers())}
 
 
-def _blank(shape: RankerShape, config: RankerConfig, bent: Bent | None, prototypes: int) -> Scorer:
+def _blank(
+    shape: RankerShape, config: RankerConfig, bent: Bent | None, prototypes: int, solving: Solving | None
+) -> Scorer:
     """A scorer with the right layers, and tables of one row."""
     rows = {name: (1,) * len(getattr(shape, name)) for name in VOCABULARIES}
     network = Ranker(shape.model_copy(update=rows), config, bent, prototypes)
@@ -226,11 +291,12 @@ def _blank(shape: RankerShape, config: RankerConfig, bent: Bent | None, prototyp
         cohort_item_keys=np.zeros(0, np.int64),
         cohort_item=table,
     )
-    return Scorer(network, np.zeros((1, objectives, network.width), np.float32), statistics)
+    return Scorer(network, np.zeros((1, objectives, network.width), np.float32), statistics, solving)
 
 
 def _example(scorer: Scorer, names: Wires) -> tuple[dict[str, Tensor], dict[str, dict[int, torch.export.Dim]]]:
-    requests, candidates = 2, 3
+    requests, given = 2, 0 if scorer.solving is None else 2
+    candidates = given + 3
     shape = scorer.shape
     ids, numbers = torch.int64, torch.float32
     entries = (requests, scorer.network.config.history)
@@ -249,12 +315,17 @@ def _example(scorer: Scorer, names: Wires) -> tuple[dict[str, Tensor], dict[str,
         "history_ids": ((*entries, len(shape.candidate_vocabularies)), ids),
         "history_labels": (entries, numbers),
         "history_gaps": (entries, ids),
+        "parent_slot": ((requests,), ids),
+        "feedback_labels": ((requests, given, len(shape.kinds)), numbers),
     }
-    roles = names.between()
+    roles = names.between(scorer.solving is not None)
     example = {role: torch.zeros(*size, dtype=dtype) for role, (size, dtype) in sizes.items() if role in roles}
     axes = {0: torch.export.Dim("requests"), 1: torch.export.Dim("candidates")}
     per_candidate = {"candidate_ids", "candidate_numbers", "cohort_item_row", "candidate_values", "candidate_vectors"}
-    return example, {role: axes if role in per_candidate else {0: axes[0]} for role in example}
+    dims = {role: axes if role in per_candidate else {0: axes[0]} for role in example}
+    if scorer.solving is not None:
+        dims["feedback_labels"] = {0: axes[0], 1: torch.export.Dim("feedback")}
+    return example, dims
 
 
 @contextmanager

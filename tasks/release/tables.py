@@ -70,12 +70,14 @@ class ServingTables:
         statistics: the as-of statistics after the release's night.
         levels: the ladder, finest level first; slot 0 of the bank is the base below the last.
         history: entries of a user's history that a request carries.
+        feedback: most rows of feedback that a request carries.
     """
 
     vocabularies: Mapping[str, Vocabulary]
     statistics: StatisticsTables
     levels: tuple[LevelTable, ...]
     history: int = 0
+    feedback: int = 0
 
     def entries(self, name: str, listed: bool = False) -> tuple[pa.Array, I64]:
         """The keys of a column and their ids; `listed` adds what fills lists up, which is no unknown value."""
@@ -116,6 +118,8 @@ def write_tables(tables: ServingTables, folder: Path) -> None:
     }
     if tables.history:
         described["history"] = tables.history
+    if tables.feedback:
+        described["feedback"] = tables.feedback
     _write_json(described, folder / "tables.json")
 
 
@@ -151,7 +155,8 @@ def read_tables(data: DataConfig, folder: Path) -> ServingTables:
             for position, one in enumerate(described["levels"])
         )
         vocabularies = vocabulary.load(data, folder / "vocabulary.parquet")
-        return ServingTables(vocabularies, statistics, levels, described.get("history", 0))
+        past = (described.get("history", 0), described.get("feedback", 0))
+        return ServingTables(vocabularies, statistics, levels, *past)
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise ObjectCorrupt(
             f"the tables of the release in {folder} cannot be read: {error!r}; fetch the release again"

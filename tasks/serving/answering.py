@@ -88,7 +88,8 @@ class Champion:
             ReleaseRefused: the release gives something that is no answer.
         """
         try:
-            inputs, shape = read_request(self.release.manifest.interface.inputs, request, self.release.hasher)
+            release = self.release
+            inputs, shape = read_request(release.manifest.interface.inputs, request, release.hasher, release.binary)
         except RequestRejected:
             self._events.rejected()
             raise

@@ -26,6 +26,8 @@ log = logging.getLogger("nightrank.ranker")
 TOLERANCE = 1e-4
 """Largest difference to a golden score, absolute for probabilities, relative to 1 + the score for ratings: the trainer
 keeps 1e-5 on its own host; another processor's or a GPU's arithmetic differs a little more."""
+FEEDBACK_TOLERANCE = 1e-3
+"""The same of requests with feedback: what is solved differs more, and the trainer keeps 1e-4."""
 _TYPES = {"int64": "tensor(int64)", "string": "tensor(string)", "float32": "tensor(float)"}
 
 
@@ -40,6 +42,7 @@ class LoadedRelease:
         item: name of the item column.
         runner: its graphs.
         hasher: hashes the personal columns of requests.
+        feedback: those that take feedback; None where requests bring none.
     """
 
     manifest: Manifest
@@ -48,6 +51,12 @@ class LoadedRelease:
     item: str
     runner: Runner
     hasher: Hasher = field(default_factory=lambda: Hasher({}), repr=False)
+    feedback: Runner | None = None
+
+    @property
+    def binary(self) -> tuple[bool, ...]:
+        """Of each objective, whether its labels are 0 and 1."""
+        return tuple(objective.kind == "binary" for objective in self.manifest.interface.objectives)
 
     def run(self, inputs: Arrays, shape: tuple[int, int]) -> F32:
         """Scores [R, M, K] of checked inputs with R requests and M candidates.
@@ -58,7 +67,8 @@ class LoadedRelease:
         expected = (*shape, len(self.manifest.interface.objectives))
         if 0 in shape:
             return np.zeros(expected, np.float32)
-        scores = self.runner.run(inputs)
+        brings = self.feedback is not None and any(spec.name in inputs for spec in _feedback(self.manifest))
+        scores = self.feedback.run(inputs) if self.feedback is not None and brings else self.runner.run(inputs)
         if scores.shape != expected or scores.dtype != np.float32:
             raise ReleaseRefused(
                 f"release {self.manifest.release[:12]} answers {scores.dtype} {list(scores.shape)}, its manifest says "
@@ -113,13 +123,39 @@ def load(folder: Path, manifest: Manifest, device: Device, engine: Engine | None
 def _load(
     folder: Path, manifest: Manifest, device: Literal["cpu", "cuda"], engine: Engine, golden: Sequence[Golden]
 ) -> LoadedRelease:
-    output, specs = manifest.interface.output, manifest.interface.inputs
+    specs, feedback = manifest.interface.inputs, _feedback(manifest)
+    plain = _runner(folder, manifest, device, engine, golden, "", [spec for spec in specs if spec not in feedback])
+    solving = _runner(folder, manifest, device, engine, golden, "_feedback", specs) if feedback else None
+    user, item = (next(spec.name for spec in specs if spec.per == per) for per in ("request", "candidate"))
+    hasher = Hasher.of(specs)
+    loaded = LoadedRelease(manifest, device, user, item, plain, hasher, solving)
+    require_variety(manifest, golden, [_asked(loaded, position, *one) for position, one in enumerate(golden)])
+    return loaded
+
+
+def _feedback(manifest: Manifest) -> list[InputSpec]:
+    return [spec for spec in manifest.interface.inputs if spec.per == "feedback"]
+
+
+def _runner(
+    folder: Path,
+    manifest: Manifest,
+    device: Literal["cpu", "cuda"],
+    engine: Engine,
+    golden: Sequence[Golden],
+    suffix: str,
+    specs: Sequence[InputSpec],
+) -> Runner:
+    """The graphs that take these inputs; their files' names have the suffix."""
+    output, names = manifest.interface.output, {spec.name for spec in specs}
+    whole, lookup, score = (folder / f"{name}{suffix}.onnx" for name in ("model", "lookup", "score"))
+    first = next((inputs for inputs, _, _ in golden if inputs.keys() == names), None)
+    if first is None:
+        raise ReleaseRefused(_about(manifest, f"no golden request is one for {whole.name}"))
     try:
-        runner: Runner
-        if device == "cpu":
-            runner = Whole(folder / "model.onnx", output, engine)
-        else:
-            runner = Halves(folder / "lookup.onnx", folder / "score.onnx", output, engine, golden[0][0])
+        runner: Runner = (
+            Whole(whole, output, engine) if device == "cpu" else Halves(lookup, score, output, engine, first)
+        )
     except DeviceUnavailable:
         raise
     except Exception as error:  # onnxruntime's errors share no base class below Exception
@@ -129,10 +165,7 @@ def _load(
     if found != wanted:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ReleaseRefused(_about(manifest, f"its graph takes other inputs than its manifest says: {', '.join(odd)}"))
-    user, item = (next(spec.name for spec in specs if spec.per == per) for per in ("request", "candidate"))
-    loaded = LoadedRelease(manifest, device, user, item, runner, Hasher.of(manifest.interface.inputs))
-    require_variety(manifest, golden, [_asked(loaded, position, *one) for position, one in enumerate(golden)])
-    return loaded
+    return runner
 
 
 def _asked(loaded: LoadedRelease, position: int, inputs: Arrays, shape: tuple[int, int], expected: F32) -> F32:
@@ -147,15 +180,17 @@ def _asked(loaded: LoadedRelease, position: int, inputs: Arrays, shape: tuple[in
         raise ReleaseRefused(_about(manifest, f"golden request {position} fails: {error}")) from error
     scale = np.where(ratings, 1.0 + np.abs(expected), 1.0)
     difference = float(np.max(np.abs(answer - expected) / scale))
-    if not difference <= TOLERANCE:  # also where it is not a number
+    limit = FEEDBACK_TOLERANCE if any(spec.name in inputs for spec in _feedback(manifest)) else TOLERANCE
+    if not difference <= limit:  # also where it is not a number
         raise ReleaseRefused(
-            _about(manifest, f"golden request {position} is answered {difference:.3g} off, limit {TOLERANCE:g}")
+            _about(manifest, f"golden request {position} is answered {difference:.3g} off, limit {limit:g}")
         )
     return answer
 
 
 def _golden(manifest: Manifest, data: bytes) -> list[Golden]:
     specs, objectives = manifest.interface.inputs, len(manifest.interface.objectives)
+    binary = [objective.kind == "binary" for objective in manifest.interface.objectives]
     try:
         found = json.loads(data)
         if found["schema_version"] != 1 or not found["requests"]:
@@ -168,17 +203,21 @@ def _golden(manifest: Manifest, data: bytes) -> list[Golden]:
             expected = np.array(one["scores"], np.float32).reshape(requests, candidates, width)
             if not np.isfinite(expected).all():
                 raise ValueError("a score is not finite")
-            inputs, shape = read_request(specs, {spec.name: _shaped(spec, one, requests, candidates) for spec in specs})
+            rows = int(one.get("feedback", 0))
+            asked = [spec for spec in specs if rows or spec.per != "feedback"]
+            axes = {"request": (requests,), "candidate": (requests, candidates), "feedback": (requests, rows)}
+            inputs, shape = read_request(
+                asked, {spec.name: _shaped(spec, one, axes[spec.per]) for spec in asked}, binary=binary
+            )
             golden.append((inputs, shape, expected))
         return golden
     except (ValueError, TypeError, KeyError, RecursionError, RequestRejected) as error:
         raise ReleaseRefused(_about(manifest, f"its golden requests cannot be read: {error!r}")) from error
 
 
-def _shaped(spec: InputSpec, one: dict[str, dict[str, list[object]]], requests: int, candidates: int) -> object:
+def _shaped(spec: InputSpec, one: dict[str, dict[str, list[object]]], axes: tuple[int, ...]) -> object:
     values = one["inputs"][spec.name]
     flat = np.array(values, np.float32 if spec.dtype == "float32" else object)
-    axes = (requests,) if spec.per == "request" else (requests, candidates)
     shaped = flat.reshape(axes if spec.values is None else (*axes, spec.values))
     return shaped.astype(np.int64) if spec.dtype == "int64" else shaped
 

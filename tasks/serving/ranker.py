@@ -159,7 +159,8 @@ class Ranker:
 
         Args:
             request: every column of the manifest's inputs: R values per request column, R x M per candidate column,
-                as arrays or lists. None and NaN are missing values.
+                as arrays or lists. None and NaN are missing values. Where the release takes feedback, a list of rows
+                per request, newest first, may say what each user has just done; his adapter is solved from them.
 
         Returns:
             Probabilities (binary objectives) or expected values (ratings), float32 [R, M, K].

@@ -268,14 +268,17 @@ def test_files_of_a_feature_may_be_there_and_others_may_not(manifest: Manifest):
     for names in (
         ["lookup_segments.bin"],
         ["lookup_cohort.bin", "lookup_vocabulary.bin"],
-        sorted(OPTIONAL["feedback"]),
     ):
         more = with_files(manifest, *names)
         assert Manifest.parse(more.serialise(), "shop", more.release) == more
         older = replace(more, schema_version=1)
         with pytest.raises(ReleaseRefused, match="which no release has"):
             Manifest.parse(older.serialise(), "shop", older.release)
-    for names, told in ((["score_feedback.onnx"], "of feedback it lacks"), (["more.bin"], "which no release has")):
+    for names, told in (
+        (["score_feedback.onnx"], "of feedback it lacks"),
+        (sorted(OPTIONAL["feedback"]), "do not agree whether requests bring feedback"),
+        (["more.bin"], "which no release has"),
+    ):
         odd = with_files(manifest, *names)
         with pytest.raises(ReleaseRefused, match=told):
             Manifest.parse(odd.serialise(), "shop", odd.release)

@@ -73,7 +73,7 @@ class Examined:
     def export(self) -> ExportRef:
         """The release, unpublished."""
         config = self.config
-        sections = (config.place(), config.data, config.segments, config.statistics)
+        sections = (config.place(), config.data, config.segments, config.statistics, config.export)
         return export.fn(*sections, self.ingested, self.validated, self.prepared, self.base, self.ship())
 
 

@@ -1,0 +1,177 @@
+"""Feedback in requests: the look-up against its oracle, and the graphs against the solver of the bank."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from tasks.errors import ParityBroken
+from tasks.learning.solvers import solve
+from tasks.release import golden as golden_requests
+from tasks.release.feedback_inputs import feedback_columns, feedback_labels
+from tasks.release.golden import check_parity, draw_requests
+from tasks.release.graphs import EXTERNAL, export
+from tasks.release.lookups import encode, input_specs, lookup_graph, wires
+from tasks.release.scorer import Scorer, Solving
+from tasks.release.tables import read_tables, write_tables
+from tests.release.test_lookups import run
+from tests.releases import FEEDBACK, Made, make_parts, make_release, shared_feedback_graph, shared_graph
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A release that takes feedback."""
+    graphs = (shared_graph(tmp_path_factory, "full"), "full")
+    solved = shared_feedback_graph(tmp_path_factory, "full")
+    return make_release(tmp_path_factory.mktemp("feedback") / "release", *graphs, with_feedback=solved)
+
+
+def session(made: Made, name: str) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(made.folder / name, providers=["CPUExecutionProvider"])
+
+
+def asked(made: Made) -> dict[str, np.ndarray]:
+    """A request with feedback in all of its rows."""
+    request = next(dict(one.inputs) for one in made.golden if feedback_labels(made.data)[0] in one.inputs)
+    for name in feedback_labels(made.data):
+        request[name] = np.nan_to_num(request[name], nan=1.0)
+    return request
+
+
+def test_the_inputs_are_those_of_a_candidate_and_a_label_for_each_objective(made):
+    specs = {spec.name: spec for spec in input_specs(made.data, feedback=FEEDBACK) if spec.per == "feedback"}
+    assert {name: (spec.dtype, spec.of) for name, spec in specs.items()} == {
+        "feedback_item": ("int64", "item"),
+        "feedback_genre": ("string", "genre"),
+        "feedback_year": ("float32", "year"),
+        "feedback_liked": ("float32", "liked"),
+        "feedback_stars": ("float32", "stars"),
+    }
+    assert all(spec.optional and spec.rows == FEEDBACK for spec in specs.values())
+    assert specs["feedback_item"].shape == ("requests", "feedback")
+    assert not [spec for spec in input_specs(made.data) if spec.optional]
+
+
+@pytest.mark.parametrize("kind", ["full", "lean", "clashing"])
+def test_the_look_up_equals_its_oracle(kind):
+    data, _, _, tables, rows = make_parts(kind)
+    tables = replace(tables, feedback=FEEDBACK)
+    names = wires(data, tables)
+    graph = lookup_graph(data, tables, names, feedback=True).SerializeToString()
+    brought = 0
+    for request in draw_requests(data, rows, feedback=FEEDBACK):
+        if feedback_labels(data)[0] not in request:
+            assert "parent_slot" not in encode(data, tables, request)
+            continue
+        found, expected = run(graph, dict(request)), encode(data, tables, request)
+        assert names.between(True).keys() == expected.keys()
+        for role, name in names.between(True).items():
+            np.testing.assert_array_equal(found[name], expected[role], err_msg=role)
+        labels = expected["feedback_labels"]
+        brought += (~np.isnan(labels)).any(axis=(1, 2)).sum()
+    assert brought > 2
+
+
+def test_the_slot_above_is_that_of_the_coarser_segment(made):
+    request = asked(made)
+    found = encode(made.data, made.tables, request)
+    coarser = replace(made.tables, levels=made.tables.levels[1:])
+    np.testing.assert_array_equal(found["parent_slot"], encode(made.data, coarser, request)["slot"])
+
+
+def test_both_pairs_read_the_same_weights(made):
+    files = {
+        name: {
+            one.name: tuple(sorted((entry.key, entry.value) for entry in one.external_data))
+            for one in onnx.load(made.folder / name, load_external_data=False).graph.initializer
+            if one.external_data
+        }
+        for name in ("score.onnx", "score_feedback.onnx", "model.onnx", "model_feedback.onnx")
+    }
+    assert files["score.onnx"] == files["score_feedback.onnx"]
+    assert files["model_feedback.onnx"].items() >= files["score.onnx"].items()
+    assert {dict(one)["location"] for one in files["score_feedback.onnx"].values()} == set(EXTERNAL.values())
+    sizes = [(made.folder / name).stat().st_size for name in ("score.onnx", "score_feedback.onnx")]
+    assert sizes[1] < sizes[0] + 400_000
+
+
+def by_hand(made: Made, request: dict[str, np.ndarray]) -> np.ndarray:
+    """Scores under weights that the bank's solver gives for the rows of feedback, in its own precision."""
+    assert made.solving is not None
+    plain = Scorer(made.network, made.bank, made.tables.statistics).eval()
+    data, tables = made.data, made.tables
+    rows = {name: request[brought] for name, brought in feedback_columns(data).items()}
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hook = plain.network.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    for part in ({**request, **rows}, request):
+        bare = {name: values for name, values in part.items() if not name.startswith("feedback_")}
+        encoded = {role: torch.from_numpy(np.array(one)) for role, one in encode(data, tables, bare).items()}
+        with torch.no_grad():
+            plain(**encoded)
+    hook.remove()
+    (logits, features), (asked_logits, asked_features) = seen
+    coarser = replace(tables, levels=tables.levels[1:])
+    parent = torch.from_numpy(made.bank[encode(data, coarser, bare)["slot"]])
+    own = torch.from_numpy(made.bank[encode(data, tables, bare)["slot"]])
+    labels = torch.from_numpy(np.stack([request[name] for name in feedback_labels(data)], axis=-1).astype(np.float32))
+    kinds = [objective.kind for objective in data.objectives]
+    ones, precision = torch.ones(labels.shape[:2]), torch.from_numpy(made.solving.precision)
+    solution = solve(features, logits + features @ parent.mT, labels, ones, precision, kinds, made.solving.steps)
+    brought = (~labels.isnan()).any(dim=2).any(dim=1)[:, None, None]
+    values = asked_logits + asked_features @ torch.where(brought, parent + solution, own).mT
+    binary = torch.tensor([kind == "binary" for kind in kinds])
+    return torch.where(binary, torch.sigmoid(values), values).numpy()
+
+
+@pytest.mark.parametrize("count", [0, 1, FEEDBACK])
+def test_the_graph_equals_the_solver_of_the_bank(made, count):
+    request = asked(made)
+    for column in (*feedback_columns(made.data).values(), *feedback_labels(made.data)):
+        request[column] = request[column][:, :count]
+    found = session(made, "model_feedback.onnx").run(None, request)[0]
+    expected = by_hand(made, request)
+    scale = np.where([False, True], 1 + np.abs(expected), 1.0)
+    assert np.max(np.abs(found - expected) / scale) < 1e-4
+    bare = {spec.name: request[spec.name] for spec in input_specs(made.data)}
+    plain = session(made, "model.onnx").run(None, bare)[0]
+    if count == 0:
+        np.testing.assert_allclose(found, plain, atol=1e-6, rtol=1e-6)
+    else:
+        assert np.abs(found - plain).max() > 1e-2
+
+
+def test_of_more_rows_than_the_graph_solves_the_first_count(made):
+    request = asked(made)
+    more = {name: request[name] for name in (*feedback_columns(made.data).values(), *feedback_labels(made.data))}
+    more = {name: np.concatenate([values, values[:, ::-1]], axis=1) for name, values in more.items()}
+    graph = session(made, "model_feedback.onnx")
+    np.testing.assert_allclose(graph.run(None, request | more)[0], graph.run(None, request)[0], atol=2e-6, rtol=2e-6)
+
+
+def test_golden_requests_with_feedback_are_far_from_what_the_bank_says_and_near_the_graphs(made):
+    assert made.parity.feedback is not None
+    assert made.parity.feedback < 1e-5
+    assert made.parity.requests == len(made.golden) == 14
+    plain = [one for one in made.golden if feedback_labels(made.data)[0] not in one.inputs]
+    assert check_parity(made.data, made.tables, plain, made.folder).feedback is None
+
+
+def test_a_graph_that_solves_otherwise_is_found(made, monkeypatch):
+    wrong = [replace(one, scores=one.scores + np.float32(2e-4)) for one in made.golden]
+    monkeypatch.setattr(golden_requests, "TOLERANCE", 1.0)
+    with pytest.raises(ParityBroken, match=r"model_feedback.onnx differs from the network by .* limit 0.0001"):
+        check_parity(made.data, made.tables, wrong, made.folder)
+
+
+def test_tables_and_solving_have_to_fit(made, tmp_path):
+    graphs = made.network, made.bank, replace(made.tables, feedback=0), made.data, tmp_path
+    with pytest.raises(ParityBroken, match="bring 0 rows of feedback, the graphs solve 5"):
+        export(*graphs, solving=Solving(FEEDBACK, 2, np.ones((2, made.network.width), np.float32)))
+
+
+def test_tables_remember_how_much_feedback_there_is(made, tmp_path):
+    write_tables(made.tables, tmp_path)
+    assert read_tables(made.data, tmp_path).feedback == FEEDBACK

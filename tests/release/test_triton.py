@@ -15,11 +15,12 @@ import pytest
 
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.errors import InvalidConfig, ObjectCorrupt, ParityBroken, ReleaseRefused
+from tasks.release import nodes
 from tasks.release.manifest import blob_key
 from tasks.release.publishing import publish_release
 from tasks.release.triton import Served, raw_bytes, write_repository
 from tests.release.triton_rules import NUMPY, Arrays, answer_of, as_sent, read_config, type_of
-from tests.releases import NIGHT, PIPELINE, Made, described_anew, next_night
+from tests.releases import NIGHT, PIPELINE, Made, described_anew, make_release, next_night
 
 KINDS = ("full", "lean", "past", "clashing")
 
@@ -148,6 +149,17 @@ def test_the_next_release_comes_beside_the_last_and_the_ensemble_names_it(full: 
     )  # a rollback, served otherwise
     assert read_config(out / again.models[1] / "config.pbtxt").instance_group[0].kind == 1
     assert [path for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+def test_look_ups_that_are_tables_come_with_their_files(full: Made, tmp_path: Path):
+    made, store = make_release(tmp_path / "release", full.graph, encoder_keys=0), open_store(str(tmp_path / "store"))
+    publish_release(store, PIPELINE, made.folder, made.manifest, {})
+    (found,) = write_repository(store, made.manifest, tmp_path / "models", Served("shop"))
+    beside = {path.name for path in (tmp_path / "models" / found.models[0] / "1").iterdir()}
+    assert beside == {"lookup.onnx", nodes.VOCABULARY, nodes.SEGMENTS, nodes.COHORT}
+    for golden in made.golden:
+        scores = answer_of(tmp_path / "models", "shop", as_sent(made.manifest.interface, golden.inputs))["scores"]
+        np.testing.assert_allclose(scores, golden.scores, rtol=1e-5, atol=1e-5)
 
 
 def test_a_release_that_answers_otherwise_is_not_left_there(full: Made, tmp_path: Path):

@@ -248,7 +248,7 @@ def system_calls(line: Line, deaths: int) -> Counter[str]:
 
 
 def moments(line: Line, deaths: int) -> Counter[str]:
-    """Let publishes die at moments that are drawn from the length of an undisturbed one."""
+    """Let publishes die at moments that are drawn from the length of one; which that is, they tell by being faster."""
     draw, came = random.Random(0), Counter[str]()
     began = time.monotonic()
     assert line.parent.run(line.next().job(line.store.url)).told["won"]
@@ -266,6 +266,7 @@ def moments(line: Line, deaths: int) -> Counter[str]:
             came[line.survives(release, dead, before, entries)] += 1
         else:
             assert dead.told["won"]
+        whole *= 1.1 if dead.killed else 0.8
     return came
 
 

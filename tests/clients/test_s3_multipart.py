@@ -96,7 +96,7 @@ LOST = [  # the server finished, and then said nothing, or something else
     # The server never saw the call.
     *(of(call, served=False, status=status) for call in (BEGIN, PART, END) for status in (None, 500, 503, 429, 409)),
 ]
-SHORT = [of(BEGIN), of(PART), of(END), of(END, status=409), *LOST[15:19], of(END, served=False, status=500)]
+SHORT = [of(BEGIN), of(PART), of(END), *LOST[15:18], of(END, served=False, status=500)]
 
 
 def both(faults: list[Fault]) -> list[Any]:

@@ -170,7 +170,8 @@ class Publisher:
 
     def end(self) -> Outcome:
         status = self.parent.end_of(self.pid)
-        return Outcome(status, json.loads(self.diary.read_text()) if self.diary.exists() else {})
+        # One that was killed may have been killed while it wrote its diary.
+        return Outcome(status, json.loads(self.diary.read_text()) if status == 0 else {})
 
 
 @contextmanager

@@ -124,7 +124,8 @@ def injected(network: Network, draw: random.Random) -> str:
     network.assert_there(release)
     assert (network.generation(), network.champion()) == (before + 1, release.release)
     assert network.deleted() == []
-    return f"{'served' if fault.served else 'lost'} {path.split('/')[0]}"
+    kind = "blob" if path.startswith("blobs/") else path.strip("/").rsplit("/", 1)[-1]
+    return f"{kind}, {'server finished' if fault.served else 'server never saw it'}"
 
 
 def beaten(network: Network, draw: random.Random, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -15,7 +15,7 @@ from tasks.data.contract import Section
 from tasks.data.lakes import nights_by_lake, why_absent
 from tasks.errors import DataRejected, InvalidConfig, NotEnoughHistory
 from tasks.ingest import lake
-from tasks.releases import releases
+from tasks.releases import collected, releases
 
 log = logging.getLogger("nightrank.backfill")
 
@@ -80,11 +80,15 @@ def plan(config: RetrainConfig, start: date, end: date, promote: bool) -> tuple[
     done = [row for row in releases(config.place()) if row.config == config.digest()]
     finished = {row.night: row for row in done}
     champion = max((row.night for row in done if row.champion), default=date.min)
+    removed = collected(config.place(), config.digest())
 
     def look_at(night: date) -> PlannedNight:
         row = finished.get(night)
         if absent := why_absent(config.data, found, night):
             return PlannedNight(night=night, runs=False, why=absent)
+        if row is None and night in removed:
+            why = f"finished: release {removed[night][:12]}, which was removed since as an old one"
+            return PlannedNight(night=night, runs=False, why=why)
         if row is None:
             return PlannedNight(night=night, runs=True, why="has no release of this config yet")
         if promote and row.go and night > champion:

@@ -9,7 +9,9 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.cli_doctor import add_doctor
 from flows.cli_keys import add_keys
+from flows.cli_releases import add_releases, store_and_pipeline
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,15 +111,9 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--storage", metavar="FILE", help="where trials are remembered (default: below var/search)")
     tune.set_defaults(command=_search)
 
-    listing = commands.add_parser("releases", help="list the releases of a pipeline")
-    listing.add_argument("--config", required=True, help="config file")
-    listing.set_defaults(command=_releases)
-
+    add_releases(commands)
     add_keys(commands)
-
-    doctor = commands.add_parser("doctor", help="check config, lake, store and device before a night needs them")
-    doctor.add_argument("--config", required=True, help="config file")
-    doctor.set_defaults(command=_doctor)
+    add_doctor(commands)
 
     rank = commands.add_parser("rank", help="rank a request's candidates with the champion")
     rank.add_argument("--request", type=Path, required=True, help="JSON file: input name to values")
@@ -243,53 +239,12 @@ def _search(options: argparse.Namespace, console: "Console") -> None:
     show_search(console, found)
 
 
-def _releases(options: argparse.Namespace, console: "Console") -> None:
-    from flows.config import load_config
-    from flows.display import show_releases
-    from tasks.releases import releases
-
-    show_releases(console, releases(load_config(options.config).place()))
-
-
-def _doctor(options: argparse.Namespace, console: "Console") -> None:
-    from flows.config import load_config
-    from tasks.data.lakes import nights_by_lake
-    from tasks.ingest import lake
-    from tasks.release.signing import UNSIGNED, signer
-    from tasks.steps import device_of, store_of
-    from tasks.tensorboard import check
-
-    config = load_config(options.config)
-    console.print(f"config  {options.config}: fits, pipeline {config.pipeline}")
-    nights = nights_by_lake(config.data, lake(config.data))
-    for one in config.data.every_lake:
-        found, called = nights[one.name], f"{one.name}, " if config.data.lakes else ""
-        span = f"{len(found)} nights, {min(found)} to {max(found)}" if found else "no nights yet"
-        console.print(f"lake    {called}{one.source}: {span}")
-    store_of(config.place()).check()
-    console.print(f"store   {config.store}: writable, honours conditions")
-    key = signer()
-    signed = UNSIGNED if key is None else f"what this host publishes is signed by key {key.key_id}"
-    console.print(f"keys    {signed}", soft_wrap=True)
-    console.print(f"device  {device_of(config.place())}")
-    if config.training.tensorboard is not None:
-        check(config.training)
-        console.print(f"curves  {config.training.tensorboard}: writable for TensorBoard", soft_wrap=True)
-
-
 def _rank(options: argparse.Namespace, console: "Console") -> None:
     from flows.display import show_ranked
-    from tasks.errors import InvalidConfig, RequestRejected
+    from tasks.errors import RequestRejected
     from tasks.serving.ranker import Ranker
 
-    store, pipeline = options.store, options.pipeline
-    if options.config:
-        from flows.config import load_config
-
-        config = load_config(options.config)
-        store, pipeline = store or config.store, pipeline or config.pipeline
-    if not store or not pipeline:
-        raise InvalidConfig("rank needs to know where the releases are: give --config, or --store and --pipeline")
+    store, pipeline = store_and_pipeline(options, "rank")
     try:
         request = json.loads(options.request.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

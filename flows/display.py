@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # their modules load Prefect and torch, which a ranked list n
     from flows.backfill import NightOutcome, PlannedNight
     from flows.nightly import NightResult
     from flows.replay import ReplayedNight
-    from tasks.references import ReleaseRow, ScoreRow
+    from tasks.references import ScoreRow
     from tasks.release.cost import Cost
     from tasks.release.earned import Step
     from tasks.release.lift import Summary
@@ -94,7 +94,7 @@ class BackfillScreen:
             self._console.print(f"[bold]{event.night}[/bold] {event.state}: {escape(event.why)}", soft_wrap=True)
             return
         title = f"plan: {sum(entry.runs for entry in event)} of {len(event)} nights to run"
-        table = _table(title, ("night", "", "why"), folds="why")
+        table = table_of(title, ("night", "", "why"), folds="why")
         for entry in event:
             table.add_row(str(entry.night), "runs" if entry.runs else "skipped", escape(entry.why))
         self._console.print(table)
@@ -153,7 +153,7 @@ def show_night(console: Console, result: "NightResult") -> None:
 def show_backfill(console: Console, outcomes: Sequence["NightOutcome"]) -> None:
     """The summary at the end of a backfill."""
     headings = ("night", "state", "rows", "loss", "AUC", "best baseline", "gate", "release")
-    table = _table("backfill", headings, numbers=("rows", "loss", "AUC"), folds="best baseline")
+    table = table_of("backfill", headings, numbers=("rows", "loss", "AUC"), folds="best baseline")
     for outcome in outcomes:
         if outcome.result is None:
             table.add_row(str(outcome.night), outcome.state)
@@ -166,9 +166,9 @@ def show_backfill(console: Console, outcomes: Sequence["NightOutcome"]) -> None:
             str(outcome.night),
             "promoted" if outcome.result.published.promoted else outcome.state,
             f"{outcome.result.validated.clean:,}",
-            _number(own.log_loss if own else None),
-            _number(own.auc if own else None),
-            f"{_number(best.log_loss)} {escape(best.method)}" if best else "",
+            number(own.log_loss if own else None),
+            number(own.auc if own else None),
+            f"{number(best.log_loss)} {escape(best.method)}" if best else "",
             "go" if outcome.result.verdict.go else "hold",
             outcome.result.published.release[:12],
         )
@@ -208,12 +208,12 @@ def show_replay(
             whole = [line for line in mine if line.slice == EVERYTHING]
             _show_methods(console, f"{exam}, {objective}, {nights} nights", whole)
             headings = ("slice", "rows", "loss", "best other", "adapted minus it, 95 %")
-            table = _table(f"{exam}, {objective}, adapted by slice", headings, headings[1:3], folds="best other")
+            table = table_of(f"{exam}, {objective}, adapted by slice", headings, headings[1:3], folds="best other")
             for name in SLICES[1:]:
                 rows = {line.method: line for line in mine if line.slice == name}
                 if (own := rows.pop(ADAPTED, None)) is not None:
                     best = min(rows.values(), key=lambda line: line.loss, default=own)
-                    table.add_row(name, f"{own.rows:,}", _number(own.loss), escape(best.method), best.apart)
+                    table.add_row(name, f"{own.rows:,}", number(own.loss), escape(best.method), best.apart)
             console.print(table)
         for level in dict.fromkeys(step.level for step in steps if step.objective == objective):
             curve = [step for step in steps if (step.objective, step.level) == (objective, level)]
@@ -245,12 +245,12 @@ def _show_nights(console: Console, exam: str, lines: Sequence["Line"], every: bo
     best = min(others, key=lambda line: line.loss).method
     heads = ("night", "rows", "loss", "minus zero steps, 95 %", "minus the best other, 95 %")
     title = f"{exam}, adapted night by night; the best other of all nights is {escape(best)}"
-    table = _table(title, heads, heads[1:], folds="rows")
+    table = table_of(title, heads, heads[1:], folds="rows")
     table.padding, table.show_edge = 0, False  # two intervals side by side leave no room for more on 80 columns
     for night, methods in nights.items():
         own = methods[ADAPTED]
         gaps = (methods[name].apart if name in methods else "" for name in (ZERO_STEPS, best))
-        table.add_row(night, f"{own.rows:,}", _number(own.loss), *gaps)
+        table.add_row(night, f"{own.rows:,}", number(own.loss), *gaps)
     console.print(table)
 
 
@@ -259,12 +259,12 @@ def _show_methods(console: Console, title: str, lines: Sequence["Line"]) -> None
     from tasks.release.slices import ADAPTED
 
     apart = "adapted minus it, 95 %"
-    loss = _table(title, ("method", "rows", "loss", apart), ("rows", "loss", apart), folds="method")
-    ranking = _table(None, ("method", "AUC", apart, "NDCG@10"), ("AUC", apart, "NDCG@10"), folds="method")
+    loss = table_of(title, ("method", "rows", "loss", apart), ("rows", "loss", apart), folds="method")
+    ranking = table_of(None, ("method", "AUC", apart, "NDCG@10"), ("AUC", apart, "NDCG@10"), folds="method")
     for line in sorted(lines, key=lambda line: (line.method != ADAPTED, line.loss)):
         name, style = escape(line.method), "bold" if line.method == ADAPTED else None
-        loss.add_row(name, f"{line.rows:,}", _number(line.loss), line.apart, style=style)
-        ranking.add_row(name, _number(line.auc), line.auc_apart, _number(line.ndcg), style=style)
+        loss.add_row(name, f"{line.rows:,}", number(line.loss), line.apart, style=style)
+        ranking.add_row(name, number(line.auc), line.auc_apart, number(line.ndcg), style=style)
     console.print(loss)
     if any(line.auc is not None or line.ndcg is not None for line in lines):
         console.print(ranking)
@@ -279,10 +279,10 @@ def _show_variety(console: Console, shown: Sequence["Variety"], nights: int) -> 
     first = shown[0]
     asked = f"{first.users:,} users, {first.candidates:,} candidates, {nights} nights"
     numbers = ("coverage", "Gini", "personalisation", "diversity")
-    table = _table(f"top {first.length}, {first.objective}, {asked}", ("method", *numbers), numbers, folds="method")
+    table = table_of(f"top {first.length}, {first.objective}, {asked}", ("method", *numbers), numbers, folds="method")
     for one in shown:
         figures = (one.coverage, one.gini, one.personalisation, one.diversity)
-        table.add_row(escape(one.method), *map(_number, figures), style="bold" if one.method == ADAPTED else None)
+        table.add_row(escape(one.method), *map(number, figures), style="bold" if one.method == ADAPTED else None)
     console.print(table)
 
 
@@ -290,7 +290,7 @@ def show_search(console: Console, found: "SearchRef") -> None:
     """The end of a search: what was tried, what the best is worth where it was not chosen, and its YAML."""
     from flows.config import as_yaml
 
-    table = _table(f"search, {found.objective}", ("setting", "own", "best"), ("own", "best"), folds="setting")
+    table = table_of(f"search, {found.objective}", ("setting", "own", "best"), ("own", "best"), folds="setting")
     for one in found.settings:
         table.add_row(escape(one.name), escape(str(one.own)), escape(str(one.best)))
     console.print(table)
@@ -316,7 +316,7 @@ def show_search(console: Console, found: "SearchRef") -> None:
         console.print("the config's own settings did best: there is nothing to change")
         return
     numbers = ("rows", "own", "best", "best minus own, 95 %")
-    table = _table(f"{first} to {last}, which nothing was chosen by", ("support", *numbers), numbers, folds="support")
+    table = table_of(f"{first} to {last}, which nothing was chosen by", ("support", *numbers), numbers, folds="support")
     for line in found.lines:
         bounded = line.low is not None and line.high is not None
         gap = f"{line.difference:+.4f} " + (f"[{line.low:+.4f}, {line.high:+.4f}]" if bounded else "(too few users)")
@@ -333,51 +333,34 @@ def show_search(console: Console, found: "SearchRef") -> None:
     console.print(as_yaml({one.name: one.best for one in found.settings}), markup=False, soft_wrap=True, end="")
 
 
-def show_releases(console: Console, rows: Sequence["ReleaseRow"]) -> None:
-    """The releases of a pipeline, oldest night first."""
-    table = _table(None, ("night", "release", "gate", "champion", "parent", "created"))
-    for row in rows:
-        table.add_row(
-            str(row.night),
-            row.release[:12],
-            "go" if row.go else "hold",
-            "yes" if row.champion else "",
-            (row.parent or "none")[:12],
-            f"{row.created:%Y-%m-%d %H:%M}",
-        )
-    console.print(table)
-    if rows:
-        console.print(f"the newest report: {escape(rows[-1].report)}", soft_wrap=True)
-
-
 def show_ranked(console: Console, release: str, night: date, rankings: Sequence[Sequence["Ranked"]]) -> None:
     """The candidates of each request, best first."""
-    for number, ranking in enumerate(rankings, start=1):
-        title = f"request {number} of {len(rankings)}, release {release[:12]} of night {night}"
+    for place, ranking in enumerate(rankings, start=1):
+        title = f"request {place} of {len(rankings)}, release {release[:12]} of night {night}"
         objectives = tuple(ranking[0].scores) if ranking else ()
         console.print(title)
-        table = _table(None, ("", "candidate", *objectives), numbers=("", *objectives), folds="candidate")
+        table = table_of(None, ("", "candidate", *objectives), numbers=("", *objectives), folds="candidate")
         for ranked in ranking:
-            table.add_row(str(ranked.position), escape(str(ranked.item)), *map(_number, ranked.scores.values()))
+            table.add_row(str(ranked.position), escape(str(ranked.item)), *map(number, ranked.scores.values()))
         console.print(table)
 
 
 def _score_table(title: str, scores: Sequence["ScoreRow"]) -> Table:
     numbers = ("rows", "loss", "calib.", "AUC", "NDCG@10")
-    table = _table(title, ("exam", "method", *numbers), numbers, folds="exam")
+    table = table_of(title, ("exam", "method", *numbers), numbers, folds="exam")
     last = ""
     for row in scores:
         if last and row.exam != last:
             table.add_section()
         style = "bold" if row.method == "adapted" else None
-        shown = (_number(value) for value in (row.log_loss, row.calibration, row.auc, row.ndcg))
+        shown = (number(value) for value in (row.log_loss, row.calibration, row.auc, row.ndcg))
         exam = "" if row.exam == last else escape(row.exam)
         table.add_row(exam, escape(row.method), f"{row.rows:,}", *shown, style=style)
         last = row.exam
     return table
 
 
-def _table(title: str | None, headings: Sequence[str], numbers: Sequence[str] = (), folds: str = "") -> Table:
+def table_of(title: str | None, headings: Sequence[str], numbers: Sequence[str] = (), folds: str = "") -> Table:
     """A table that fits a terminal of 80 columns: only the column `folds` goes over several lines."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in headings:
@@ -386,5 +369,6 @@ def _table(title: str | None, headings: Sequence[str], numbers: Sequence[str] = 
     return table
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A figure as tables show it."""
     return "" if value is None else f"{value:.4f}"

@@ -95,7 +95,7 @@ def nightly_retrain(
         retention = check_retention(place, data, segments, gate, ingested, prepared, base)
         verdict = judge(place, data, segments, adapter, gate, ingested, validated, prepared, exam, retention)
         write_verdict(config.training, place, night, verdict)
-        ship = adapt(place, data, segments, adapter, prepared, base, bank="ship", exam=exam)
+        ship = adapt(place, data, segments, adapter, prepared, base, bank="ship", exam=exam, held=ingested.held)
         exported = export(
             place, data, segments, config.statistics, config.export, ingested, validated, prepared, base, ship
         )

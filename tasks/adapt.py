@@ -23,6 +23,7 @@ from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
 from tasks.references import BankRef, BaseRef, ExamRef, Place, PrepareRef
 from tasks.release.cost import Spent
+from tasks.release.holds import HeldSegment
 from tasks.release.segment_gate import LevelHarm
 from tasks.steps import Product, Progress, carry_out, device_name, device_of, open_workspace, recalled, record_of, verb
 
@@ -39,6 +40,7 @@ def adapt(
     base: BaseRef,
     bank: Literal["exam", "ship"],
     exam: ExamRef | None = None,
+    held: tuple[HeldSegment, ...] = (),
 ) -> BankRef:
     """Solve the bank.
 
@@ -52,6 +54,7 @@ def adapt(
         bank: `exam` reads the history alone, `ship` the night as well.
         exam: for `ship`: of which segments and support sizes it is proven that own weights do harm. They get their
             parent's.
+        held: for `ship`: segments that an operator holds at their parent's weights.
     """
     layout = recalled(place, "history", prepared.history) if bank == "exam" else record_of(place, prepared)
     proven = [] if exam is None else record_of(place, exam).content["harmful"]
@@ -74,7 +77,7 @@ def adapt(
         with steady(0, None):
             filled = fill_bank(
                 *(ladder, material, material.scorer(trained.network), trained.table(), how, before),
-                harmful=refuser(rows, vocabularies, proven) if proven else None,
+                harmful=refuser(rows, vocabularies, proven, held) if proven or held else None,
                 milliseconds=milliseconds,
             )
         filled.save(folder / "bank.safetensors")
@@ -94,6 +97,8 @@ def adapt(
         return Product(content, notes, {"bank.safetensors": folder / "bank.safetensors"})
 
     inputs = {"layout": layout.digest, "base": base.digest, "harmful": digest_of(proven)}
+    if held:  # a night without any keeps the key that it had before segments could be held
+        inputs["held"] = digest_of([[*one.columns, one.name] for one in held])
     record, shared = carry_out(place, f"adapt-{bank}", VERSION, date.fromisoformat(night), inputs, section, work)
     return BankRef(**shared, bank=bank, segments=record.content["segments"], adapted=record.content["adapted"])
 
@@ -119,21 +124,28 @@ def support_histogram(bank: Bank) -> list[tuple[str, int]]:
     return list(zip(labels, counts.tolist(), strict=True))
 
 
-def refuser(rows: Rows, vocabularies: Vocabularies, proven: Sequence[Mapping[str, object]]) -> Harmful:
+def refuser(
+    rows: Rows,
+    vocabularies: Vocabularies,
+    proven: Sequence[Mapping[str, object]],
+    held: Sequence[HeldSegment] = (),
+) -> Harmful:
     """A function that says which segments of a bank get no weights of their own.
 
     Args:
         rows: what the bank is solved from.
         vocabularies: of the rows.
-        proven: `LevelHarm` of each level as JSON, finest first.
+        proven: `LevelHarm` of each level as JSON, finest first; empty where nothing is proven.
+        held: segments that an operator holds at their parent's weights.
     """
-    harms = [LevelHarm.model_validate(one) for one in proven]
+    harms = [LevelHarm.model_validate(one) for one in proven] or [LevelHarm()] * len(rows.levels)
+    kept_back = [np.array([one.name for one in held if one.columns == level.columns], str) for level in rows.levels]
 
     def refused(level: int, keys: I64, support: I64) -> npt.NDArray[np.bool_]:
         harm, whose = harms[level], rows.levels[level]
-        if not harm.proven:
+        if not harm.proven and not len(kept_back[level]):
             return np.zeros(len(keys), bool)
         names = segment_names(keys, whose.columns, whose.radices, vocabularies).to_numpy(zero_copy_only=False)
-        return harm.refuses(names.astype(str), support)
+        return harm.refuses(names.astype(str), support) | np.isin(names.astype(str), kept_back[level])
 
     return refused

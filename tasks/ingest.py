@@ -16,8 +16,10 @@ from tasks.errors import Conflict
 from tasks.parents import released_parent, require_same_hashing
 from tasks.references import IngestRef, ParentRef, Place
 from tasks.release.gate import GateConfig
+from tasks.release.holds import HeldSegment, held_segments
 from tasks.release.manifest import Pointer
 from tasks.release.pointer import read_pointer
+from tasks.release.published import nights_prefix
 from tasks.release.signing import signer
 from tasks.steps import Product, Progress, carry_out, open_workspace, store_of, verb
 
@@ -53,6 +55,7 @@ def ingest(place: Place, data: DataConfig, gate: GateConfig, night: date, config
         generation=settled["generation"],
         exams=tuple(settled["exams"]),
         verdicts=tuple(settled["verdicts"]),
+        held=tuple(HeldSegment.model_validate(one) for one in settled.get("held", ())),
     )
 
 
@@ -214,7 +217,7 @@ def intent_key(place: Place, night: date, frozen: str, config: str) -> str:
 
 def released_prefix(place: Place) -> str:
     """Where each night keeps the newest release that was made of it."""
-    return f"{place.pipeline}/state/released/"
+    return nights_prefix(place.pipeline)
 
 
 def _resolved(
@@ -236,6 +239,7 @@ def _resolved(
         "generation": 0 if pointer is None else pointer.generation,
         "exams": earlier.exams,
         "verdicts": earlier.verdicts,
+        "held": [one.model_dump(mode="json") for one in held_segments(store, place.pipeline)],
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.clients.workspace import digest_of
 from tasks.data.contract import DataConfig
-from tasks.errors import InvalidConfig, ObjectCorrupt
+from tasks.errors import InvalidConfig, ObjectCorrupt, ObjectMissing
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base
 from tasks.references import BaseRef, ParentRef, Place, PrepareRef
 from tasks.release.manifest import blob_key, sha256_of
@@ -25,7 +25,14 @@ def released_parent(place: Place, release: str) -> ParentRef:
         ObjectMissing: there is no such release.
         ReleaseRefused: its manifest is damaged.
     """
-    files = {file.name: file.sha256 for file in read_manifest(store_of(place), place.pipeline, release).files}
+    try:
+        manifest = read_manifest(store_of(place), place.pipeline, release)
+    except ObjectMissing as error:
+        raise ObjectMissing(
+            f"release {release[:12]}, which this night starts from, is no longer in {place.store}: `nightrank releases "
+            f"gc` removes old ones; run its own night again, whose steps are remembered, then this one"
+        ) from error
+    files = {file.name: file.sha256 for file in manifest.files}
     return ParentRef(digest=_digest(files), release=release)
 
 

@@ -18,8 +18,9 @@ from tasks.release import lift
 from tasks.release.gate import GateConfig, ReleaseVerdict
 from tasks.release.gate import override as overridden
 from tasks.release.interface import Interface, read_interface
-from tasks.release.manifest import Manifest, describe
+from tasks.release.manifest import Manifest, describe, manifest_key
 from tasks.release.manifest_parts import LevelSegments
+from tasks.release.marks import names_of, spare
 from tasks.release.pointer import promote as move_pointer
 from tasks.release.pointer import read_pointer
 from tasks.release.publishing import publish_release
@@ -98,7 +99,7 @@ def publish(
             _interface(release / "interface.json"),
             record_of(place, exported).notes["parity"],
             {one["objective"]: one["nightly"] for one in record_of(place, verdict).notes["exams"]},
-            report.provenance,
+            {**report.provenance, **({} if override is None else {"override": verdict.reasons[0]})},
             requirements(sorted(release.glob("*.onnx"))),
             _segments(place, done, release, data),
         )
@@ -108,7 +109,9 @@ def publish(
             "report.html": render(report).encode(),
             "lift.parquet": workspace.file(record_of(place, done.exam), LIFT).read_bytes(),
         }
-        published = publish_release(store, place.pipeline, release, manifest, extra)
+        spare(store, place.pipeline, names_of(manifest), leased=True)
+        published = publish_release(store, place.pipeline, release, manifest, extra, still_held)
+        still_held()
         progress(len(manifest.files), len(manifest.files), "files")
         replaces = _note_intent(place, ingested, exported.release, config)
         still_held()
@@ -125,7 +128,11 @@ def publish(
 
     inputs = {"release": exported.digest, "verdict": verdict.digest, "generation": str(ingested.generation)}
     section = {"promote": promote, "config": config, "override": override}
-    record, shared = carry_out(place, "publish", VERSION, night, inputs, section, work)
+    # `nightrank releases gc` may have removed it since.
+    there = manifest_key(place.pipeline, exported.release)
+    record, shared = carry_out(
+        place, "publish", VERSION, night, inputs, section, work, stands=lambda _: store.exists(there)
+    )
     # Also where the record was there: since then another config may have made this night its own.
     _note_released(place, ingested, done.exam, verdict, exported, config, override)
     return PublishRef(

@@ -8,6 +8,7 @@ from datetime import date, datetime
 from typing import Literal
 
 from tasks.data.contract import Section
+from tasks.release.holds import HeldSegment
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -83,6 +84,8 @@ class IngestRef(StepRef):
     """Keys of the earlier exams that the gate pools, newest first."""
     verdicts: tuple[str, ...]
     """Keys of the verdicts on the same nights, which hold their champions' answers; none where a night is replayed."""
+    held: tuple[HeldSegment, ...] = ()
+    """Segments that an operator holds at their parent's weights."""
     replayed: bool = False
     """Whether the night is replayed: it leaves step records, and not a word where production looks."""
 
@@ -251,16 +254,21 @@ class PublishRef(StepRef):
 
 
 class ReleaseRow(Section):
-    """One release of a pipeline, as `nightrank releases` lists it."""
+    """One release of a pipeline, as `nightrank releases list` shows it."""
 
     release: str
     night: date
     created: datetime
     go: bool
     """Whether the gate let it through."""
-    champion: bool
-    """Whether the pointer names it now."""
+    roles: tuple[str, ...]
+    """What the pointer names it as: `champion`, `previous`, `challenger`."""
     parent: str | None
     config: str
     """Digest of the config that made it, without the places it ran in."""
     report: str
+
+    @property
+    def champion(self) -> bool:
+        """Whether the pointer names it now."""
+        return "champion" in self.roles

@@ -6,19 +6,32 @@ from datetime import date, datetime
 
 from tasks.ingest import released_prefix
 from tasks.references import Place, ReleaseRow
+from tasks.release.manifest import Pointer
 from tasks.release.pointer import read_pointer
+from tasks.release.published import folders, roles
 from tasks.steps import store_of
 
 
 def releases(place: Place) -> tuple[ReleaseRow, ...]:
     """All releases of a pipeline, by night, then by when they were made."""
     pointer = read_pointer(store_of(place), place.pipeline)
-    champion = None if pointer is None else pointer.release
-    return tuple(sorted(_rows(place, champion), key=lambda row: (row.night, row.created)))
+    return tuple(sorted(_rows(place, pointer), key=lambda row: (row.night, row.created)))
 
 
-def _rows(place: Place, champion: str | None) -> Iterator[ReleaseRow]:
+def collected(place: Place, config: str) -> dict[date, str]:
+    """Nights whose newest release was made with a config, and is no longer in the store: `releases gc` removed it."""
     store = store_of(place)
+    visible, prefix = set(folders(store, place.pipeline).visible), released_prefix(place)
+    made = {key: json.loads(store.get(key).data) for key in store.list(prefix)}
+    return {
+        date.fromisoformat(key.removeprefix(f"{prefix}night=").removesuffix(".json")): one["release"]
+        for key, one in made.items()
+        if one["config"] == config and one["release"] not in visible
+    }
+
+
+def _rows(place: Place, pointer: Pointer | None) -> Iterator[ReleaseRow]:
+    store, named = store_of(place), roles(pointer)
     # `run.json` keeps the gate's first word and the first config; an override or another config since, which made the
     # same bytes, stands in the state of its night.
     newest = (json.loads(store.get(key).data) for key in store.list(released_prefix(place)))
@@ -35,7 +48,7 @@ def _rows(place: Place, champion: str | None) -> Iterator[ReleaseRow]:
             night=date.fromisoformat(run["night"]),
             created=datetime.fromisoformat(run["created"]),
             go=last["go"],
-            champion=release == champion,
+            roles=named.get(release, ()),
             parent=run["parent"],
             config=last["config"],
             report=location(place, f"{folder}/report.html"),

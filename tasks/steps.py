@@ -282,6 +282,7 @@ def carry_out(
     inputs: Mapping[str, str],
     section: Mapping[str, object],
     work: Callable[[Path, Progress], Product],
+    stands: Callable[[StepRecord], bool] = lambda _: True,
 ) -> tuple[StepRecord, dict[str, object]]:
     """Run a step, unless a record of the same key is there. Inside another step's work it is part of that one.
 
@@ -293,6 +294,7 @@ def carry_out(
         inputs: names to digests of everything that it reads.
         section: the config that it obeys, as JSON.
         work: makes the product; it gets an empty folder, removed afterwards, and a progress callback.
+        stands: whether what a record tells of is still there; where it is not, the step is repeated.
 
     Returns:
         The record, and the fields that every ``StepRef`` shares.
@@ -305,6 +307,9 @@ def carry_out(
         inputs = {**inputs, "for night": night.isoformat()}
     key = workspace.key(step, version, inputs, section)
     record = workspace.recall(step, key)
+    anew = record is not None and not stands(record)
+    if anew:
+        record = None
     reused = record is not None
     if record is None:
         obeyed = {f"config {name}": value for name, value in section.items()}
@@ -323,7 +328,7 @@ def carry_out(
             if lease is not None:
                 lease.held()
             notes = {**product.notes, **spent, "made_from": sources}
-            record = workspace.remember(step, key, dict(product.content), notes, product.files)
+            record = workspace.remember(step, key, dict(product.content), notes, product.files, anew)
             _remember_sources(place, step, night, sources)
         finally:
             _inside.reset(token)

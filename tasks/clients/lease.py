@@ -251,6 +251,16 @@ class Lease:
         )
 
 
+def read_lease(store: ObjectStore, key: str) -> LeaseRecord | None:
+    """Who holds a lease, or held it last; None where nobody ever did.
+
+    Raises:
+        ObjectCorrupt: the object is no lease.
+    """
+    found = store.find(key)
+    return None if found is None else Lease(store, key, "")._parsed(found)
+
+
 def _serialised(record: LeaseRecord) -> bytes:
     return json.dumps(asdict(record), sort_keys=True).encode()
 

@@ -101,7 +101,13 @@ class Workspace:
         return self._parsed(step, key, where, found) if found else None
 
     def remember(
-        self, step: str, key: str, content: dict[str, Any], notes: dict[str, Any], files: Mapping[str, Path]
+        self,
+        step: str,
+        key: str,
+        content: dict[str, Any],
+        notes: dict[str, Any],
+        files: Mapping[str, Path],
+        anew: bool = False,
     ) -> StepRecord:
         """Store a step's result, files first, and return the record that is there afterwards: the first one written.
 
@@ -111,10 +117,12 @@ class Workspace:
             content: JSON; must not hold `files`, which is added here.
             notes: JSON.
             files: local files by name; names may have folders (`rows/labels.npy`).
+            anew: replace a record that is there: what it tells of is gone from where the step had put it.
 
         Raises:
             StoreError: content already holds `files`, or a name is not a plain relative one.
             StoreUnwritable: the store refuses.
+            Conflict: somebody else replaces it at the same time.
         """
         folder = self._folder(step, key)
         if "files" in content:
@@ -127,11 +135,11 @@ class Workspace:
             self._store.put_file_if_absent(f"{folder}/{described[name]['sha256']}", path)
         full = {**content, "files": described}
         record = StepRecord(step, key, full, notes, digest_of(full))
-        if not self._store.put_if_absent(
-            f"{folder}/record.json", canonical_json({"schema_version": SCHEMA_VERSION, **asdict(record)})
-        ):
+        where, written = f"{folder}/record.json", canonical_json({"schema_version": SCHEMA_VERSION, **asdict(record)})
+        if anew and (before := self._store.find(where)) is not None:
+            self._store.swap(where, written, before.etag)
+        elif not self._store.put_if_absent(where, written):
             _log.info("step %s %s was stored by another run first; using that", step, key[:12])
-        where = f"{folder}/record.json"
         return self._parsed(step, key, where, self._store.get(where))
 
     def file(self, record: StepRecord, name: str) -> Path:

@@ -6,7 +6,7 @@ is written at most once, so that a publish that died is finished by doing it aga
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,7 +47,12 @@ class Published:
 
 
 def publish_release(
-    store: ObjectStore, pipeline: str, folder: Path, manifest: Manifest, extra: Mapping[str, bytes]
+    store: ObjectStore,
+    pipeline: str,
+    folder: Path,
+    manifest: Manifest,
+    extra: Mapping[str, bytes],
+    held: Callable[[], None] = lambda: None,
 ) -> Published:
     """Make a release visible under its id, without moving the pointer.
 
@@ -57,8 +62,10 @@ def publish_release(
         folder: the release's content files.
         manifest: describes them; what lies beside it is filled in here.
         extra: what is laid beside the manifest, such as `run.json` and `report.html`; first write wins.
+        held: raises where the caller's lease is no longer his; asked before the release becomes visible.
 
     Raises:
+        LeaseLost: what `held` raises; the release is not visible.
         ReleaseRefused: the manifest would be refused by a reader.
         ObjectCorrupt: the folder, a blob or a signature that is there already is not what it has to be.
         InvalidConfig: the signing key cannot be used.
@@ -90,8 +97,10 @@ def publish_release(
         log.warning("release %s is %s", manifest.release[:12], UNSIGNED)
     else:
         write_signature(store, pipeline, manifest.release, written, key)
+    held()
     visible = store.put_if_absent(manifest_key(pipeline, manifest.release), written)
     _settled(store, manifest, written, key)
+    _put_back(store, folder, manifest, extra)
     signed_by = None if key is None else key.key_id
     return Published(manifest.release, visible, tuple(new), tuple(reused), signed_by)
 
@@ -119,7 +128,7 @@ def manifest_bytes(store: ObjectStore, pipeline: str, release: str) -> bytes:
     if stored is None:
         raise ObjectMissing(
             f"{store.url} has no release {release} of pipeline {pipeline!r}; publish it first, "
-            f"or look at `nightrank releases`"
+            f"or look at `nightrank releases list`"
         )
     return stored.data
 
@@ -155,6 +164,17 @@ def _settled(store: ObjectStore, manifest: Manifest, written: bytes, key: Signin
     Manifest.parse(data, manifest.pipeline, manifest.release)  # names our pipeline and our files, whoever wrote it
     if key is not None and data != written:
         write_signature(store, manifest.pipeline, manifest.release, data, key)
+
+
+def _put_back(store: ObjectStore, folder: Path, manifest: Manifest, extra: Mapping[str, bytes]) -> None:
+    """Whoever slept between his last look at the lease and the manifest may find that a collector took the rest."""
+    for file in manifest.files:
+        if store.size(blob := blob_key(manifest.pipeline, file.sha256)) is None:
+            log.warning("%s of release %s was removed meanwhile; it is put back", file.name, manifest.release[:12])
+            store.put_file_if_absent(blob, folder / file.name)
+    for name, data in extra.items():
+        if not store.exists(beside := f"{manifest.pipeline}/releases/{manifest.release}/{name}"):
+            store.put_if_absent(beside, data)
 
 
 def _laid_beside(store: ObjectStore, manifest: Manifest, extra: Mapping[str, bytes]) -> tuple[ReleaseFile, ...]:

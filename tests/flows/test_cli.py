@@ -11,7 +11,11 @@ import pytest
 import yaml
 
 from flows import cli
+from tasks.release.manifest import blob_key
+from tasks.release.moves import hold as hold_pointer
+from tasks.release.publishing import read_manifest
 from tasks.release.signing import UNSIGNED
+from tasks.steps import hold
 from tests.finished import Finished
 from tests.prefect_homes import home_with, servers_of
 from tests.steps.plain import plain_night, plain_replay
@@ -172,23 +176,49 @@ def test_search_ends_with_what_the_last_block_says_and_goes_on_from_its_file(
     assert "1 trials, 1 of them done before" in capsys.readouterr().out
 
 
-def test_releases_are_listed(world: Finished, config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["releases", "--config", config])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    first, second = (result.published.release[:12] for result in world.results)
-    shown = [line for line in lines if line and line[0].startswith("2026-")]
-    assert [line[:3] for line in shown] == [["2026-03-05", first, "go"], ["2026-03-06", second, "go"]]
-    assert ("yes" in shown[1], "yes" in shown[0]) == (True, False)
-
-
-def test_doctor_looks_at_config_lake_store_and_device(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_looks_at_config_lake_store_keys_pointer_leftovers_and_device(
+    world: Finished, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     cli.main(["doctor", "--config", config])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["config", "lake", "store", "keys", "device"]
+    subjects = ["config", "lake", "store", "keys", "pointer", "lease", "left", "device"]
+    assert [line.split()[0] for line in lines] == subjects
     assert "8 nights, 2026-03-01 to 2026-03-08" in lines[1]
     assert "honours conditions" in lines[2]
     assert lines[3] == f"keys    {UNSIGNED}"
-    assert lines[4].split() == ["device", "cpu"]
+    pointer = world.pointer
+    assert lines[4] == f"pointer release {pointer.release[:12]} of night {pointer.night}, generation 2"
+    assert lines[5:] == ["lease   nobody runs", "left    nothing", "device  cpu"]
+
+
+def test_doctor_tells_what_was_left_and_refuses_a_champion_that_lacks_a_file(
+    damageable: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, store, champion = written(damageable, tmp_path), damageable.store, damageable.pointer.release
+    first = damageable.results[0].published.release
+    old, new = ({one.name: one.sha256 for one in read_manifest(store, "tiny", r).files} for r in (first, champion))
+    store.delete(blob_key("tiny", old["bank.bin"]))
+    store.put_if_absent(blob_key("tiny", "ab" * 32), b"left")
+    store.put_if_absent(f"tiny/releases/{'cd' * 32}/run.json", b"{}")
+    intent = {"parent": None, "champion": None, "release": "ef" * 32}
+    store.put_if_absent("tiny/work/intent/2026-03-09/x.json", json.dumps(intent).encode())
+    hold_pointer(store, "tiny", "an incident")
+    with hold(damageable.config.place()):
+        cli.main(["doctor", "--config", config])
+    said = capsys.readouterr().out
+    for fact in (
+        "generation 3; held, no night promotes: an incident", f"pid {os.getpid()} on ", "token 3",
+        "night 2026-03-09 was about to promote release efefefefefef", f"release {first[:12]} lacks 1 files",
+        "1 releases without a manifest, of publishes that died (cdcdcdcdcdcd)", "1 blobs, 4 bytes",
+    ):  # fmt: skip
+        assert fact in said
+    store.delete(blob_key("tiny", new["bank.bin"]))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor", "--config", config])
+    assert ended.value.code == 2
+    block = " ".join(capsys.readouterr().err.split())
+    assert block.startswith(f"ObjectCorrupt release {champion[:12]}")
+    assert "bank.bin (absent, expected" in block
 
 
 def test_doctor_tells_lakes_apart(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,10 @@ from flows.display import (
     show_backfill,
     show_night,
     show_ranked,
-    show_releases,
     show_replay,
     show_search,
 )
+from flows.display_releases import show_releases
 from flows.nightly import NightResult
 from flows.replay import ReplayedNight
 from tasks.errors import ExpectationsFailed, NightrankError, StoreUnavailable
@@ -191,10 +191,10 @@ def test_a_search_says_whether_its_best_is_proven(
 
 def test_releases_fit_80_columns(console: Console) -> None:
     row = {"release": "b" * 64, "night": NIGHT, "created": datetime(2026, 3, 6, 4, 30, tzinfo=UTC), "go": True}
-    row |= {"champion": True, "parent": None, "config": "c", "report": f"/{'long/' * 30}report.html"}
+    row |= {"roles": ("champion", "previous"), "parent": None, "config": "c", "report": f"/{'long/' * 30}report.html"}
     show_releases(console, [ReleaseRow.model_validate(row)])
     shown = shown_on(console)
-    for fact in ("b" * 12, "2026-03-06 04:30", "yes", "none", str(row["report"])):
+    for fact in ("b" * 12, "2026-03-06 04:30", "champion, previous", "none", str(row["report"])):
         assert fact in shown
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flows.config import RetrainConfig
 from tasks.release.pointer import promote
+from tasks.release.published import stored_manifest
 from tasks.releases import releases
 from tests.finished import Finished
 from tests.steps.plain import plain_night
@@ -43,3 +44,13 @@ def test_a_held_night_is_released_by_override_and_the_pointer_keeps_the_reason(d
     assert again.published == released.published.model_copy(update={"reused": True})
     assert damageable.pointer == pointer
     assert [(row.go, row.champion) for row in releases(place)] == [(True, False), (True, True)]
+
+    # Where the release is lost it is published again, the pointer stays, and its manifest tells who let it through.
+    shutil.rmtree(Path(config.store) / "tiny" / "releases" / last.release)
+    made = plain_night(config, last.night)
+    assert [step.step for step in made.steps if not step.reused] == ["publish"]
+    assert (made.published.release, made.published.promoted) == (last.release, True)
+    assert damageable.pointer == pointer
+    told = stored_manifest(damageable.store, "tiny", last.release).provenance["override"]
+    assert str(told).startswith("go: decided by ")
+    assert str(told).endswith(REASON)

@@ -1,0 +1,345 @@
+"""Fallback: a segment whose own weights are not to serve, at once by a new release, and on every night to come.
+
+The new release is the champion's but for that segment: its base, its tables, everybody else's weights. Its requests are
+answered anew by network and graphs. It takes seconds and reads neither the lake nor what steps have left.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from getpass import getuser
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.clients.workspace import canonical_json
+from tasks.data.contract import DataConfig
+from tasks.data.segments import mixed_radix
+from tasks.errors import InvalidConfig, NoRelease, ObjectMissing, PointerMoved, ReleaseRefused
+from tasks.export import write_release
+from tasks.learning.base import DESCRIPTION, WEIGHTS, load_base
+from tasks.parents import release_file
+from tasks.references import Place
+from tasks.release.golden_read import read_requests
+from tasks.release.holds import JOINT, HeldSegment, change_holds, held_segments, segment_of
+from tasks.release.interface import Interface, read_interface
+from tasks.release.manifest import LARGEST_MANIFEST, Manifest, Pointer, content_digest, describe
+from tasks.release.manifest_parts import LevelSegments
+from tasks.release.marks import names_of, spare
+from tasks.release.pointer import move, read_pointer
+from tasks.release.published import night_key, releases_prefix
+from tasks.release.publishing import publish_release, read_manifest
+from tasks.release.requirements import requirements
+from tasks.release.segments_table import level_segments
+from tasks.release.strict_json import MANIFEST_VERSION, Reader
+from tasks.release.tables import ServingTables, read_tables
+from tasks.steps import hold, still_held, store_of
+
+F32 = npt.NDArray[np.float32]
+LIFT = "lift.parquet"
+"""Beside a release: what each segment gains from weights of its own."""
+
+
+@dataclass(frozen=True)
+class FellBack:
+    """What a fallback came to.
+
+    Attributes:
+        pointer: as it stands now.
+        segment: who it is about.
+        new: whether a release was made; False where the champion served the segment so already.
+        held: whether nights to come keep it.
+    """
+
+    pointer: Pointer
+    segment: str
+    new: bool
+    held: bool
+
+
+def fall_back(
+    place: Place,
+    data: DataConfig,
+    levels: tuple[tuple[str, ...], ...],
+    named: Mapping[str, str],
+    reason: str,
+    to: str | None = None,
+) -> FellBack:
+    """Serve a segment by its parent's weights, or by its own of an earlier release, from now on.
+
+    Args:
+        place: where.
+        data: the contract that the champion was made with.
+        levels: columns of the ladder's levels.
+        named: the segment: column to raw key.
+        reason: why; kept in the manifest's provenance, the pointer, the ledger and with the hold.
+        to: id of the earlier release; None: the parent's weights, and nights to come keep it so. A base that is trained
+            anew knows nothing of earlier weights, so with a release the next night solves the segment as ever.
+
+    Raises:
+        NoRelease: there is no champion.
+        InvalidConfig: no level has these columns, or there is no reason.
+        ObjectMissing: the segment has no weights of its own in one of the releases.
+        ReleaseRefused: the earlier release has another base: its weights mean nothing here.
+        PointerMoved: somebody else moved the pointer meanwhile; nothing serves the new release.
+        LeaseHeld: a night runs.
+        ParityBroken: the new graphs do not say what the network says.
+    """
+    columns, name = segment_of(levels, named)
+    if not reason.strip():
+        raise InvalidConfig("a fallback needs a reason, which is kept with the release; say it with --reason")
+    store = store_of(place)
+    with hold(place):
+        pointer = read_pointer(store, place.pipeline)
+        if pointer is None:
+            raise NoRelease(f"{store.url} has no champion for pipeline {place.pipeline!r}; promote a release first")
+        champion = read_manifest(store, place.pipeline, pointer.release)
+        held = HeldSegment(
+            columns=columns, name=name, reason=reason, by=_operator(), since=datetime.now(UTC).isoformat("T", "seconds")
+        )
+        with tempfile.TemporaryDirectory(dir=_room(place), prefix="fallback-") as room:
+            known = _laid_out(place, champion, Path(room) / "champion")
+            tables = read_tables(data, known)
+            at = [level.columns for level in tables.levels].index(columns)
+            slot = _own_slot(tables, at, name)
+            there = any((one.columns, one.name) == (columns, name) for one in held_segments(store, place.pipeline))
+            if slot is None and to is None and there:
+                return FellBack(pointer, held.told, new=False, held=True)
+            if slot is None:
+                raise ObjectMissing(
+                    f"segment {held.told} has no weights of its own in release {champion.release[:12]}: its parent's "
+                    f"serve it already; look at its spelling"
+                )
+            base = load_base({file: known / file for file in (WEIGHTS, DESCRIPTION)})
+            weights = _weights(known / "bank.bin", base.network.width, len(data.objectives))
+            if to is None:
+                weights, tables = without(weights, tables, at, slot)
+            else:
+                weights[slot] = _earlier(place, data, champion, to, held, Path(room) / "earlier", weights.shape)
+            requests = read_requests(data, (known / "golden.json").read_bytes(), tables.history)
+            folder, parity = write_release(
+                place, data, base, weights, tables, requests, champion.night, Path(room), lambda *_: None
+            )
+            told = f"{held.told} by {'its parent' if to is None else f'its weights of release {to[:12]}'}"
+            made = replace(
+                champion,
+                release=content_digest(describe(folder)),
+                files=describe(folder),
+                interface=_interface(folder / "interface.json"),
+                parity=vars(parity),
+                provenance={**champion.provenance, "fallback": f"{told}, decided by {held.by}, because: {reason}"},
+                requires=requirements(sorted(folder.glob("*.onnx"))),
+                segments=_segments(champion, folder, data, _lifts(place, champion)),
+                variants={},  # they were judged with other weights
+                beside=(),
+                schema_version=MANIFEST_VERSION,
+            )
+            if to is None:
+                change_holds(store, place.pipeline, lambda now: [*_without(now, held), held])
+            moved = _publish(place, pointer, champion, made, folder, told, held)
+    return FellBack(moved, held.told, new=True, held=to is None)
+
+
+def let_go(
+    place: Place, levels: tuple[tuple[str, ...], ...], named: Mapping[str, str]
+) -> tuple[HeldSegment, tuple[HeldSegment, ...]]:
+    """Let a segment have weights of its own again, from the next night on.
+
+    Returns:
+        What was held, and what still is.
+
+    Raises:
+        ObjectMissing: it is not held.
+        InvalidConfig: no level has these columns.
+    """
+    columns, name = segment_of(levels, named)
+    store = store_of(place)
+    now = held_segments(store, place.pipeline)
+    found = next((one for one in now if (one.columns, one.name) == (columns, name)), None)
+    if found is None:
+        listed = "; ".join(one.told for one in now) or "none"
+        raise ObjectMissing(f"segment {' '.join(map('='.join, named.items()))} is not held; held: {listed}")
+    return found, change_holds(store, place.pipeline, lambda before: _without(before, found))
+
+
+def without(weights: F32, tables: ServingTables, at: int, slot: int) -> tuple[F32, ServingTables]:
+    """Bank and slot tables without one segment's weights.
+
+    Requests of the segment are served by their own coarser segment then, as those of a segment that never had weights.
+
+    Args:
+        weights: the bank [slots, K, D].
+        tables: whose levels name slots.
+        at: number of the segment's level.
+        slot: of the segment.
+    """
+    levels = []
+    for number, level in enumerate(tables.levels):
+        stays = (level.slots != slot) if number == at else np.ones(len(level.slots), bool)
+        slots, back = level.slots[stays], level.rolled_back
+        levels.append(
+            replace(
+                level,
+                keys=level.keys[stays],
+                slots=np.where(slots > slot, slots - 1, slots),
+                support=None if level.support is None else level.support[stays],
+                rolled_back=None if back is None else np.sort(np.concatenate([back, level.keys[~stays]])),
+            )
+        )
+    return np.delete(weights, slot, axis=0), replace(tables, levels=tuple(levels))
+
+
+def _own_slot(tables: ServingTables, at: int, name: str) -> int | None:
+    """Slot of a segment's own weights; None where it has none."""
+    level = tables.levels[at]
+    keys = name.split(JOINT) if len(level.columns) > 1 else [name]
+    if len(keys) != len(level.columns):
+        return None
+    ids = []
+    for column, key in zip(level.columns, keys, strict=True):
+        kind = tables.vocabularies[column].keys.type
+        try:
+            ids.append(tables.ids(column, pa.array([key]).cast(kind).to_numpy(zero_copy_only=False)))
+        except pa.ArrowInvalid:  # an integer column has no such key
+            return None
+    if any(int(one[0]) == 0 or int(one[0]) >= radix for one, radix in zip(ids, level.radices, strict=True)):
+        return None
+    found = np.flatnonzero(level.keys == mixed_radix(ids, list(level.radices), "slot table")[0])
+    return int(level.slots[found[0]]) if len(found) else None
+
+
+def _earlier(
+    place: Place,
+    data: DataConfig,
+    champion: Manifest,
+    release: str,
+    segment: HeldSegment,
+    folder: Path,
+    shape: tuple[int, ...],
+) -> F32:
+    """A segment's own weights [K, D] in an earlier release of the same base.
+
+    Raises:
+        ReleaseRefused: it has another base.
+        ObjectMissing: the segment has none there.
+    """
+    manifest = read_manifest(store_of(place), place.pipeline, release)
+    then, now = ({file.name: file.sha256 for file in one.files} for one in (manifest, champion))
+    if odd := [name for name in (WEIGHTS, DESCRIPTION) if then[name] != now[name]]:
+        raise ReleaseRefused(
+            f"release {release[:12]} of night {manifest.night} has another base than the champion "
+            f"{champion.release[:12]} of night {champion.night} ({', '.join(odd)} differ): its weights mean nothing "
+            f"here; hold the segment at its parent's (without --to), or roll back to the whole release"
+        )
+    known = _laid_out(place, manifest, folder)
+    tables = read_tables(data, known)
+    slot = _own_slot(tables, [level.columns for level in tables.levels].index(segment.columns), segment.name)
+    if slot is None:
+        raise ObjectMissing(
+            f"segment {segment.told} has no weights of its own in release {release[:12]} of night {manifest.night}; "
+            f"hold it at its parent's (without --to)"
+        )
+    weights: F32 = _weights(known / "bank.bin", shape[2], shape[1])[slot]
+    return weights
+
+
+def _publish(
+    place: Place, pointer: Pointer, champion: Manifest, made: Manifest, folder: Path, told: str, held: HeldSegment
+) -> Pointer:
+    """Make the release visible, note it as its night's, and move the pointer."""
+    store, pipeline = store_of(place), place.pipeline
+    before = f"{releases_prefix(pipeline)}{champion.release}"
+    run: dict[str, Any] = json.loads(store.get(f"{before}/run.json").data)
+    run |= {"created": held.since, "go": True, "decided_by": "operator", "fallback": told}
+    # The night's report is about the exams, in which nothing changes; what was shipped, the head says.
+    page = store.get(f"{before}/report.html").data.decode()
+    head, body, rest = page.partition("<main>")
+    note = (
+        f"<p><strong>Release {made.release}: {escape(told)}.</strong> {escape(held.reason)} What follows is the report "
+    )
+    note += f"of release {champion.release}, from which it was made.</p>"
+    extra = {"run.json": canonical_json(run), "report.html": f"{head}{body}{note}{rest}".encode()}
+    if (lifts := _lifts(place, champion)) is not None:
+        extra[LIFT] = lifts
+    spare(store, pipeline, names_of(made), leased=True)
+    publish_release(store, pipeline, folder, made, extra, still_held)
+    still_held()
+    now = read_pointer(store, pipeline)
+    if now is None or now.generation != pointer.generation:
+        raise PointerMoved(
+            f"the pointer of {pipeline!r} was moved while release {made.release[:12]} was made from "
+            f"{champion.release[:12]}; look what it names, then do it again"
+        )
+    key = night_key(pipeline, made.night)
+    noted = store.find(key)
+    state: dict[str, Any] = {} if noted is None else json.loads(noted.data)
+    if noted is not None and state["release"] == champion.release:
+        # Later nights start from it: its base and its vocabulary are the same files.
+        store.swap(key, canonical_json(state | {"release": made.release, "override": held.reason}), noted.etag)
+    return move(
+        *(store, pipeline, lambda one: replace(one, release=made.release, night=made.night), f"{told}: {held.reason}"),
+        "fallback",
+        expected=pointer.generation,
+    )
+
+
+def _laid_out(place: Place, manifest: Manifest, folder: Path) -> Path:
+    """A release's files under their names, digests verified."""
+    folder.mkdir()
+    for file in manifest.files:
+        (folder / file.name).symlink_to(release_file(place, manifest.release, file.name).resolve())
+    return folder
+
+
+def _lifts(place: Place, champion: Manifest) -> bytes | None:
+    """The champion's `lift.parquet`; None where none lies beside it."""
+    found = store_of(place).find(f"{releases_prefix(place.pipeline)}{champion.release}/{LIFT}")
+    return None if found is None else found.data
+
+
+def _segments(champion: Manifest, folder: Path, data: DataConfig, lifts: bytes | None) -> tuple[LevelSegments, ...]:
+    """Who is served by what in the release in a folder, by the champion's exams; nothing where that does not tell."""
+    if not champion.segments or lifts is None:
+        return ()
+    return level_segments(
+        folder / "segments.parquet",
+        pq.read_table(pa.BufferReader(lifts)),
+        data.objectives[0].name,
+        [level.columns for level in champion.segments],
+        [level.segments for level in champion.segments],
+        champion.segments[0].kind,
+        max((level.lift.exams for level in champion.segments if level.lift is not None), default=0),
+    )
+
+
+def _interface(path: Path) -> Interface:
+    read = Reader(f"the exported {path.name}")
+    return read_interface(read, read.document(path.read_bytes(), LARGEST_MANIFEST))
+
+
+def _weights(path: Path, width: int, objectives: int) -> F32:
+    return np.fromfile(path, "<f4").reshape(-1, objectives, width).astype(np.float32)
+
+
+def _without(now: Any, held: HeldSegment) -> list[HeldSegment]:
+    return [one for one in now if (one.columns, one.name) != (held.columns, held.name)]
+
+
+def _room(place: Place) -> Path:
+    room = Path(place.scratch) / "steps"
+    room.mkdir(parents=True, exist_ok=True)
+    return room
+
+
+def _operator() -> str:
+    try:
+        return getuser()
+    except (OSError, KeyError):  # a container's user need not have a name
+        return "operator"

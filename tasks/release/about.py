@@ -1,0 +1,234 @@
+"""One release as an operator reads it, and two of them side by side."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tasks.clients.object_store import ObjectStore
+from tasks.release.manifest import ReleaseFile
+from tasks.release.pointer import read_pointer
+from tasks.release.published import night_key, releases_prefix, roles, stored_manifest
+
+
+@dataclass(frozen=True)
+class Move:
+    """A move of the pointer that named a release, as the ledger has it."""
+
+    what: str
+    generation: int
+    moved_at: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level of the ladder, and how many of its segments have weights of their own."""
+
+    name: str
+    segments: int
+
+
+@dataclass(frozen=True)
+class About:
+    """A release.
+
+    Attributes:
+        release: its id.
+        night: its night, ISO 8601.
+        created: when it was made; empty where nobody wrote it down.
+        roles: what the pointer names it as.
+        go: whether the gate, or an operator, let it through.
+        decided_by: the gate's word, or `operator`.
+        override: an operator's reason, where there is one.
+        parent: the release that its night started from.
+        compared_with: the champion of its exams.
+        config: digest of the config that made it.
+        schema_version: of its manifest.
+        bytes: of all content files.
+        files: content files.
+        inputs: name to dtype and whether it is per request or candidate.
+        objectives: name to kind.
+        levels: finest first.
+        metrics: objective to method to figures, of the nightly exam.
+        parity: how closely the graphs agree with the network.
+        provenance: commit, package versions, what training did.
+        moves: of the pointer to it, oldest first.
+        report: key of its report.
+    """
+
+    release: str
+    night: str
+    created: str
+    roles: tuple[str, ...]
+    go: bool
+    decided_by: str
+    override: str | None
+    parent: str | None
+    compared_with: str | None
+    config: str
+    schema_version: int
+    bytes: int
+    files: tuple[ReleaseFile, ...]
+    inputs: Mapping[str, str]
+    objectives: Mapping[str, str]
+    levels: tuple[Level, ...]
+    metrics: Mapping[str, Mapping[str, Mapping[str, float | None]]]
+    parity: Mapping[str, object]
+    provenance: Mapping[str, object]
+    moves: tuple[Move, ...]
+    report: str
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines."""
+        return asdict(self)
+
+    def loss(self, objective: str, method: str) -> float | None:
+        """Log-loss, or of a rating the root of the mean squared error, of a method in the nightly exam."""
+        figures = self.metrics.get(objective, {}).get(method, {})
+        return figures["log_loss"] if "log_loss" in figures else figures.get("rmse")
+
+
+def about(store: ObjectStore, pipeline: str, release: str) -> About:
+    """Everything that a store says about a release.
+
+    Raises:
+        ObjectMissing: there is no such release.
+        ReleaseRefused: its manifest is damaged.
+    """
+    manifest = stored_manifest(store, pipeline, release)
+    folder = f"{releases_prefix(pipeline)}{release}"
+    told = store.find(f"{folder}/run.json")
+    run: dict[str, Any] = {} if told is None else json.loads(told.data)
+    noted = store.find(night_key(pipeline, manifest.night))
+    state: dict[str, Any] = {} if noted is None else json.loads(noted.data)
+    # `run.json` keeps the first word; an override since, which made the same bytes, stands in the state of the night.
+    last = state if state.get("release") == release else run
+    override = last.get("override")
+    metrics: Mapping[str, Any] = manifest.metrics
+    return About(
+        release=release,
+        night=manifest.night.isoformat(),
+        created=run.get("created", ""),
+        roles=roles(read_pointer(store, pipeline)).get(release, ()),
+        go=bool(last.get("go", False)),
+        decided_by="operator" if override is not None else str(run.get("decided_by", "")),
+        override=override,
+        parent=run.get("parent"),
+        compared_with=run.get("champion"),
+        config=str(last.get("config", "")),
+        schema_version=manifest.schema_version,
+        bytes=manifest.size,
+        files=manifest.files,
+        inputs={one.name: f"{one.dtype} per {one.per}" for one in manifest.interface.inputs},
+        objectives={one.name: one.kind for one in manifest.interface.objectives},
+        levels=tuple(Level(", ".join(one.columns), one.segments) for one in manifest.interface.levels),
+        metrics=metrics if all(isinstance(one, Mapping) for one in metrics.values()) else {},
+        parity=manifest.parity,
+        provenance=manifest.provenance,
+        moves=tuple(one for named, one in ledger(store, pipeline) if named == release),
+        report=f"{folder}/report.html",
+    )
+
+
+def ledger(store: ObjectStore, pipeline: str) -> Iterator[tuple[str, Move]]:
+    """Every move of the pointer, oldest first, with the release that it named afterwards."""
+    for key in store.list(f"{pipeline}/ledger/"):
+        entry = json.loads(store.get(key).data)
+        moved = json.loads(entry["pointer"])
+        yield moved["release"], Move(entry["what"], moved["generation"], moved["moved_at"], moved["reason"])
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """A content file of two releases: its bytes in each, None where one lacks it."""
+
+    name: str
+    before: int | None
+    after: int | None
+    same: bool
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that is one thing before and another after; None where it is not there."""
+
+    name: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What changes for a ranker, and what lay behind it, from one release to another.
+
+    Attributes:
+        before, after: the releases.
+        files: every content file of either.
+        fetched: bytes that a ranker with the first fetches for the second.
+        interface: inputs and objectives that differ: those who ask have to change.
+        levels: levels whose number of segments differs.
+        losses: objective and method to the loss in each release's nightly exam, which were of different nights.
+        provenance: what differs of commit, packages, config and parent.
+    """
+
+    before: About
+    after: About
+    files: tuple[FileChange, ...]
+    fetched: int
+    interface: tuple[Change, ...]
+    levels: tuple[Change, ...]
+    losses: tuple[tuple[str, str, float | None, float | None], ...]
+    provenance: tuple[Change, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: the two releases by id and night only."""
+        told = asdict(self)
+        named = {name: {part: told[name][part] for part in ("release", "night")} for name in ("before", "after")}
+        losses = [dict(zip(("objective", "method", "before", "after"), one, strict=True)) for one in self.losses]
+        return told | named | {"losses": losses}
+
+
+def difference(before: About, after: About) -> Difference:
+    """Two releases side by side."""
+    then, now = ({file.name: file for file in one.files} for one in (before, after))
+    held = {file.sha256 for file in before.files}
+    files = tuple(
+        FileChange(
+            name,
+            then[name].bytes if name in then else None,
+            now[name].bytes if name in now else None,
+            name in then and name in now and then[name].sha256 == now[name].sha256,
+        )
+        for name in sorted(then.keys() | now.keys())
+    )
+    fetched = {file.sha256: file.bytes for file in after.files if file.sha256 not in held}
+    objectives = dict.fromkeys((*before.objectives, *after.objectives))
+    losses = tuple(
+        (objective, method, before.loss(objective, method), after.loss(objective, method))
+        for objective in objectives
+        for method in dict.fromkeys((*before.metrics.get(objective, {}), *after.metrics.get(objective, {})))
+    )
+    origins = (
+        {**one.provenance, "config": one.config, "parent": one.parent, "schema version": one.schema_version}
+        for one in (before, after)
+    )
+    return Difference(
+        before,
+        after,
+        files,
+        sum(fetched.values()),
+        (*_changes(before.inputs, after.inputs), *_changes(before.objectives, after.objectives)),
+        tuple(_changes(*({level.name: level.segments for level in one.levels} for one in (before, after)))),
+        losses,
+        tuple(_changes(*origins)),
+    )
+
+
+def _changes(before: Mapping[str, object], after: Mapping[str, object]) -> Iterator[Change]:
+    def said(found: Mapping[str, object], name: str) -> str | None:
+        return None if found.get(name) is None else str(found[name])
+
+    for name in dict.fromkeys((*before, *after)):
+        if before.get(name) != after.get(name):
+            yield Change(name, said(before, name), said(after, name))

@@ -1,0 +1,100 @@
+"""Verify: whether rankers would take a release, tried as they do it, and whether what lies beside it is untouched."""
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tasks.clients.object_store import ObjectStore
+from tasks.errors import NightrankError, ObjectCorrupt
+from tasks.release.manifest import Manifest
+from tasks.release.published import check_whole, releases_prefix, stored_manifest
+from tasks.release.publishing import read_manifest
+from tasks.release.signing import UNSIGNED, Keyring
+from tasks.serving.cache import ReleaseCache
+from tasks.serving.loaded import load
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: `manifest`, `signature`, `files`, `beside` or `answers`.
+        fine: whether it is as it has to be.
+        told: what was found, in one line.
+    """
+
+    name: str
+    fine: bool
+    told: str
+
+
+def verify(store: ObjectStore, pipeline: str, release: str) -> tuple[Check, ...]:
+    """Look at everything about a release; what fails is told, and what does not depend on it is still looked at.
+
+    Args:
+        store: where.
+        pipeline: the pipeline.
+        release: its id.
+
+    Returns:
+        The checks in their order: the manifest is well formed and names what is there; a trusted key has signed it,
+        where keys are named; every file has its digest; so has what lies beside; and its graphs load on this host's CPU
+        and answer the golden requests.
+    """
+    done: list[Check] = []
+
+    def look(name: str, at: Callable[[], str]) -> bool:
+        try:
+            done.append(Check(name, True, at()))
+        except NightrankError as error:
+            done.append(Check(name, False, f"{type(error).__name__}: {error}"))
+        return done[-1].fine
+
+    def well_formed() -> str:
+        manifest = stored_manifest(store, pipeline, release)
+        check_whole(store, manifest)
+        return f"schema version {manifest.schema_version}, night {manifest.night}, {len(manifest.files)} files"
+
+    def signed() -> str:
+        if Keyring.from_environment() is None:
+            return UNSIGNED
+        read_manifest(store, pipeline, release)
+        return "signed by a trusted key"
+
+    readable = look("manifest", well_formed)
+    look("signature", signed)
+    if not readable:
+        return tuple(done)
+    manifest = stored_manifest(store, pipeline, release)
+    look("beside", lambda: _beside(store, manifest))
+    with tempfile.TemporaryDirectory(prefix="nightrank-verify-") as folder:
+        cache = ReleaseCache(Path(folder))
+
+        def fetched() -> str:
+            with cache.fetched(store, pipeline, manifest):
+                return f"{manifest.size:,} bytes have their digests"
+
+        def answers() -> str:
+            with cache.fetched(store, pipeline, manifest) as laid_out:
+                load(laid_out, manifest, "cpu")
+            return "the graphs load here and answer the golden requests"
+
+        if look("files", fetched):
+            look("answers", answers)
+    return tuple(done)
+
+
+def _beside(store: ObjectStore, manifest: Manifest) -> str:
+    for file in manifest.beside:
+        key = f"{releases_prefix(manifest.pipeline)}{manifest.release}/{file.name}"
+        found = hashlib.sha256(store.get(key).data).hexdigest()
+        if found != file.sha256:
+            raise ObjectCorrupt(
+                f"{store.url}/{key} has SHA-256 {found[:12]}, the manifest says {file.sha256[:12]}: somebody "
+                f"changed it after it was published; rankers do not read it, and a person should not trust it"
+            )
+    named = ", ".join(file.name for file in manifest.beside)
+    return f"{named} have their digests" if named else "the manifest is of a version that names nothing beside it"

@@ -1,0 +1,243 @@
+"""A segment whose own weights are not to serve: at once, tomorrow, and with the weights of an earlier release."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from flows.config import RetrainConfig
+from tasks.clients.lease import Lease
+from tasks.errors import InvalidConfig, LeaseHeld, NoRelease, ObjectCorrupt, ObjectMissing, PointerMoved, ReleaseRefused
+from tasks.export import write_release
+from tasks.fallback import FellBack, fall_back, let_go
+from tasks.learning.base import DESCRIPTION, WEIGHTS, load_base
+from tasks.parents import release_file
+from tasks.release.golden_read import read_requests
+from tasks.release.holds import HeldSegment, held_segments, holds_key
+from tasks.release.manifest import Pointer, blob_key, content_digest, describe, pointer_key
+from tasks.release.moves import hold as hold_pointer
+from tasks.release.moves import promote, rollback
+from tasks.release.published import check_whole, stored_manifest
+from tasks.release.publishing import publish_release
+from tasks.release.tables import read_tables
+from tasks.serving.ranker import Ranker
+from tasks.steps import hold
+from tests.finished import Finished
+from tests.steps.plain import plain_night
+
+WHO = {"user_id": "user-003"}
+
+
+def fell(world: Finished, named: dict[str, str] = WHO, **more: str) -> FellBack:
+    config = world.config
+    return fall_back(config.place(), config.data, config.segments.levels, named, "complaints", **more)
+
+
+def request_of(users: list[str]) -> dict[str, object]:
+    return {
+        "user_id": users, "market": ["north"] * len(users), "age": [40] * len(users),
+        "item_id": [[100, 102, 999]] * len(users), "genre": [["comedy"] * 3] * len(users),
+        "length": [["long", "short", "long"]] * len(users), "price": [[5.0, 5.0, 1.0]] * len(users),
+    }  # fmt: skip
+
+
+def scores(world: Finished, users: list[str]) -> np.ndarray:
+    with Ranker(world.config.store, world.config.pipeline) as ranker:
+        return ranker.score(request_of(users))
+
+
+def slots(world: Finished, release: str) -> dict[int, set[int]]:
+    """Level to the keys that have a slot of the bank."""
+    table = pq.read_table(release_file(world.config.place(), release, "segments.parquet"))
+    level, key, slot = (table[name].to_numpy() for name in ("level", "key", "slot"))
+    return {at: set(key[(level == at) & (slot >= 0)].tolist()) for at in (0, 1)}
+
+
+def test_a_user_falls_back_at_once_and_the_night_made_anew_with_the_hold_is_the_same_release(
+    damageable: Finished,
+) -> None:
+    """Two ways to the same bytes: the champion's files without him, and the bank solved without him."""
+    world, before = damageable, damageable.pointer
+    then = scores(world, ["user-003", "user-004", "nobody"])
+    done = fell(world)
+    assert (done.new, done.held, done.segment) == (True, True, "user_id=user-003")
+    now = world.pointer
+    assert now == done.pointer
+    assert (now.generation, now.previous, now.night) == (before.generation + 1, before.release, before.night)
+    assert (now.fencing_token, now.reason) == (before.fencing_token, "user_id=user-003 by its parent: complaints")
+    after = scores(world, ["user-003", "user-004", "nobody"])
+    assert np.array_equal(then[1:], after[1:])
+    assert np.abs(then[0] - after[0]).max() > 1e-3
+    gone = slots(world, before.release)[0] - slots(world, now.release)[0]
+    assert len(gone) == 1
+    assert slots(world, before.release)[1] == slots(world, now.release)[1]
+    manifest = stored_manifest(world.store, "tiny", now.release)
+    check_whole(world.store, manifest)
+    told = stored_manifest(world.store, "tiny", before.release).segments[0]
+    assert manifest.segments[0].own == told.own - 1
+    assert manifest.segments[0].rolled_back == told.rolled_back + 1
+    assert "user_id=user-003 by its parent, decided by " in str(manifest.provenance["fallback"])
+    run = json.loads(world.store.get(f"tiny/releases/{now.release}/run.json").data)
+    assert (run["decided_by"], run["fallback"]) == ("operator", "user_id=user-003 by its parent")
+    report = world.store.get(f"tiny/releases/{now.release}/report.html").data.decode()
+    assert f"Release {now.release}: user_id=user-003 by its parent." in report
+    made = plain_night(world.config, before.night)
+    assert made.published.release == now.release
+    assert made.published.promoted
+    assert world.pointer == now
+
+
+@pytest.mark.soak
+def test_the_next_night_keeps_it_until_it_is_let_go(damageable: Finished) -> None:
+    world = damageable
+    fell(world)
+    place = world.config.place()
+    made = plain_night(world.config, world.next_night)
+    shipped = next(step for step in made.steps if step.step == "adapt-ship")
+    content = json.loads(world.store.get(f"tiny/work/adapt-ship/{shipped.key}/record.json").data)["content"]
+    assert content["refused"] == [1, 0]
+    assert made.published.promoted
+    levels = world.config.segments.levels
+    found, left = let_go(place, levels, WHO)
+    assert (found.told, found.reason, left) == ("user_id=user-003", "complaints", ())
+    with pytest.raises(ObjectMissing, match="user_id=user-003 is not held; held: none"):
+        let_go(place, levels, WHO)
+
+
+def test_a_fallback_that_is_done_is_done(damageable: Finished) -> None:
+    first = fell(damageable)
+    again = fell(damageable)
+    assert (again.new, again.held) == (False, True)
+    assert again.pointer == first.pointer
+    assert len(held_segments(damageable.store, "tiny")) == 1
+
+
+def test_a_market_falls_back_to_the_base(damageable: Finished) -> None:
+    then = scores(damageable, ["user-003", "nobody"])
+    before = damageable.pointer.release
+    done = fell(damageable, {"market": "north"})
+    after = scores(damageable, ["user-003", "nobody"])
+    assert np.array_equal(then[0], after[0])  # he has weights of his own, which stay until they are solved anew
+    assert np.abs(then[1] - after[1]).max() > 1e-4
+    assert len(slots(damageable, before)[1] - slots(damageable, done.pointer.release)[1]) == 1
+
+
+def spoiled(world: Finished) -> Pointer:
+    """A champion that is the old one but for one user's weights."""
+    config, store, before = world.config, world.store, world.pointer
+    place, folder = config.place(), Path(config.scratch) / "spoiled"
+    folder.mkdir(parents=True)
+    manifest = stored_manifest(store, "tiny", before.release)
+    known = folder / "known"
+    known.mkdir()
+    for file in manifest.files:
+        (known / file.name).symlink_to(release_file(place, before.release, file.name).resolve())
+    tables, base = read_tables(config.data, known), load_base({one: known / one for one in (WEIGHTS, DESCRIPTION)})
+    weights = np.fromfile(known / "bank.bin", "<f4").reshape(-1, len(config.data.objectives), base.network.width).copy()
+    key = tables.ids("user_id", np.array(["user-003"], object))[0]
+    weights[tables.levels[0].slots[tables.levels[0].keys == key]] *= -3
+    requests = read_requests(config.data, (known / "golden.json").read_bytes(), tables.history)
+    with hold(place):
+        made, parity = write_release(
+            place, config.data, base, weights, tables, requests, before.night, folder, lambda *_: None
+        )
+    files = describe(made)
+    bad = replace(manifest, release=content_digest(files), files=files, parity=vars(parity), beside=())
+    publish_release(store, "tiny", made, bad, {"run.json": b"{}", "report.html": b"<main>"})
+    return promote(store, "tiny", bad.release, "spoiled")
+
+
+def test_weights_of_an_earlier_release_of_the_same_base_give_its_very_bytes_back(damageable: Finished) -> None:
+    good = damageable.pointer
+    then = scores(damageable, ["user-003", "user-004"])
+    bad = spoiled(damageable)
+    assert bad.release != good.release
+    assert not np.array_equal(then, scores(damageable, ["user-003", "user-004"]))
+    done = fell(damageable, to=good.release)
+    assert (done.pointer.release, done.held) == (good.release, False)
+    assert held_segments(damageable.store, "tiny") == ()
+    assert np.array_equal(then, scores(damageable, ["user-003", "user-004"]))
+
+
+def test_weights_of_another_base_are_refused_by_name(damageable: Finished) -> None:
+    earlier = damageable.results[0].published.release
+    before = damageable.published()
+    with pytest.raises(ReleaseRefused, match="has another base than the champion") as refused:
+        fell(damageable, to=earlier)
+    assert f"{WEIGHTS}, {DESCRIPTION} differ" in str(refused.value)
+    assert damageable.published() == before
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "said"),
+    [
+        ({"user_id": "nobody"}, ObjectMissing, "segment user_id=nobody has no weights of its own in release"),
+        ({"country": "north"}, InvalidConfig, "country names no level of the ladder; allowed: user_id=...; market=..."),
+        ({"user_id": "user-003", "market": "north"}, InvalidConfig, "names no level of the ladder"),
+    ],
+)
+def test_a_segment_that_is_not_there_is_told_before_anything_changes(
+    damageable: Finished, named: dict[str, str], error: type[Exception], said: str
+) -> None:
+    before = damageable.published()
+    with pytest.raises(error, match=said):
+        fell(damageable, named)
+    assert damageable.published() == before
+    assert not damageable.store.exists(holds_key("tiny"))
+
+
+def test_a_fallback_waits_for_no_night_and_overtakes_no_operator(
+    damageable: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, before = damageable, damageable.pointer
+    with hold(world.config.place()), monkeypatch.context() as patch:
+        patch.setattr("tasks.steps.Lease", partial(Lease, wait=False))
+        with pytest.raises(LeaseHeld):
+            fell(world)
+    assert world.pointer == before
+
+    def meanwhile(*args: object, **more: object) -> object:
+        rollback(world.store, "tiny", None, "by another operator")
+        return publish_release(*args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tasks.fallback.publish_release", meanwhile)
+    with pytest.raises(PointerMoved, match="was moved while release"):
+        fell(world)
+    assert world.pointer.release == before.previous
+
+
+def test_without_a_champion_nothing_falls_back(damageable: Finished) -> None:
+    damageable.store.delete(pointer_key("tiny"))
+    with pytest.raises(NoRelease):
+        fell(damageable)
+
+
+def test_a_champion_whose_bank_is_damaged_is_no_start(damageable: Finished) -> None:
+    manifest = stored_manifest(damageable.store, "tiny", damageable.pointer.release)
+    bank = next(file for file in manifest.files if file.name == "bank.bin")
+    key = blob_key("tiny", bank.sha256)
+    data = damageable.store.get(key).data
+    damageable.store.delete(key)
+    damageable.store.put_if_absent(key, bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(ObjectCorrupt, match=r"bank\.bin of release"):
+        fell(damageable)
+
+
+def test_a_held_pointer_stays_held_when_an_operator_moves_it(damageable: Finished) -> None:
+    hold_pointer(damageable.store, "tiny", "an incident")
+    assert fell(damageable).pointer.hold == "an incident"
+
+
+def test_holds_that_were_changed_by_hand_are_told(damageable: Finished) -> None:
+    damageable.store.put_if_absent(holds_key("tiny"), b'[{"columns": ["user_id"]}]')
+    with pytest.raises(ObjectCorrupt, match="delete it and hold the segments anew"):
+        plain_night(RetrainConfig.model_validate(damageable.world.config), damageable.next_night)
+
+
+def test_a_held_segment_is_told_as_it_is_typed() -> None:
+    held = HeldSegment(columns=("market", "device"), name="north | tv", reason="r", by="b", since="s")
+    assert held.told == "market=north device=tv"

@@ -33,8 +33,9 @@ def test_a_night_is_published_with_graphs_that_solve_feedback(damageable: Finish
         given = {spec.name: spec for spec in ranker.manifest.interface.inputs}
         request = {name: [spec.example] if spec.per == "request" else [[spec.example] * 2]
                    for name, spec in given.items() if not spec.optional}  # fmt: skip
-        brought = {name: [[spec.example] * ROWS] for name, spec in given.items() if spec.optional}
-        label = list(brought)[-1]
+        *columns, label = (name for name, spec in given.items() if spec.optional)
+        # What he has just left is the candidate itself: of this world's items, liking one says nothing good of others.
+        brought = {name: [[given[given[name].of].example] * ROWS] for name in columns}
         liked, not_liked = (ranker.score(request | brought | {label: [[one] * ROWS]}) for one in (1, 0))
         assert (liked > not_liked).all()
         assert ranker.score(request).shape == liked.shape

@@ -11,7 +11,7 @@ from tasks.data.contract import DataConfig
 from tasks.errors import InvalidConfig, ObjectCorrupt, ObjectMissing
 from tasks.learning.base import DESCRIPTION, WEIGHTS, Base, load_base
 from tasks.references import BaseRef, ParentRef, Place, PrepareRef
-from tasks.release.manifest import blob_key, sha256_of
+from tasks.release.manifest import Manifest, blob_key, sha256_of
 from tasks.release.publishing import read_manifest
 from tasks.steps import open_workspace, recalled, record_of, store_of
 
@@ -25,14 +25,7 @@ def released_parent(place: Place, release: str) -> ParentRef:
         ObjectMissing: there is no such release.
         ReleaseRefused: its manifest is damaged.
     """
-    try:
-        manifest = read_manifest(store_of(place), place.pipeline, release)
-    except ObjectMissing as error:
-        raise ObjectMissing(
-            f"release {release[:12]}, which this night starts from, is no longer in {place.store}: `nightrank releases "
-            f"gc` removes old ones; run its own night again, whose steps are remembered, then this one"
-        ) from error
-    files = {file.name: file.sha256 for file in manifest.files}
+    files = {file.name: file.sha256 for file in _manifest(place, release).files}
     return ParentRef(digest=_digest(files), release=release)
 
 
@@ -43,7 +36,7 @@ def require_same_hashing(place: Place, data: DataConfig, release: str) -> None:
         InvalidConfig: a column has another key, or one of the two has none.
         ObjectMissing, ReleaseRefused: as `released_parent`.
     """
-    inputs = read_manifest(store_of(place), place.pipeline, release).interface.inputs
+    inputs = _manifest(place, release).interface.inputs
     before = {spec.name: None if spec.personal is None else spec.personal.key_id for spec in inputs}
     for column in data.columns:
         key = None if column.personal is None else column.personal.key_id
@@ -118,6 +111,17 @@ def release_file(place: Place, release: str, name: str) -> Path:
 def base_of(place: Place, release: str) -> Base:
     """The base of a release."""
     return load_base({name: release_file(place, release, name) for name in (WEIGHTS, DESCRIPTION)})
+
+
+def _manifest(place: Place, release: str) -> Manifest:
+    """The manifest of a release that a night starts from."""
+    try:
+        return read_manifest(store_of(place), place.pipeline, release)
+    except ObjectMissing as error:
+        raise ObjectMissing(
+            f"release {release[:12]}, which this night starts from, is no longer in {place.store}: `nightrank releases "
+            f"gc` removes old ones; run its own night again, whose steps are remembered, then this one"
+        ) from error
 
 
 def _digest(files: Mapping[str, str]) -> str:

@@ -7,7 +7,11 @@ together. A ranker that serves keeps its release and says why; one that starts r
 import base64
 import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -345,6 +349,59 @@ def test_without_keys_a_ranker_serves_and_says_that_nothing_is_vouched_for(
     with Ranker(store, PIPELINE, "cpu") as ranker:
         assert not ranker.signed
         assert "unsigned: who can write to the store" in caplog.text
+
+
+VICTIM = """
+import os, signal, sys
+from pathlib import Path
+from tasks.clients.object_store import open_store
+from tasks.release.manifest import Manifest, manifest_key
+from tasks.release.publishing import publish_release
+url, folder, written, pipeline, release, when = sys.argv[1:]
+store, manifest = open_store(url), Manifest.parse(Path(written).read_bytes(), pipeline, release)
+put = store.put_if_absent
+def killed(key, data):
+    if key == manifest_key(pipeline, release):
+        if when == "after":
+            put(key, data)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return put(key, data)
+store.put_if_absent = killed
+publish_release(store, pipeline, Path(folder), manifest, {"run.json": b"first"})
+"""
+
+
+@pytest.mark.parametrize("key_of_the_dead", ["the same", "none"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_publish_that_is_killed_around_the_manifest_and_resumed_with_another_provenance_is_signed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, key_of_the_dead: str
+) -> None:
+    """Between signature and manifest, and just after it: what is visible in the end has its signature."""
+    (tmp_path / "store").mkdir()
+    made, store = world.first, open_store(str(tmp_path / "store"))
+    (tmp_path / "manifest.json").write_bytes(made.manifest.serialise())
+    keys = {KEY_VARIABLE: str(world.folder / "key.pem"), KEYS_VARIABLE: str(world.ring)}
+    dead = subprocess.run(
+        [sys.executable, "-c", VICTIM, store.url, str(made.folder), str(tmp_path / "manifest.json"), PIPELINE,
+         made.manifest.release, when],
+        env=os.environ | (keys if key_of_the_dead == "the same" else {}), cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    assert dead.returncode == -signal.SIGKILL
+    assert store.exists(manifest_key(PIPELINE, made.manifest.release)) == (when == "after")
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    resumed = replace(made.manifest, provenance={"commit": "another"})
+    published = publish_release(store, PIPELINE, made.folder, resumed, {"run.json": b"second"})
+    assert published.new == (when == "before")
+    promote(store, PIPELINE, made.manifest.release, NIGHT, token=1)
+    with Ranker(store, PIPELINE, "cpu", keys=world.ring) as ranker:
+        assert ranker.signed
+        expected = resumed if when == "before" else made.manifest
+        assert ranker.manifest.provenance == expected.provenance
+        # What lies beside is the dead one's, and the manifest vouches for just that.
+        (run,) = ranker.manifest.beside
+        assert run.sha256 == hashlib.sha256(b"first").hexdigest()
+        assert store.get(f"{PIPELINE}/releases/{made.manifest.release}/run.json").data == b"first"
 
 
 def test_there_are_25_cases_or_more_and_signatures_are_64_bytes(world: World) -> None:

@@ -25,6 +25,7 @@ from tasks.steps import hold
 from tasks.tensorboard import check as check_tensorboard
 from tasks.tensorboard import write_verdict
 from tasks.validate import validate
+from tasks.variants import try_variants
 
 
 class NightResult(Section):
@@ -84,6 +85,7 @@ def nightly_retrain(
     check_tensorboard(config.training)
     night = night or night_of(runtime.flow_run.scheduled_start_time, config)
     place, data, segments, adapter, gate = config.place(), config.data, config.segments, config.adapter, config.gate
+    settings = config.export
     with hold(place) as lease:
         ingested = ingest(place, data, gate, night, config.digest())
         validated = validate(place, data, ingested)
@@ -95,15 +97,16 @@ def nightly_retrain(
         retention = check_retention(place, data, segments, gate, ingested, prepared, base)
         verdict = judge(place, data, segments, adapter, gate, ingested, validated, prepared, exam, retention)
         write_verdict(config.training, place, night, verdict)
-        ship = adapt(place, data, segments, adapter, prepared, base, bank="ship", exam=exam, held=ingested.held)
-        exported = export(
-            place, data, segments, config.statistics, config.export, ingested, validated, prepared, base, ship
+        tried = try_variants(
+            place, data, segments, config.statistics, settings, ingested, validated, prepared, base, bank, exam
         )
+        ship = adapt(place, data, segments, adapter, prepared, base, bank="ship", exam=exam, held=ingested.held)
+        exported = export(place, data, segments, config.statistics, settings, ingested, validated, prepared, base, ship)
         done = FinishedSteps(
             ingested=ingested, validated=validated, prepared=prepared, base=base, bank=bank,
-            exam=exam, lists=lists, retention=retention, verdict=verdict, ship=ship, exported=exported,
+            exam=exam, lists=lists, retention=retention, verdict=verdict, variants=tried, ship=ship, exported=exported,
         )  # fmt: skip
-        published = publish(place, data, gate, done, config.digest(), promote, override, lease.token)
+        published = publish(place, data, gate, settings, done, config.digest(), promote, override, lease.token)
     shared = [{name: getattr(ref, name) for name in StepRef.model_fields} for ref in (*done.in_order, published)]
     return NightResult(
         night=night,

@@ -8,25 +8,23 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tasks.asking import columns_of, order_of, past_of
 from tasks.data import vocabulary
-from tasks.data.columns import Rows, microseconds
+from tasks.data.columns import Rows
 from tasks.data.contract import DataConfig, SegmentsConfig
-from tasks.data.lists import is_list, padded, values_of
 from tasks.data.vocabulary import Vocabularies
-from tasks.errors import FormatUnknown, NightrankError, ReleaseRefused
+from tasks.errors import FormatUnknown, NightrankError
 from tasks.learning.base import shape_of
 from tasks.learning.exams import CHAMPION, Night, column, sit_contact
-from tasks.learning.history import histories
 from tasks.learning.ladder import Ladder, learned_levels
 from tasks.learning.material import I64, Dialect, Material
 from tasks.learning.training import steady
 from tasks.meta_train import rows_of
 from tasks.parents import base_of, release_file
 from tasks.references import IngestRef, Place, PrepareRef, ValidateRef
-from tasks.release.manifest import InputSpec, Manifest
+from tasks.release.manifest import Manifest
 from tasks.release.publishing import read_manifest
 from tasks.serving.loaded import LoadedRelease, load
 from tasks.serving.requests import read_request
@@ -104,14 +102,13 @@ def _nightly(
         shutil.rmtree(folder)
     names = [objective.name for objective in manifest.interface.objectives]
     with pq.ParquetFile(clean) as file:  # vectors of a whole night may not fit into memory
-        # Clean rows are in order of time; the exam's are by user, then time.
-        user = vocabularies[data.user].encode(file.read(columns=[data.user])[data.user])
-        order = np.argsort(user, kind="stable")
+        order = order_of(file.read(columns=[data.user])[data.user], data, vocabularies)
         at = np.empty_like(order)
         at[order] = night.at
         answers, start = [], 0
         for batch in file.iter_batches(BATCH):
-            past = _past(champion, data, rows, night, vocabularies, at[start : start + batch.num_rows])
+            specs = champion.manifest.interface.inputs
+            past = past_of(specs, data, rows, night, vocabularies, at[start : start + batch.num_rows])
             answers.append(_ask(champion, pa.Table.from_batches([batch]), past))
             start += batch.num_rows
     said: F32 = np.concatenate(answers)[order]
@@ -122,76 +119,12 @@ def _nightly(
     }
 
 
-def _past(
-    champion: LoadedRelease, data: DataConfig, rows: Rows, night: Night, vocabularies: Vocabularies, at: I64
-) -> dict[str, npt.NDArray[np.generic]]:
-    """What the champion takes of the users' histories, as raw keys, for rows at positions [N]; by input [N, H]."""
-    specs = [spec for spec in champion.manifest.interface.inputs if spec.recalls]
-    if not specs:
-        return {}
-    assert specs[0].values is not None
-    # The night's visits are all that these rows are of, and each is asked for when it began.
-    visit = np.searchsorted(night.visits.rows.start, at, side="right") - 1
-    past: dict[str, npt.NDArray[np.generic]] = {data.time: np.asarray(rows.time)[night.visits.rows.start[visit]]}
-    found = histories(rows, night.visits.rows.start, night.visits.first, at, specs[0].values)
-    places = found.at[found.row]
-    columns = (data.item, *data.named("candidate", "categorical"))
-    labels = [objective.column for objective in data.objectives]
-    for spec in specs:
-        if spec.of in columns:
-            keys = vocabularies[spec.of].decode(np.asarray(rows.candidate_ids[places.ravel(), columns.index(spec.of)]))
-            known = keys.cast(pa.string() if spec.dtype == "string" else pa.int64())
-            values = pc.fill_null(known, spec.missing).to_numpy(zero_copy_only=False).reshape(places.shape)
-        elif spec.of in labels:
-            values = np.asarray(rows.labels[:, labels.index(spec.of)][places])
-        elif spec.of == data.time:
-            values = np.asarray(rows.time[places])
-        else:
-            raise ReleaseRefused(f"its history is of the column {spec.of!r}, which the contract no longer has")
-        fill = np.nan if spec.missing is None else spec.missing
-        past[spec.name] = np.where(places < 0, np.array(fill, values.dtype), values)
-    return past
-
-
 def _ask(champion: LoadedRelease, table: pa.Table, past: Mapping[str, npt.NDArray[np.generic]] | None = None) -> F32:
     """Scores [N, K] of rows, each as a request with one candidate, and with what the users' histories were."""
-    request: dict[str, object] = dict(past or {})
-    for spec in champion.manifest.interface.inputs:
-        if spec.name in request or spec.per == "feedback":
-            continue
-        if spec.name not in table.column_names:
-            raise ReleaseRefused(f"it asks for the column {spec.name!r}, which the contract no longer has")
-        values = table[spec.name]
-        if is_list(values.type) != (spec.values is not None):
-            raise ReleaseRefused(f"the column {spec.name!r} holds lists in one of contract and release only")
-        if spec.values is not None:
-            raw = _lists(spec, values)
-            request[spec.name] = raw if spec.per == "request" else raw[:, None]
-            continue
-        if spec.dtype == "float32":
-            raw = pc.fill_null(values.cast(pa.float64()), float("nan")).to_numpy().astype(np.float32)
-        elif pa.types.is_timestamp(values.type):
-            raw = microseconds(values)
-        elif spec.dtype == "int64":
-            raw = pc.fill_null(values.cast(pa.int64()), spec.missing).to_numpy()
-        else:
-            raw = pc.fill_null(values.cast(pa.string()), spec.missing).to_numpy(zero_copy_only=False)
-        request[spec.name] = raw if spec.per == "request" else raw[:, None]
-    inputs, shape = read_request(champion.manifest.interface.inputs, request)
+    specs = champion.manifest.interface.inputs
+    request = {**columns_of(specs, table, past or {}), **(past or {})}
+    inputs, shape = read_request(specs, request)
     return champion.run(inputs, shape)[:, 0]
-
-
-def _lists(spec: InputSpec, lists: pa.ChunkedArray) -> npt.NDArray[np.generic]:
-    """A column of lists [N, V], as a reader pads them."""
-    assert spec.values is not None
-    values, lengths = values_of(lists)
-    asked = lengths[lengths > 0] if spec.dtype == "float32" else lengths
-    if wrong := asked[asked != spec.values if spec.dtype == "float32" else asked > spec.values].tolist():
-        raise ReleaseRefused(f"it takes lists of {spec.values} values in {spec.name!r}, and tonight's have {wrong[0]}")
-    if spec.dtype == "float32":
-        return padded(values.cast(pa.float32()).to_numpy(), lengths, spec.values, np.nan)
-    flat = values.cast(pa.int64() if spec.dtype == "int64" else pa.string()).to_numpy(zero_copy_only=False)
-    return padded(flat, lengths, spec.values, spec.missing)
 
 
 def _dialect(data: DataConfig, ours: Vocabularies, theirs: Vocabularies) -> Dialect:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.data import vocabulary
+from tasks.data.columns import Rows
 from tasks.data.contract import LISTS, DataConfig, SegmentsConfig, StatisticsConfig
 from tasks.data.statistics import serving_tables
 from tasks.errors import ParityBroken
@@ -25,14 +26,23 @@ from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
 from tasks.prepare import night_of_record
 from tasks.references import BankRef, BaseRef, ExportRef, IngestRef, Place, PrepareRef, ValidateRef
-from tasks.release.export_config import ExportConfig
-from tasks.release.golden import Parity, check_parity, draw_requests, examples, make_golden, write_golden
+from tasks.release.export_config import ExportConfig, VariantName
+from tasks.release.golden import (
+    Parity,
+    check_parity,
+    draw_requests,
+    examples,
+    make_golden,
+    variant_parity,
+    write_golden,
+)
 from tasks.release.graphs import export as write_graphs
 from tasks.release.interface import Interface, LevelSpec
 from tasks.release.lookups import Request, Wires, input_specs, objectives, wires
 from tasks.release.manifest import content_digest, describe
 from tasks.release.scorer import Solving, trace, traced_from
 from tasks.release.tables import LevelTable, ServingTables, write_tables
+from tasks.release.variants import build, built_from, files_of
 from tasks.steps import Product, Progress, carry_out, open_workspace, quietly, recalled, record_of, verb
 from tasks.validate import clean_file
 
@@ -47,7 +57,7 @@ def export(
     data: DataConfig,
     segments: SegmentsConfig,
     statistics: StatisticsConfig,
-    config: ExportConfig,
+    settings: ExportConfig,
     ingested: IngestRef,
     validated: ValidateRef,
     prepared: PrepareRef,
@@ -66,8 +76,10 @@ def export(
         "window": data.window_nights,
         "levels": [list(level) for level in segments.levels],
         "statistics": statistics.model_dump(mode="json"),
-        **config.model_dump(mode="json", include={"feedback"}),
+        **settings.model_dump(mode="json", include={"feedback"}),
     }
+    if settings.variants:
+        section["variants"] = built_from(settings.variants)
 
     def work(folder: Path, progress: Progress) -> Product:
         vocabularies = vocabulary.load(data, workspace.file(layout, "vocabulary.parquet"))
@@ -79,19 +91,14 @@ def export(
         begin = ingested.night.toordinal() + 1 - data.window_nights
         kept = [record for record in recent if night_of_record(record).toordinal() >= begin]
         states = [(night_of_record(record), workspace.file(record, "state.parquet")) for record in kept]
-        levels = tuple(
-            LevelTable(level.columns, tuple(own.radices.tolist()), own.keys, own.slots, own.support, own.refused)
-            for level, own in zip(rows.levels, ship.levels, strict=True)
-        )
         history = trained.network.config.history
         known = serving_tables(data, statistics, vocabularies, states)
-        tables = ServingTables(vocabularies, known, levels, history, config.feedback)
-        weights = np.zeros((*ship.weights.shape[:2], trained.network.width), np.float32)
-        weights[:, :, : ship.weights.shape[2]] = ship.weights
+        weights, levels = as_served(ship, rows, trained)
+        tables = ServingTables(vocabularies, known, levels, history, settings.feedback)
         drawn_from = _some_rows(data, clean_file(place, record_of(place, validated)))
-        requests = draw_requests(data, drawn_from, history=history, feedback=config.feedback)
+        requests = draw_requests(data, drawn_from, history=history, feedback=settings.feedback)
         release, parity = write_release(
-            place, data, trained, weights, tables, requests, ingested.night, folder, progress
+            *(place, data, trained, weights, tables, requests, ingested.night, folder, progress, settings.variants)
         )
         files = describe(release)
         content = {"release": content_digest(files), "bytes": sum(file.bytes for file in files)}
@@ -109,6 +116,17 @@ def export(
     )
 
 
+def as_served(bank: Bank, rows: Rows, base: Base) -> tuple[npt.NDArray[np.float32], tuple[LevelTable, ...]]:
+    """A bank as graphs hold it: weights [slots, K, D], as wide as the network takes them, and each level's slots."""
+    weights = np.zeros((*bank.weights.shape[:2], base.network.width), np.float32)
+    weights[:, :, : bank.weights.shape[2]] = bank.weights
+    levels = tuple(
+        LevelTable(level.columns, tuple(own.radices.tolist()), own.keys, own.slots, own.support, own.refused)
+        for level, own in zip(rows.levels, bank.levels, strict=True)
+    )
+    return weights, levels
+
+
 def write_release(
     place: Place,
     data: DataConfig,
@@ -119,6 +137,7 @@ def write_release(
     night: date,
     folder: Path,
     progress: Progress,
+    variants: Sequence[VariantName] = (),
 ) -> tuple[Path, Parity]:
     """Write all content files of a release.
 
@@ -132,6 +151,7 @@ def write_release(
         night: the newest night that the release has learned from.
         folder: gets a folder `release` with the files.
         progress: told of three parts.
+        variants: smaller forms of the score graph to build beside it.
 
     Returns:
         The folder with the files, and how closely the graphs agree with the network.
@@ -144,12 +164,18 @@ def write_release(
     network, history, feedback = base.network, tables.history, tables.feedback
     solving = Solving(feedback, base.adapter.steps, base.table()[0].numpy()) if feedback else None
     with steady(0, None), _says_what_to_delete(place):
-        write_graphs(network, weights, tables, data, release, partial(_traced, place), solving=solving)
+        write_graphs(network, weights, tables, data, release, partial(traced_once, place), solving=solving)
         progress(1, 3, "parts")
         golden = make_golden(network, weights, tables, data, requests, solving)
     write_golden(data, golden, release, history)
     with _says_what_to_delete(place):
         parity = check_parity(data, tables, golden, release)
+    for name in variants:
+        build(name, release, len(data.objectives))
+    apart: dict[str, float | None] = {
+        name: variant_parity(data, tables, golden, release, files_of(name)[0]) for name in variants
+    }
+    parity = replace(parity, variants=apart)
     progress(2, 3, "parts")
     save_base(base, release)
     write_tables(tables, release)
@@ -187,7 +213,7 @@ def _says_what_to_delete(place: Place) -> Iterator[None]:
         ) from error
 
 
-def _traced(
+def traced_once(
     place: Place,
     shape: RankerShape,
     config: RankerConfig,

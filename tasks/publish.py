@@ -15,6 +15,7 @@ from tasks.ingest import intent_key, released_prefix
 from tasks.night_report import night_report
 from tasks.references import ExamRef, ExportRef, FinishedSteps, IngestRef, Place, PublishRef, VerdictRef
 from tasks.release import lift
+from tasks.release.export_config import ExportConfig
 from tasks.release.gate import GateConfig, ReleaseVerdict
 from tasks.release.gate import override as overridden
 from tasks.release.interface import Interface, read_interface
@@ -30,6 +31,7 @@ from tasks.release.segments_table import level_segments
 from tasks.release.strict_json import Reader
 from tasks.releases import location
 from tasks.steps import Product, Progress, carry_out, open_workspace, recalled, record_of, still_held, store_of, verb
+from tasks.variants import described
 
 VERSION = 1
 
@@ -39,6 +41,7 @@ def publish(
     place: Place,
     data: DataConfig,
     gate: GateConfig,
+    settings: ExportConfig,
     done: FinishedSteps,
     config: str,
     promote: bool,
@@ -51,6 +54,7 @@ def publish(
         place: where.
         data: the contract.
         gate: the gate's section.
+        settings: what variants may cost.
         done: what the night's steps have left.
         config: digest of the config, to be kept with the release.
         promote: whether the pointer may move.
@@ -97,11 +101,12 @@ def publish(
             exported.release,
             describe(release),
             _interface(release / "interface.json"),
-            record_of(place, exported).notes["parity"],
+            {name: value for name, value in record_of(place, exported).notes["parity"].items() if name != "variants"},
             {one["objective"]: one["nightly"] for one in record_of(place, verdict).notes["exams"]},
             {**report.provenance, **({} if override is None else {"override": verdict.reasons[0]})},
             requirements(sorted(release.glob("*.onnx"))),
             _segments(place, done, release, data),
+            variants=described(place, data, settings, done),
         )
         extra = {
             **pages,
@@ -127,6 +132,8 @@ def publish(
         )
 
     inputs = {"release": exported.digest, "verdict": verdict.digest, "generation": str(ingested.generation)}
+    if done.variants is not None:
+        inputs["variants"] = done.variants.digest
     section = {"promote": promote, "config": config, "override": override}
     # `nightrank releases gc` may have removed it since.
     there = manifest_key(place.pipeline, exported.release)

@@ -214,6 +214,14 @@ class ExportRef(StepRef):
     """Largest difference between the graph and the network over the golden requests."""
 
 
+class VariantsRef(StepRef):
+    """What smaller forms of the score graph say of the night, beside fp32."""
+
+    names: tuple[str, ...]
+    rows: int
+    """Rows of the night that were asked."""
+
+
 class FinishedSteps(Section):
     """What every step of a night left, up to the release that is to be published."""
 
@@ -227,6 +235,8 @@ class FinishedSteps(Section):
     lists: ListsRef
     retention: RetentionRef
     verdict: VerdictRef
+    variants: VariantsRef | None = None
+    """Smaller forms of the score graph, tried on the night; None where none is configured."""
     ship: BankRef
     """The bank that ships."""
     exported: ExportRef
@@ -235,7 +245,8 @@ class FinishedSteps(Section):
     def in_order(self) -> tuple[StepRef, ...]:
         """The steps in the order in which they ran."""
         before = (self.ingested, self.validated, self.prepared, self.base, self.bank)
-        return (*before, self.exam, self.lists, self.retention, self.verdict, self.ship, self.exported)
+        tried = () if self.variants is None else (self.variants,)
+        return (*before, self.exam, self.lists, self.retention, self.verdict, *tried, self.ship, self.exported)
 
 
 class PublishRef(StepRef):

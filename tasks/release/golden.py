@@ -5,7 +5,7 @@ them before it serves a release.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,7 @@ class Parity:
         split: largest difference of `lookup.onnx` followed by `score.onnx`.
         tolerance: the limit that both kept.
         feedback: largest difference of the graphs with feedback, of both kinds; None where there are none.
+        variants: largest difference of each variant of the score graph; None where an answer is not finite.
     """
 
     requests: int
@@ -78,6 +79,7 @@ class Parity:
     split: float
     tolerance: float = TOLERANCE
     feedback: float | None = None
+    variants: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def draw_requests(
@@ -322,25 +324,44 @@ def _checked(
     if not golden:
         return ()
     names = wires(data, tables)
-    model, lookup, score = (_session(folder / f"{name}{suffix}.onnx") for name in ("model", "lookup", "score"))
+    model, lookup, score = (cpu_session(folder / f"{name}{suffix}.onnx") for name in ("model", "lookup", "score"))
     between = list(names.between(bool(suffix)).values())
     worst = {f"model{suffix}.onnx": 0.0, f"lookup{suffix}.onnx + score{suffix}.onnx": 0.0}
     for position, one in enumerate(golden):
         found = dict(zip(between, lookup.run(between, one.inputs), strict=True))
         answers = (model.run([names.scores], one.inputs)[0], score.run([names.scores], found)[0])
         for graph, answer in zip(worst, answers, strict=True):
-            difference = _difference(data, one.scores, np.asarray(answer, np.float32))
-            worst[graph] = max(worst[graph], difference)
-            if not difference <= tolerance:
+            apart = difference(data, one.scores, np.asarray(answer, np.float32))
+            worst[graph] = max(worst[graph], apart)
+            if not apart <= tolerance:
                 raise ParityBroken(
-                    f"{graph} differs from the network by {difference:.3g} on golden request {position} "
+                    f"{graph} differs from the network by {apart:.3g} on golden request {position} "
                     f"of {len(golden)} (shape {list(one.scores.shape)}), limit {tolerance:g}; nothing was published"
                 )
     return tuple(worst.values())
 
 
-def _difference(data: DataConfig, expected: F32, answer: F32) -> float:
-    """Largest difference; infinite where shapes differ or a number is not finite."""
+def variant_parity(
+    data: DataConfig, tables: ServingTables, golden: Sequence[Golden], folder: Path, graph: str
+) -> float | None:
+    """Largest difference of a variant's answers to the golden requests, on the CPU; None where one is not finite.
+
+    Those with feedback are answered by graphs of their own, in fp32.
+    """
+    names = wires(data, tables)
+    lookup, score = cpu_session(folder / "lookup.onnx"), cpu_session(folder / graph)
+    between = list(names.between().values())
+    worst = 0.0
+    for one in golden:
+        if brings_feedback(data, one.inputs):
+            continue
+        found = dict(zip(between, lookup.run(between, one.inputs), strict=True))
+        worst = max(worst, difference(data, one.scores, np.asarray(score.run([names.scores], found)[0], np.float32)))
+    return worst if np.isfinite(worst) else None
+
+
+def difference(data: DataConfig, expected: F32, answer: F32) -> float:
+    """Largest difference, of a rating relative to 1 + its value; infinite where a shape or a number is wrong."""
     if expected.shape != answer.shape or not np.isfinite(answer).all():
         return float("inf")
     rating = np.array([objective.kind == "rating" for objective in data.objectives])
@@ -348,10 +369,11 @@ def _difference(data: DataConfig, expected: F32, answer: F32) -> float:
     return float(np.max(np.abs(expected - answer) / scale, initial=0.0))
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
+def cpu_session(path: Path) -> onnxruntime.InferenceSession:
+    """A graph on the CPU, as where it is served."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as where it is served
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

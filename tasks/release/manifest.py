@@ -17,14 +17,15 @@ from tasks.errors import ReleaseRefused
 from tasks.release.interface import InputSpec as InputSpec  # serving imports from here alone
 from tasks.release.interface import Interface, Json, read_interface
 from tasks.release.interface import Personal as Personal
+from tasks.release.manifest_parts import LARGEST_DIFFERENCE as LARGEST_DIFFERENCE
 from tasks.release.manifest_parts import (
     LevelSegments,
     Requires,
-    Variant,
     read_requires,
     read_segments,
     read_variants,
 )
+from tasks.release.manifest_parts import Variant as Variant
 from tasks.release.pointer_json import Pointer as Pointer
 from tasks.release.pointer_json import pointer_key as pointer_key
 from tasks.release.strict_json import (
@@ -47,9 +48,11 @@ CONTENT = frozenset(
 OPTIONAL = {
     "large look-ups": frozenset({"lookup_vocabulary.bin", "lookup_segments.bin", "lookup_cohort.bin"}),
     "feedback": frozenset({"model_feedback.onnx", "lookup_feedback.onnx", "score_feedback.onnx"}),
+    "fp16": frozenset({"score_fp16.onnx", "base_fp16.bin", "bank_fp16.bin"}),
+    "int8": frozenset({"score_int8.onnx", "base_int8.bin", "bank_int8.bin"}),
 }
 """The files that a release may have since schema version 4, by what they are for. Any other is refused."""
-TOGETHER = ("feedback",)
+TOGETHER = ("feedback", "fp16", "int8")
 """Of these either all files are there or none."""
 BESIDE = frozenset({"run.json", "report.html", "lift.parquet"})
 """What lies beside a manifest, for people; its bytes are no content, and the manifest has their digests."""

@@ -12,6 +12,9 @@ from tasks.release.interface import Json
 from tasks.release.strict_json import Reader
 
 VERDICTS = ("passed", "failed")
+LARGEST_DIFFERENCE = 0.05
+"""A variant whose answer to a golden request is further off than this is no form of the same graph, whatever its loss;
+absolute for probabilities, relative to 1 + the score for ratings. No tolerance may be larger."""
 _VERSION = re.compile(r"\d+\.\d+")
 _VARIANT = re.compile(r"[a-z][a-z0-9]{0,31}")
 _DOMAIN = re.compile(r"[a-z0-9.]{0,64}")

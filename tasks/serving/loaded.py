@@ -16,16 +16,14 @@ from tasks.release.manifest import InputSpec, Manifest
 from tasks.serving.guards import require_variety
 from tasks.serving.hashing import Hasher
 from tasks.serving.requests import Arrays, read_request
-from tasks.serving.runners import Halves, Runner, Whole
+from tasks.serving.runners import Halves, Pair, Runner, Whole
 from tasks.serving.sessions import Device, Engine, require_gpu
+from tasks.serving.variants import PLAIN, Chosen, VariantChoice, choose
 
 F32 = npt.NDArray[np.float32]
 Golden = tuple[Arrays, tuple[int, int], F32]
 """A golden request's inputs, (R, M), and expected scores [R, M, K]."""
 log = logging.getLogger("nightrank.ranker")
-TOLERANCE = 1e-4
-"""Largest difference to a golden score, absolute for probabilities, relative to 1 + the score for ratings: the trainer
-keeps 1e-5 on its own host; another processor's or a GPU's arithmetic differs a little more."""
 FEEDBACK_TOLERANCE = 1e-3
 """The same of requests with feedback: what is solved differs more, and the trainer keeps 1e-4."""
 _TYPES = {"int64": "tensor(int64)", "string": "tensor(string)", "float32": "tensor(float)"}
@@ -43,6 +41,7 @@ class LoadedRelease:
         runner: its graphs.
         hasher: hashes the personal columns of requests.
         feedback: those that take feedback; None where requests bring none.
+        variant: which of its score graphs: `fp32`, `fp16` or `int8`.
     """
 
     manifest: Manifest
@@ -52,6 +51,7 @@ class LoadedRelease:
     runner: Runner
     hasher: Hasher = field(default_factory=lambda: Hasher({}), repr=False)
     feedback: Runner | None = None
+    variant: str = PLAIN
 
     @property
     def binary(self) -> tuple[bool, ...]:
@@ -77,7 +77,9 @@ class LoadedRelease:
         return scores
 
 
-def load(folder: Path, manifest: Manifest, device: Device, engine: Engine | None = None) -> LoadedRelease:
+def load(
+    folder: Path, manifest: Manifest, device: Device, engine: Engine | None = None, variant: VariantChoice = PLAIN
+) -> LoadedRelease:
     """Load a verified release and ask it its golden requests, which warms it up for their shapes.
 
     Args:
@@ -85,6 +87,7 @@ def load(folder: Path, manifest: Manifest, device: Device, engine: Engine | None
         manifest: its manifest, parsed.
         device: `auto` tries a GPU where there is one, and falls back to the CPU.
         engine: how its sessions run; by default as onnxruntime likes.
+        variant: which score graph serves, see `choose`.
 
     Raises:
         ReleaseRefused: the interface is not the one of the manifest, a graph does not load, a golden request is
@@ -110,26 +113,34 @@ def load(folder: Path, manifest: Manifest, device: Device, engine: Engine | None
         except DeviceUnavailable:
             if device == "cuda":
                 raise
-            return _load(folder, manifest, "cpu", engine, golden)
+            return _load(folder, manifest, "cpu", engine, golden, variant)
         try:
-            return _load(folder, manifest, "cuda", engine, golden)
+            return _load(folder, manifest, "cuda", engine, golden, variant)
         except DeviceUnavailable as error:
             if device == "cuda":
                 raise
             log.warning("the GPU of this host does not serve, the CPU does: %s", error)
-    return _load(folder, manifest, "cpu", engine, golden)
+    return _load(folder, manifest, "cpu", engine, golden, variant)
 
 
 def _load(
-    folder: Path, manifest: Manifest, device: Literal["cpu", "cuda"], engine: Engine, golden: Sequence[Golden]
+    folder: Path,
+    manifest: Manifest,
+    device: Literal["cpu", "cuda"],
+    engine: Engine,
+    golden: Sequence[Golden],
+    variant: VariantChoice,
 ) -> LoadedRelease:
     specs, feedback = manifest.interface.inputs, _feedback(manifest)
-    plain = _runner(folder, manifest, device, engine, golden, "", [spec for spec in specs if spec not in feedback])
+    chosen = choose(manifest, variant, device)
+    own = [spec for spec in specs if spec not in feedback]
+    plain = _runner(folder, manifest, device, engine, golden, "", own, chosen)
     solving = _runner(folder, manifest, device, engine, golden, "_feedback", specs) if feedback else None
     user, item = (next(spec.name for spec in specs if spec.per == per) for per in ("request", "candidate"))
     hasher = Hasher.of(specs)
-    loaded = LoadedRelease(manifest, device, user, item, plain, hasher, solving)
-    require_variety(manifest, golden, [_asked(loaded, position, *one) for position, one in enumerate(golden)])
+    loaded = LoadedRelease(manifest, device, user, item, plain, hasher, solving, chosen.name)
+    answers = [_asked(loaded, chosen.tolerance, position, *one) for position, one in enumerate(golden)]
+    require_variety(manifest, golden, answers)
     return loaded
 
 
@@ -145,17 +156,24 @@ def _runner(
     golden: Sequence[Golden],
     suffix: str,
     specs: Sequence[InputSpec],
+    chosen: Chosen | None = None,
 ) -> Runner:
-    """The graphs that take these inputs; their files' names have the suffix."""
+    """The graphs that take these inputs; their files' names have the suffix, but for a score graph that was chosen."""
     output, names = manifest.interface.output, {spec.name for spec in specs}
     whole, lookup, score = (folder / f"{name}{suffix}.onnx" for name in ("model", "lookup", "score"))
     first = next((inputs for inputs, _, _ in golden if inputs.keys() == names), None)
+    if chosen is not None:
+        score = folder / chosen.graph
     if first is None:
         raise ReleaseRefused(_about(manifest, f"no golden request is one for {whole.name}"))
     try:
-        runner: Runner = (
-            Whole(whole, output, engine) if device == "cpu" else Halves(lookup, score, output, engine, first)
-        )
+        runner: Runner
+        if device == "cuda":
+            runner = Halves(lookup, score, output, engine, first)
+        elif chosen is None or chosen.name == PLAIN:
+            runner = Whole(whole, output, engine)
+        else:
+            runner = Pair(lookup, score, output, engine)
     except DeviceUnavailable:
         raise
     except Exception as error:  # onnxruntime's errors share no base class below Exception
@@ -168,7 +186,9 @@ def _runner(
     return runner
 
 
-def _asked(loaded: LoadedRelease, position: int, inputs: Arrays, shape: tuple[int, int], expected: F32) -> F32:
+def _asked(
+    loaded: LoadedRelease, tolerance: float, position: int, inputs: Arrays, shape: tuple[int, int], expected: F32
+) -> F32:
     """The answer to a golden request, if it is the right one."""
     manifest = loaded.manifest
     ratings = np.array([objective.kind == "rating" for objective in manifest.interface.objectives])
@@ -180,10 +200,13 @@ def _asked(loaded: LoadedRelease, position: int, inputs: Arrays, shape: tuple[in
         raise ReleaseRefused(_about(manifest, f"golden request {position} fails: {error}")) from error
     scale = np.where(ratings, 1.0 + np.abs(expected), 1.0)
     difference = float(np.max(np.abs(answer - expected) / scale))
-    limit = FEEDBACK_TOLERANCE if any(spec.name in inputs for spec in _feedback(manifest)) else TOLERANCE
+    limit = FEEDBACK_TOLERANCE if any(spec.name in inputs for spec in _feedback(manifest)) else tolerance
     if not difference <= limit:  # also where it is not a number
         raise ReleaseRefused(
-            _about(manifest, f"golden request {position} is answered {difference:.3g} off, limit {limit:g}")
+            _about(
+                manifest,
+                f"golden request {position} is answered {difference:.3g} off by {loaded.variant}, limit {limit:g}",
+            )
         )
     return answer
 

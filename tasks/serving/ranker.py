@@ -37,6 +37,7 @@ from tasks.serving.refresher import Refresher
 from tasks.serving.seen import SeenGeneration
 from tasks.serving.sessions import Engine
 from tasks.serving.source import ReleaseSource
+from tasks.serving.variants import VariantChoice
 
 F32 = npt.NDArray[np.float32]
 log = logging.getLogger("nightrank.ranker")
@@ -53,6 +54,7 @@ class Ranker:
         cache: Path | None = None,
         *,
         engine: Engine | None = None,
+        variant: VariantChoice = "auto",
         min_generation: int = 0,
         refresh_every: float | None = None,
         batching: bool = False,
@@ -67,6 +69,8 @@ class Ranker:
             device: `cuda` insists on a GPU, `auto` uses one where it works.
             cache: folder for this pipeline's releases, kept between processes; by default a temporary one.
             engine: how sessions run: threads, CUDA graphs, TensorRT.
+            variant: `auto` takes the smaller graph that is made for the device where a release has one that passed;
+                `fp32`, `fp16` (on a GPU) and `int8` (on the CPU) insist.
             min_generation: of the pointer; an older one is refused, as is one older than what the cache remembers.
             refresh_every: seconds between looks at the pointer by a thread of the ranker's own; None leaves them to
                 `refresh`. That thread also fetches the release before, so that a rollback need not.
@@ -90,7 +94,7 @@ class Ranker:
         events = events or Events()
         one_core = engine is not None and engine.threads == 1
         lanes = len(os.sched_getaffinity(0)) if one_core else 1
-        self._source = ReleaseSource(opened, pipeline, ReleaseCache(self._folder), device, engine, keys)
+        self._source = ReleaseSource(opened, pipeline, ReleaseCache(self._folder), device, engine, variant, keys)
         try:
             self._follower = Follower(
                 self._source,
@@ -143,6 +147,11 @@ class Ranker:
     def signed(self) -> bool:
         """Whether a trusted key vouches for what serves; False where no keys are named."""
         return self._source.signed
+
+    @property
+    def variant(self) -> str:
+        """Which graph of the champion serves: `fp32`, `fp16` or `int8`."""
+        return self._follower.serving().release.variant
 
     @property
     def refusal(self) -> str | None:

@@ -1,4 +1,4 @@
-"""A release's graphs at work: `model.onnx` on the CPU, or `lookup.onnx` on the CPU and `score.onnx` on the GPU."""
+"""A release's graphs at work: `model.onnx` on the CPU, or `lookup.onnx` and a score graph on the CPU or the GPU."""
 
 import threading
 from collections import OrderedDict
@@ -51,6 +51,28 @@ class Whole:
     def run(self, inputs: Arrays) -> npt.NDArray[np.float32]:
         """Scores [R, M, K]."""
         scores: npt.NDArray[np.float32] = self._session.run(self._output, inputs)[0]
+        return scores
+
+
+class Pair:
+    """`lookup.onnx` and a smaller form of `score.onnx`, one after the other on the CPU."""
+
+    def __init__(self, lookup: Path, score: Path, output: str, engine: Engine) -> None:
+        self.placement = Placement()
+        self._lookup, self._score = (open_session(graph, engine, "cpu") for graph in (lookup, score))
+        self._between = [value.name for value in self._score.get_inputs()]
+        self._output = [output]
+
+    @property
+    def inputs(self) -> Sequence[onnxruntime.NodeArg]:
+        """Raw columns that they take."""
+        given: Sequence[onnxruntime.NodeArg] = self._lookup.get_inputs()
+        return given
+
+    def run(self, inputs: Arrays) -> npt.NDArray[np.float32]:
+        """Scores [R, M, K]."""
+        values = dict(zip(self._between, self._lookup.run(self._between, inputs), strict=True))
+        scores: npt.NDArray[np.float32] = self._score.run(self._output, values)[0]
         return scores
 
 

@@ -11,6 +11,7 @@ from tasks.release.signing import Keyring, check_manifest, check_pointer
 from tasks.serving.cache import ReleaseCache
 from tasks.serving.loaded import LoadedRelease, load
 from tasks.serving.sessions import Device, Engine
+from tasks.serving.variants import VariantChoice
 
 
 class ReleaseSource:
@@ -27,12 +28,14 @@ class ReleaseSource:
         cache: ReleaseCache,
         device: Device,
         engine: Engine | None,
+        variant: VariantChoice,
         keys: Path | None = None,
     ) -> None:
         self._store, self.pipeline, self._cache, self._keys = store, pipeline, cache, keys
         self.signed = False
         self._device: Device = device
         self._engine = engine
+        self._variant: VariantChoice = variant
 
     def keyring(self) -> Keyring | None:
         """The keys that may sign, read anew; None where none are named.
@@ -91,7 +94,7 @@ class ReleaseSource:
                 f"{manifest.night}; promote it again"
             )
         with self._cache.fetched(self._store, self.pipeline, manifest, keep) as folder:
-            return load(folder, manifest, self._device, self._engine)
+            return load(folder, manifest, self._device, self._engine, self._variant)
 
     def hold(self, release: str, keep: Collection[str]) -> None:
         """Have a release's verified files on the disk without loading it, so that going back to it fetches nothing.

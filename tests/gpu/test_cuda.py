@@ -90,3 +90,29 @@ def test_a_night_on_the_device_publishes_a_release_that_runs_there(tmp_path: Pat
             for spec in cpu.manifest.interface.inputs
         }
         np.testing.assert_allclose(gpu.score(request), cpu.score(request), atol=1e-4)
+
+
+def test_halves_on_the_device_answer_as_their_manifest_says(tmp_path: Path) -> None:
+    """The score graph in half precision, bound to the device's memory, beside fp32 there."""
+    from flows.config import RetrainConfig
+    from tasks.serving.ranker import Ranker
+    from tests.steps.plain import plain_night
+    from tests.world import write_world
+
+    world = write_world(tmp_path)
+    wide = {"variants": ["fp16", "int8"], "max_auc_loss": 0.1, "max_log_loss_rise": 0.1}
+    config = RetrainConfig.model_validate(world.config | {"device": "cuda", "export": wide})
+    plain_night(config, world.nights[-1])
+    store, pipeline = world.config["store"], world.config["pipeline"]
+    with Ranker(store, pipeline, "cuda") as half, Ranker(store, pipeline, "cuda", variant="fp32") as whole:
+        assert (half.variant, whole.variant) == ("fp16", "fp32")
+        random, columns = np.random.default_rng(0), half.manifest.interface.inputs
+        request = {
+            spec.name: [spec.example] * 8 if spec.per == "request" else [[spec.example] * 16] * 8 for spec in columns
+        }
+        request["item_id"] = random.integers(100, 130, size=(8, 16)).tolist()
+        together = half.score(request)
+        difference = np.abs(together - whole.score(request)).max()
+        assert 0 < difference < half.manifest.variants["fp16"].parity["tolerance"]
+        alone = np.concatenate([half.score({name: [one[row]] for name, one in request.items()}) for row in range(8)])
+        np.testing.assert_allclose(alone, together, atol=2e-3)

@@ -7,6 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.cli_triton import add_triton
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,7 +24,7 @@ def add_releases(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add `releases` and all that is below it to a command line."""
     root = commands.add_parser(
         "releases",
-        help="what was published: list, show, diff, verify, promote, rollback, hold, challenger, fallback, gc, sign",
+        help="what was published: list, show, diff, verify, promote, rollback, challenger, fallback, gc, triton, ...",
         description="What was published, and an operator's hand on it. A release is named by " + NAMES + ".",
     )
     below = root.add_subparsers(required=True, metavar="ACTION")
@@ -88,6 +90,7 @@ def add_releases(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help=f"hours between mark and removal, at least 1 (default: {GRACE})",
     )  # fmt: skip
     gc.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    add_triton(action, NAMES)
 
 
 def store_and_pipeline(options: argparse.Namespace, command: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from tasks.references import BaseRef, IngestRef, ParentRef, Place, PrepareRef
 from tasks.steps import Product, Progress, carry_out, device_of, open_workspace, recalled, record_of, verb
 from tasks.tensorboard import scalars_of
 
-VERSION = 4
+VERSION = 5
 BENT_VERSION = 2
 """Of second-order training through bent layers; the other trainings answer as they did before it."""
 LOOSE_STARTS = 1

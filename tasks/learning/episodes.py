@@ -3,6 +3,7 @@
 Shapes: V visits, T query rows, K objectives.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,13 +117,38 @@ def score_visits(
     if query_rows is not None:
         query = Windows(query.start, np.minimum(query.stop, border + query_rows))
     rows, visit = query.flat()
+    stages = ladder.plan(visits, after) if precisions.shape[-1] > 0 else []
+    if adaptation.first_order:  # nothing would flow through the support: no graph is needed
+        support = torch.no_grad()(scorer)
+    elif torch.is_grad_enabled():
+        scorer = support = scored_once(scorer, [rows, *(stage.rows for stage in stages)])
+    else:
+        support = scorer
     logits, features = scorer(rows)
-    if precisions.shape[-1] == 0:
+    if not stages:
         return Scores(rows, logits, logits)
-    # In first order nothing would flow through the support: no graph is needed.
-    support = torch.no_grad()(scorer) if adaptation.first_order else scorer
-    solution = climb(ladder.plan(visits, after), support, material, precisions, adaptation)[-1]
+    solution = climb(stages, support, material, precisions, adaptation)[-1]
     return Scores(rows, logits, adaptation.scores(logits, features, solution, visit))
+
+
+def scored_once(scorer: Scorer, asked: Sequence[I64]) -> Scorer:
+    """A scorer that has scored every position that will be asked for, once for all who ask.
+
+    A row is query of one episode and support of several, of a user's later visits and of everybody in his segments;
+    the network, and the gradient through it, see it once.
+
+    Args:
+        scorer: of any positions.
+        asked: all the positions that will be asked for.
+    """
+    known = np.unique(np.concatenate(asked))
+    logits, features = scorer(known)
+
+    def look_up(at: I64) -> tuple[Tensor, Tensor]:
+        here = torch.from_numpy(np.searchsorted(known, at)).to(logits.device)
+        return logits.index_select(0, here), features.index_select(0, here)
+
+    return look_up
 
 
 def row_loss(

@@ -41,6 +41,12 @@ class Stage:
     windows: Windows
     parent: I64
 
+    @property
+    def rows(self) -> I64:
+        """Positions of all support rows, window by window."""
+        at, _ = self.windows.flat()
+        return at if self.support is None else self.support[at]
+
 
 def learned_levels(segments: SegmentsConfig, user: str) -> tuple[tuple[str, ...], ...]:
     """Levels that have precisions: the config's, below the user's own, which the exam of first contact adapts."""

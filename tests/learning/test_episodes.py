@@ -7,7 +7,7 @@ from sklearn import metrics as reference
 
 from tasks.learning.adapters import Adaptation, AdapterConfig
 from tasks.learning.episodes import COLD_SHARE, MOST_SUPPORT, counts_by_age, draw, row_loss, score_visits
-from tasks.learning.ladder import Ladder
+from tasks.learning.ladder import Ladder, climb
 from tasks.learning.material import Material, visits_of
 from tests.learning.small_rows import FIRST, ladder_of, opposed, table, told
 
@@ -105,6 +105,42 @@ def test_query_rows_are_the_earliest_behind_the_support():
     assert scored(rows, visits, [2, 1], query_rows=2).rows.tolist() == [2, 3, 7, 8]
     everything, some = scored(rows, visits, [2, 1]), scored(rows, visits, [2, 1], query_rows=2)
     torch.testing.assert_close(some.adapted, everything.adapted[np.isin(everything.rows, some.rows)])
+
+
+def test_a_step_scores_every_row_once_and_has_the_gradient_of_scoring_it_wherever_it_is_asked_for():
+    """Rows of earlier nights support several visits and segments, and are queries of others."""
+    rows = opposed(nights=3, users=8)
+    visits = visits_of(rows).of_nights(FIRST + 1, FIRST + 2)
+    after, kinds = np.full(len(visits), 2), torch.ones(2, dtype=torch.float64)
+    ladder, material, adaptation = Ladder(rows, ladder_of(), "shopper"), Material(rows), Adaptation(KINDS, RIDGE)
+    stages, (query, visit) = ladder.plan(visits, after), visits.split(after)[1].flat()
+    asked = []
+
+    def gradients(adapted):
+        tables = [part.requires_grad_() for part in told(rows)(np.arange(len(rows)))]
+        precisions = torch.full((2, 2, 3), 2.0, dtype=torch.float64, requires_grad=True)
+
+        def scorer(at):
+            asked.append(at)
+            return tables[0][at], tables[1][at]
+
+        loss = row_loss(adapted(scorer, precisions), material.labels(query).double(), KINDS, kinds)
+        return torch.autograd.grad(loss, [*tables, precisions])
+
+    def wherever(scorer, precisions):
+        weights = climb(stages, scorer, material, precisions, adaptation)[-1]
+        return adaptation.scores(*scorer(query), weights, visit)
+
+    def once(scorer, precisions):
+        return score_visits(ladder, visits, after, scorer, material, precisions, adaptation).adapted
+
+    expected = gradients(wherever)
+    assert len(np.concatenate(asked)) > 1.3 * len(np.unique(np.concatenate(asked)))
+    asked.clear()
+    for found, slope in zip(gradients(once), expected, strict=True):
+        assert float(slope.abs().max()) > 1e-4
+        torch.testing.assert_close(found, slope)
+    assert [len(at) for at in asked] == [len(np.unique(np.concatenate([query, *(one.rows for one in stages)])))]
 
 
 def test_the_loss_is_log_loss_plus_half_the_squared_error_by_weight():

@@ -13,6 +13,8 @@ from tasks.learning.networks import Ranker
 
 PRECISION_SPEED = 5.0
 """Learning rate of the log-precisions over that of the network."""
+BENT = 1 / 30
+"""Share of the layers' decay where adapters bend them: pairs of units that cancel out are no weights to be small."""
 
 
 @contextmanager
@@ -78,6 +80,8 @@ def optimiser_of(
     Parameters that want no gradient are left out: decay would move what is frozen. Every group names the highest
     learning rate that it may have as `peak`.
     """
+    if network.bent is not None:
+        weight_decay *= BENT
     # Norms, biases, and the tables of places and gaps.
     undecayed = {
         name

@@ -127,7 +127,7 @@ def _between(low: float, high: float, log: bool = False) -> Parameter:
 DEFAULT: Space = {
     "training.learning_rate": _between(1e-4, 3e-3, log=True),
     "training.epochs": _between(1, 12),
-    "training.weight_decay": _between(0.1, 10.0, log=True),
+    "training.weight_decay": _between(1.0, 100.0, log=True),
     "training.embedding_decay": _between(0.3, 30.0, log=True),
     "ranker.factors": _between(1, 16, log=True),
     "ranker.category_factors": _between(1, 16, log=True),

@@ -58,6 +58,17 @@ def test_factors_and_precisions_are_not_decayed_and_every_parameter_is_optimised
         assert decay[id(parameter)] == expected
 
 
+@pytest.mark.parametrize("kind", ["film", "lora"])
+def test_layers_that_adapters_bend_decay_by_a_thirtieth(kind):
+    adapter = AdapterConfig(kind=kind)
+    network = Ranker(shape(opposed(nights=1, users=6)), RankerConfig(embedding=4, hidden=8), adapter.bent)
+    groups = optimiser_of(network, Precisions(2, 1, network.width, adapter, network.fan_in), 0.1, 6.0, 0.3).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name in ("joint.0.weight", "joint.3.weight", "candidate_tower.0.weight"):
+        assert decay[id(network.get_parameter(name))] == pytest.approx(0.2)
+    assert {decay[id(table.weight)] for table in network.candidate_tables} == {0.3}
+
+
 def losses_of(optimiser, weight, steps=4):
     """Squared distances to 1 on the way down."""
     losses = []

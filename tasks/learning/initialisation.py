@@ -45,7 +45,10 @@ DRIFTING = frozenset({"constant"})
 """Parts whose weights change from night to night more than the evidence of all nights together knows."""
 GIVEN = FITTED | DRIFTING | {"numbers"}
 """Parts that say at the start what they ever will, or nearly so; features of all others have to be learned first."""
-
+PACE = 5e-4
+"""Learning rate that `training.weight_decay` is told for: at another one layers lose the same share a step."""
+HOLDING_ROWS = 100_000
+"""Rows of a history up to which layers are held as configured, and beyond which as by a prior: less, the more rows."""
 HEARD = 0.01
 """Share of the stop loss that weights must save to be held less than at a start that had no use for them."""
 
@@ -242,9 +245,10 @@ class Initialisation:
 
     def optimiser(self, network: Ranker, precisions: Precisions) -> torch.optim.Optimizer:
         """An optimiser of what the config trains."""
-        config = self.setting.training
+        config, rows = self.setting.training, len(self.setting.rows)
         thaw(network, config.freeze)
-        return optimiser_of(network, precisions, config.learning_rate, config.weight_decay, config.embedding_decay)
+        held = config.weight_decay * (PACE / config.learning_rate) * min(1.0, HOLDING_ROWS / max(rows, 1))
+        return optimiser_of(network, precisions, config.learning_rate, held, config.embedding_decay)
 
     def _place(self, network: Ranker, fit: Visits, at: I64, random: np.random.Generator) -> None:
         """Put the prototypes, if there are any, where rows differ in what segments think of them."""

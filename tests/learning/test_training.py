@@ -250,7 +250,8 @@ def test_a_pull_keeps_a_warm_start_near_its_parent_and_a_cold_one_as_it_is(
     world, history, trained, tmp_path, monkeypatch
 ):
     """Each step goes 90 % of the way back, so that a step's length and a ninth of it is all that can add up."""
-    longer, held = before(world, NIGHTS + 2), SHORT.model_copy(update={"pull": 0.9, "average": 0.0})
+    # Decay makes a step longer than the learning rate.
+    longer, held = before(world, NIGHTS + 2), SHORT.model_copy(update={"average": 0.0, "weight_decay": 0.0})
     falling = iter(range(0, -99, -1))
     ends = {}
     with monkeypatch.context() as patch:
@@ -556,3 +557,22 @@ def test_nights_may_have_gaps(world):
     rows = part(world, np.isin(np.asarray(world.night) - FIRST, [0, 3, 7]))
     made = train(rows, night=9, config=SHORT.model_copy(update={"epochs": 0, "stop_nights": 1}))
     assert made.base.trained_through == day(7) == day(9) - timedelta(days=2)
+
+
+@pytest.mark.parametrize(("pace", "rows_held"), [(5e-4, 10**6), (2e-2, 10**6), (5e-3, None)])
+def test_layers_lose_the_same_share_a_step_at_any_learning_rate_and_less_beyond_so_many_rows(
+    history, monkeypatch, pace, rows_held
+):
+    """A quarter of the rows up to which layers are held as configured, then four times as many."""
+    monkeypatch.setattr(initialisation, "HOLDING_ROWS", rows_held or len(history) / 4)
+    config = SHORT.model_copy(update={"learning_rate": pace, "weight_decay": 8.0})
+    setting = Setting(contract(), ladder_of(), SMALL, RIDGE, config, history, shape(history), day(NIGHTS))
+    begun = initialisation.Initialisation(setting, Losses(setting))
+    network, precisions = begun.fresh()
+    before_step = network.joint[0].weight.detach().clone()
+    optimiser = begun.optimiser(network, precisions)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    share = 8.0 * 5e-4 * (1 if rows_held else 1 / 4)
+    torch.testing.assert_close(network.joint[0].weight.detach(), before_step * (1 - share))

@@ -54,6 +54,6 @@ def test_a_training_has_a_key_of_its_own_only_where_its_answers_are_others(
             place, contract(*kinds), *configs, AdapterConfig(**adapter), night, SimpleNamespace(history=None)
         )
     step, version, section = found.value.args[0]
-    assert (step, version) == ("meta-train", 4)
+    assert (step, version) == ("meta-train", 5)
     before = {"objectives", "segments", "ranker", "training", "adapter", "device"}
     assert set(section) == before | own

@@ -20,7 +20,16 @@ from tasks.release.manifest import blob_key
 from tasks.release.publishing import publish_release
 from tasks.release.triton import Served, raw_bytes, write_repository
 from tests.release.triton_rules import NUMPY, Arrays, answer_of, as_sent, read_config, type_of
-from tests.releases import NIGHT, PIPELINE, Made, described_anew, make_release, next_night
+from tests.releases import (
+    NIGHT,
+    PIPELINE,
+    Made,
+    described_anew,
+    make_release,
+    next_night,
+    shared_feedback_graph,
+    shared_graph,
+)
 
 KINDS = ("full", "lean", "past", "clashing")
 
@@ -160,6 +169,23 @@ def test_look_ups_that_are_tables_come_with_their_files(full: Made, tmp_path: Pa
     for golden in made.golden:
         scores = answer_of(tmp_path / "models", "shop", as_sent(made.manifest.interface, golden.inputs))["scores"]
         np.testing.assert_allclose(scores, golden.scores, rtol=1e-5, atol=1e-5)
+
+
+def test_requests_with_feedback_have_an_ensemble_of_their_own(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
+    graph, solved = shared_graph(tmp_path_factory, "full"), shared_feedback_graph(tmp_path_factory, "full")
+    made, store = make_release(tmp_path / "release", graph, with_feedback=solved), open_store(str(tmp_path / "store"))
+    publish_release(store, PIPELINE, made.folder, made.manifest, {})
+    found = write_repository(store, made.manifest, tmp_path / "models", Served("shop"))
+    assert [one.ensemble for one in found] == ["shop", "shop_feedback"]
+    plain = {spec.name for spec in made.manifest.interface.inputs if not spec.optional}
+    asked = [0, 0]
+    for golden in made.golden:
+        brings = golden.inputs.keys() != plain
+        sent = as_sent(made.manifest.interface, golden.inputs)
+        scores = answer_of(tmp_path / "models", found[brings].ensemble, sent)["scores"]
+        np.testing.assert_allclose(scores, golden.scores, rtol=1e-4, atol=1e-4)
+        asked[brings] += 1
+    assert min(asked) > 1
 
 
 def test_a_release_that_answers_otherwise_is_not_left_there(full: Made, tmp_path: Path):

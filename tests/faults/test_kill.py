@@ -368,7 +368,7 @@ def test_a_run_through_prefect_that_is_killed_is_finished_by_the_next(
     assert ready.undisturbed.result["release"] in said
     assert "Traceback" not in said
     assert "prefect.server" not in said
-    assert task_runs(tmp_path / "prefect")[-1] == ["Completed"] * 12
+    assert task_runs(tmp_path / "prefect")[-1] == ["Completed"] * 13
     again = ready.nursery.run(config, ready.night)
     assert again.worked == []
     assert_done_once(ready, store, again)

@@ -1,8 +1,9 @@
 """A ranker's files on its own disk: what is kept, what is fetched, what is hashed, and which generations were seen."""
 
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,19 +128,21 @@ def test_a_stamp_that_says_something_else_counts_for_nothing(
     assert (set(hashed), fetched) == ({file.sha256 for file in tonight.manifest.files}, [])
 
 
-def raise_to(folder: Path, generations: list[int]) -> None:
-    seen = SeenGeneration(folder, PIPELINE)
-    for one in generations:
-        seen.remember(one)
+RAISED = """
+import json, sys
+from pathlib import Path
+from tasks.serving.seen import SeenGeneration
+seen = SeenGeneration(Path(sys.argv[1]), sys.argv[2])
+for one in json.loads(sys.argv[3]):
+    seen.remember(one)
+"""
 
 
 def test_of_many_processes_the_highest_generation_is_remembered(tmp_path: Path):
     orders = [np.random.default_rng(seed).permutation(60).tolist() for seed in range(4)]
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=raise_to, args=(tmp_path, order)) for order in orders]
-    [process.start() for process in processes]
-    [process.join() for process in processes]
-    assert [process.exitcode for process in processes] == [0] * 4
+    commands = [[sys.executable, "-c", RAISED, str(tmp_path), PIPELINE, json.dumps(order)] for order in orders]
+    processes = [subprocess.Popen(command, cwd=Path(__file__).parents[2]) for command in commands]
+    assert [process.wait() for process in processes] == [0] * 4
     assert SeenGeneration(tmp_path, PIPELINE).read() == 59
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seen.json", "seen.lock"]
 

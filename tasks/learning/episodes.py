@@ -135,7 +135,9 @@ def scored_once(scorer: Scorer, asked: Sequence[I64]) -> Scorer:
     """A scorer that has scored every position that will be asked for, once for all who ask.
 
     A row is query of one episode and support of several, of a user's later visits and of everybody in his segments;
-    the network, and the gradient through it, see it once.
+    the network, and the gradient through it, see it once. In training a row has the same dropped units, request tower
+    and unknown ids wherever it is asked for in a step. All rows of the step are scored together: as many as episodes
+    and `segments.max_support` allow, which the gradient kept in any case.
 
     Args:
         scorer: of any positions.

@@ -44,7 +44,10 @@ class Stage:
     @property
     def rows(self) -> I64:
         """Positions of all support rows, window by window."""
-        at, _ = self.windows.flat()
+        return self.read(self.windows.flat()[0])
+
+    def read(self, at: I64) -> I64:
+        """Positions of support rows that windows name as `at`."""
         return at if self.support is None else self.support[at]
 
 
@@ -249,7 +252,7 @@ def read(stage: Stage, scorer: Scorer, material: Material, size: tuple[int, int]
         chosen = np.concatenate(together)
         windows = stage.windows.take(chosen)
         at, window = windows.flat()
-        rows = at if stage.support is None else stage.support[at]
+        rows = stage.read(at)
         logits, features = scorer(rows)
         yield Read(
             *(together, chosen[window], (window, at - windows.start[window]), np.cumsum(windows.lengths)),

@@ -52,13 +52,15 @@ class TrainingConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     """Step size of AdamW."""
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 30.0
-    """Weight decay of the layers: the share of them that a step takes off, in units of 0.0005, at any learning rate
-    (decoupled from it: Loshchilov and Hutter, 2019). A chain of nights trains on nearly the same rows every night: what
-    holds a layer in one training is too weak over sixty, in which it learns the window by heart. It is that of up to
-    100,000 rows of history, and beyond them less in proportion, as a prior is that weighs as much as so many rows.
-    Where adapters bend the layers, and so live by what these start from, a thirtieth of it."""
+    """Weight decay of the layers: the share of them that a step takes off, in units of 0.0005, at any `learning_rate`
+    (decoupled from it: Loshchilov and Hutter, 2019; the first epoch's ramp and the slower pace after a setback lower
+    both). At the default learning rate no weight stays above one over it for long, whatever the rows ask. A chain of
+    nights trains on nearly the same rows every night: what holds a layer in one training is too weak over sixty, in
+    which it learns the window by heart. It is that of up to 100,000 rows of history, and beyond them less in
+    proportion, as a prior is that weighs as much as so many rows. Where adapters bend the layers, and so live by what
+    these start from, a thirtieth of it."""
     embedding_decay: Annotated[float, Field(ge=0)] = 3.0
-    """Decoupled weight decay of the embeddings."""
+    """Weight decay of the embeddings, in units of the learning rate; it does not fade with the history's rows."""
     base_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the loss before adaptation, so that the base stands by itself."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.98

@@ -82,8 +82,8 @@ def main() -> None:
     for exam in dict.fromkeys(line.exam for line in lines):
         for name in (EVERYTHING, *([] if exam == "nightly" else [COMMON_ROWS])):
             print(markdown([line for line in lines if (line.exam, line.slice) == (exam, name)]))
-        if options.seeds > 1:
-            print(by_seed(tables, exam, config.data.objectives[0]))
+            if options.seeds > 1 and name == EVERYTHING:
+                print(by_seed(tables, exam, config.data.objectives[0]))
 
 
 def by_seed(tables: dict[str, pa.Table], exam: str, objective: ObjectiveConfig) -> str:

@@ -1,4 +1,4 @@
-"""Default settings on worlds that they were not chosen on: nine kinds of signal, seven nights from a cold start each.
+"""Default settings on worlds that they were not chosen on: ten kinds of signal, seven nights from a cold start each.
 
     python -m tests.benchmarks.worlds [--seed SEED] [NAME ...]
 
@@ -25,6 +25,7 @@ from tests.steps.plain import plain_replay
 
 USERS, ITEMS, NIGHTS, VISITS, BEFORE = 1500, 400, 16, 120, 9
 START = date(2026, 1, 1)
+HOURS = 6
 Array = "np.ndarray[Any, Any]"
 
 
@@ -45,13 +46,20 @@ class World:
         self.tastes, self.of_numbers = random.normal(size=(USERS, 3)), random.normal(size=(USERS, 3))
         self.of_vectors = random.normal(size=(USERS, 16)) / 4
         self.active = random.gamma(1.0, 1.0, USERS)
+        self.of_hour = np.random.default_rng([seed, 1]).normal(size=(HOURS, 8))  # leaves the draws of the others
+
+
+def hour_of(user: Array, night: int) -> Array:
+    """What is of a visit alone: neither the user's nor the night's."""
+    return (user * 31 + night * 17) % HOURS
 
 
 Signal = Callable[[World, Array, Array, int], Array]
 WORLDS: dict[str, Signal] = {
     "nothing": lambda w, u, i, n: np.zeros(len(u)) - w.popularity[i] - w.bias[u],
     "market x category": lambda w, u, i, n: w.of_market[w.market[u], w.category[i]],
-    "context x category": lambda w, u, i, n: w.of_device[w.device[u], w.category[i]],
+    "device x category": lambda w, u, i, n: w.of_device[w.device[u], w.category[i]],
+    "request x category": lambda w, u, i, n: w.of_hour[hour_of(u, n), w.category[i]],
     "user x numbers": lambda w, u, i, n: (w.of_numbers[u] * w.numbers[i]).sum(1),
     "user x factors": lambda w, u, i, n: 0.8 * (w.tastes[u] * w.factors[i]).sum(1),
     "user x factors, a rating": lambda w, u, i, n: 0.8 * (w.tastes[u] * w.factors[i]).sum(1),
@@ -87,6 +95,8 @@ def written(name: str, folder: Path, seed: int) -> RetrainConfig:
             **{f"n{at}": world.numbers[item, at] for at in range(3)},
             "vector": list(world.vectors[item]),
         }
+        if name.startswith("request"):
+            columns["hour"] = [f"h{one}" for one in hour_of(user, night)]
         path = folder / "lake" / f"night={day}" / "part.parquet"
         path.parent.mkdir(parents=True)
         pq.write_table(pa.table(columns), path)
@@ -107,6 +117,8 @@ def _config(name: str, folder: Path) -> dict[str, Any]:
         *({"name": f"n{at}", "role": "candidate", "dtype": "float64", "kind": "numeric"} for at in range(3)),
         {"name": "vector", "role": "candidate", "dtype": "float64", "kind": "dense", "length": 16},
     ]
+    if name.startswith("request"):
+        columns.append({"name": "hour", "role": "request", **text})
     rating = name.endswith("a rating")
     objective = {"name": "stars", "kind": "rating"} if rating else {"name": "liked", "kind": "binary"}
     data = {"source": str(folder / "lake"), "partition": "night={night}", "time_zone": "UTC", "window_nights": 60}

@@ -25,8 +25,8 @@ class Events:
     def batched(self, requests: int) -> None:
         """So many requests of several callers were answered by one run."""
 
-    def polled(self, generation: int, refusal: str | None) -> None:
-        """The pointer was looked at; or why what it names does not serve."""
+    def polled(self, generation: int, refusal: str | None, signed: bool) -> None:
+        """The pointer was looked at; or why what it names does not serve. Whether a trusted key vouches for it."""
 
     def swapped(self, role: Role, manifest: Manifest | None, device: str, seconds: float) -> None:
         """Another release has the role now, after so many seconds of fetching, loading and proving; or none."""

@@ -59,7 +59,7 @@ class Follower:
         self.refusal: str | None = None
         self.generation = max(min_generation, seen.read())
         self._swap(self._newer_pointer())
-        events.polled(self.generation, None)
+        events.polled(self.generation, None, source.signed)
 
     def serving(self) -> Champion:
         """What answers now.
@@ -121,7 +121,7 @@ class Follower:
             )
         else:
             self.refusal = None
-        self._events.polled(self.generation, self.refusal)
+        self._events.polled(self.generation, self.refusal, self._source.signed)
         return self.serving().release is not before
 
     def _newer_pointer(self) -> Pointer:

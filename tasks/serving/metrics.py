@@ -60,6 +60,10 @@ class _Collectors:
         self.refused = Gauge(
             "nightrank_refused", "1 while what the pointer names does not serve.", of, registry=registry
         )
+        self.signed = Gauge(
+            "nightrank_signed", "1 where a trusted key vouches for what serves, 0 where no keys are named.", of,
+            registry=registry,
+        )  # fmt: skip
         self.fallbacks = Counter("nightrank_challenger_fallbacks", "Challengers given up.", of, registry=registry)
 
 
@@ -106,8 +110,9 @@ class Metrics(Events):
         """So many requests of several callers were answered by one run."""
         self._to.batches.labels(self._pipeline).observe(requests)
 
-    def polled(self, generation: int, refusal: str | None) -> None:
-        """The pointer was looked at; or why what it names does not serve."""
+    def polled(self, generation: int, refusal: str | None, signed: bool) -> None:
+        """The pointer was looked at; or why what it names does not serve. Whether a trusted key vouches for it."""
+        self._to.signed.labels(self._pipeline).set(signed)
         self._to.polls.labels(self._pipeline, "refused" if refusal else "good").inc()
         self._to.refused.labels(self._pipeline).set(refusal is not None)
         self._to.generation.labels(self._pipeline).set(generation)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.errors import ReleaseRefused
@@ -28,6 +29,7 @@ from tasks.release.publishing import publish_release
 from tasks.release.signature import Signature, signature_key, signed_bytes
 from tasks.release.signing import KEY_VARIABLE, KEYS_VARIABLE, Keyring, SigningKey, State, TrustedKey
 from tasks.release.strict_json import canonical
+from tasks.serving.metrics import Metrics
 from tasks.serving.ranker import Ranker
 from tests.releases import NIGHT, PIPELINE, Made, make_release, next_night, shared_graph
 
@@ -287,10 +289,11 @@ CASES = TAMPER | MIXED
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_what_no_trusted_key_vouches_for_is_never_loaded(world: World, tmp_path: Path, case: str) -> None:
-    store = world.store(tmp_path / "store")
+    store, registry = world.store(tmp_path / "store"), CollectorRegistry()
     attack, told = CASES[case]
-    with Ranker(store, PIPELINE, "cpu", keys=world.ring) as ranker:
+    with Ranker(store, PIPELINE, "cpu", keys=world.ring, events=Metrics(registry, PIPELINE)) as ranker:
         assert ranker.signed
+        assert registry.get_sample_value("nightrank_signed", {"pipeline": PIPELINE}) == 1
         attack(store, world)
         assert not ranker.refresh()
         assert ranker.release == world.first.manifest.release

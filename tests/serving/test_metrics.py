@@ -35,6 +35,7 @@ def test_what_prometheus_is_told_is_what_happened(store: ObjectStore, tonight: M
         assert told("answer_seconds_count", role="champion") == 3
         assert told("batch_requests_sum") == 48
         assert told("constant_share", role="champion") == 0
+        assert (told("signed"), ranker.signed) == (0, False)
         assert told("release_night_seconds", role="champion") == 1772323200  # 2026-03-01
         publish_release(store, PIPELINE, tomorrow.folder, tomorrow.manifest, {})
         promote(store, PIPELINE, second, tomorrow.manifest.night, token=1)

@@ -30,11 +30,11 @@ from tasks.references import Place
 from tasks.release.golden_read import read_requests
 from tasks.release.holds import JOINT, HeldSegment, change_holds, held_segments, segment_of
 from tasks.release.interface import Interface, read_interface
-from tasks.release.manifest import LARGEST_MANIFEST, Manifest, Pointer, content_digest, describe
+from tasks.release.manifest import BESIDE, LARGEST_MANIFEST, Manifest, Pointer, content_digest, describe
 from tasks.release.manifest_parts import LevelSegments
 from tasks.release.marks import names_of, spare
 from tasks.release.pointer import move, read_pointer
-from tasks.release.published import night_key, releases_prefix
+from tasks.release.published import beside_of, night_key
 from tasks.release.publishing import publish_release, read_manifest
 from tasks.release.requirements import requirements
 from tasks.release.segments_table import level_segments
@@ -87,6 +87,7 @@ def fall_back(
         NoRelease: there is no champion.
         InvalidConfig: no level has these columns, or there is no reason.
         ObjectMissing: the segment has no weights of its own in one of the releases.
+        ObjectCorrupt: a file of the champion, or what lies beside it, is not what its manifest says.
         ReleaseRefused: the earlier release has another base: its weights mean nothing here.
         PointerMoved: somebody else moved the pointer meanwhile; nothing serves the new release.
         LeaseHeld: a night runs.
@@ -101,6 +102,7 @@ def fall_back(
         if pointer is None:
             raise NoRelease(f"{store.url} has no champion for pipeline {place.pipeline!r}; promote a release first")
         champion = read_manifest(store, place.pipeline, pointer.release)
+        beside = {one: read for one in sorted(BESIDE) if (read := beside_of(store, champion, one)) is not None}
         held = HeldSegment(
             columns=columns, name=name, reason=reason, by=_operator(), since=datetime.now(UTC).isoformat("T", "seconds")
         )
@@ -133,17 +135,17 @@ def fall_back(
                 release=content_digest(describe(folder)),
                 files=describe(folder),
                 interface=_interface(folder / "interface.json"),
-                parity=vars(parity),
+                parity={name: value for name, value in vars(parity).items() if name != "variants"},
                 provenance={**champion.provenance, "fallback": f"{told}, decided by {held.by}, because: {reason}"},
                 requires=requirements(sorted(folder.glob("*.onnx"))),
-                segments=_segments(champion, folder, data, _lifts(place, champion)),
+                segments=_segments(champion, folder, data, beside.get(LIFT)),
                 variants={},  # they were judged with other weights
                 beside=(),
                 schema_version=MANIFEST_VERSION,
             )
             if to is None:
                 change_holds(store, place.pipeline, lambda now: [*_without(now, held), held])
-            moved = _publish(place, pointer, champion, made, folder, told, held)
+            moved = _publish(place, pointer, champion, made, beside, folder, told, held)
     return FellBack(moved, held.told, new=True, held=to is None)
 
 
@@ -251,23 +253,30 @@ def _earlier(
 
 
 def _publish(
-    place: Place, pointer: Pointer, champion: Manifest, made: Manifest, folder: Path, told: str, held: HeldSegment
+    place: Place,
+    pointer: Pointer,
+    champion: Manifest,
+    made: Manifest,
+    beside: Mapping[str, bytes],
+    folder: Path,
+    told: str,
+    held: HeldSegment,
 ) -> Pointer:
     """Make the release visible, note it as its night's, and move the pointer."""
     store, pipeline = store_of(place), place.pipeline
-    before = f"{releases_prefix(pipeline)}{champion.release}"
-    run: dict[str, Any] = json.loads(store.get(f"{before}/run.json").data)
+    # A manifest of an earlier version has no digests of what lies beside it, and then that is not taken over.
+    run: dict[str, Any] = {"night": champion.night.isoformat(), "parent": None, "config": ""}
+    run |= json.loads(beside.get("run.json", b"{}"))
     run |= {"created": held.since, "go": True, "decided_by": "operator", "fallback": told}
     # The night's report is about the exams, in which nothing changes; what was shipped, the head says.
-    page = store.get(f"{before}/report.html").data.decode()
-    head, body, rest = page.partition("<main>")
+    head, body, rest = beside.get("report.html", b"<main>").decode().partition("<main>")
     note = (
         f"<p><strong>Release {made.release}: {escape(told)}.</strong> {escape(held.reason)} What follows is the report "
     )
     note += f"of release {champion.release}, from which it was made.</p>"
     extra = {"run.json": canonical_json(run), "report.html": f"{head}{body}{note}{rest}".encode()}
-    if (lifts := _lifts(place, champion)) is not None:
-        extra[LIFT] = lifts
+    if LIFT in beside:
+        extra[LIFT] = beside[LIFT]
     spare(store, pipeline, names_of(made), leased=True)
     publish_release(store, pipeline, folder, made, extra, still_held)
     still_held()
@@ -296,12 +305,6 @@ def _laid_out(place: Place, manifest: Manifest, folder: Path) -> Path:
     for file in manifest.files:
         (folder / file.name).symlink_to(release_file(place, manifest.release, file.name).resolve())
     return folder
-
-
-def _lifts(place: Place, champion: Manifest) -> bytes | None:
-    """The champion's `lift.parquet`; None where none lies beside it."""
-    found = store_of(place).find(f"{releases_prefix(place.pipeline)}{champion.release}/{LIFT}")
-    return None if found is None else found.data
 
 
 def _segments(champion: Manifest, folder: Path, data: DataConfig, lifts: bytes | None) -> tuple[LevelSegments, ...]:

@@ -1,15 +1,14 @@
 """Verify: whether rankers would take a release, tried as they do it, and whether what lies beside it is untouched."""
 
-import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.clients.object_store import ObjectStore
-from tasks.errors import NightrankError, ObjectCorrupt
+from tasks.errors import NightrankError
 from tasks.release.manifest import Manifest
-from tasks.release.published import check_whole, releases_prefix, stored_manifest
+from tasks.release.published import beside_of, check_whole, stored_manifest
 from tasks.release.publishing import read_manifest
 from tasks.release.signing import UNSIGNED, Keyring
 from tasks.serving.cache import ReleaseCache
@@ -89,12 +88,6 @@ def verify(store: ObjectStore, pipeline: str, release: str) -> tuple[Check, ...]
 
 def _beside(store: ObjectStore, manifest: Manifest) -> str:
     for file in manifest.beside:
-        key = f"{releases_prefix(manifest.pipeline)}{manifest.release}/{file.name}"
-        found = hashlib.sha256(store.get(key).data).hexdigest()
-        if found != file.sha256:
-            raise ObjectCorrupt(
-                f"{store.url}/{key} has SHA-256 {found[:12]}, the manifest says {file.sha256[:12]}: somebody "
-                f"changed it after it was published; rankers do not read it, and a person should not trust it"
-            )
+        beside_of(store, manifest, file.name)
     named = ", ".join(file.name for file in manifest.beside)
     return f"{named} have their digests" if named else "the manifest is of a version that names nothing beside it"

@@ -1,5 +1,6 @@
 """What stands in a store: releases by the names that people give them, who names them, and whether they are whole."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -123,6 +124,28 @@ def stored_manifest(store: ObjectStore, pipeline: str, release: str) -> Manifest
             f"{store.url} has no release {release} of pipeline {pipeline!r}; see `nightrank releases list`"
         )
     return Manifest.parse(found.data, pipeline, release)
+
+
+def beside_of(store: ObjectStore, manifest: Manifest, name: str) -> bytes | None:
+    """What lies beside a release under a name; None where its manifest names no such file.
+
+    Raises:
+        ObjectCorrupt: it is not what the manifest says.
+        ObjectMissing: it is gone.
+    """
+    file = next((one for one in manifest.beside if one.name == name), None)
+    if file is None:
+        return None
+    key = f"{releases_prefix(manifest.pipeline)}{manifest.release}/{name}"
+    data = store.get(key).data
+    found = hashlib.sha256(data).hexdigest()
+    if (len(data), found) != (file.bytes, file.sha256):
+        raise ObjectCorrupt(
+            f"{store.url}/{key} has {len(data)} bytes with SHA-256 {found[:12]}, the manifest says {file.bytes} with "
+            f"{file.sha256[:12]}: somebody changed it after it was published; rankers do not read it, and a person "
+            f"should not trust it; put the published bytes back from a copy, or promote another release"
+        )
+    return data
 
 
 def lacking(store: ObjectStore, manifest: Manifest) -> tuple[str, ...]:

@@ -227,6 +227,19 @@ def test_a_champion_whose_bank_is_damaged_is_no_start(damageable: Finished) -> N
         fell(damageable)
 
 
+@pytest.mark.parametrize("name", ["run.json", "report.html", "lift.parquet"])
+def test_what_was_changed_beside_the_champion_gets_into_no_new_release(damageable: Finished, name: str) -> None:
+    key = f"tiny/releases/{damageable.pointer.release}/{name}"
+    data = damageable.store.get(key).data
+    damageable.store.delete(key)
+    damageable.store.put_if_absent(key, data.replace(b"e", b"a", 1))
+    before = damageable.published()
+    with pytest.raises(ObjectCorrupt, match=rf"{name} has {len(data)} bytes with SHA-256 .* promote another release"):
+        fell(damageable)
+    assert damageable.published() == before
+    assert not damageable.store.exists(holds_key("tiny"))
+
+
 def test_a_held_pointer_stays_held_when_an_operator_moves_it(damageable: Finished) -> None:
     hold_pointer(damageable.store, "tiny", "an incident")
     assert fell(damageable).pointer.hold == "an incident"

@@ -26,7 +26,6 @@ def add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     rotate = actions.add_parser(
         "rotate", parents=[ring, private], help="a new key in place of those that sign; what they signed stays good"
     )
-    rotate.add_argument("--config", help="config file: also sign its pipeline's releases and pointer with the new key")
     rotate.set_defaults(command=_rotate)
     revoke = actions.add_parser("revoke", parents=[ring], help="refuse whatever a key has signed")
     revoke.add_argument("key_id", help="the key's id, as `nightrank keys list` shows it")
@@ -42,28 +41,14 @@ def _create(options: argparse.Namespace, console: "Console") -> None:
 
 def _rotate(options: argparse.Namespace, console: "Console") -> None:
     from tasks.release.key_files import rotate_key
-    from tasks.release.resigning import sign_releases
-    from tasks.release.signing import Keyring, SigningKey
 
-    config = None
-    if options.config:
-        from flows.config import load_config
-
-        config = load_config(options.config)
     made = rotate_key(_ring(options), options.key, options.comment)
     _say_made(console, options, made.key_id)
-    if config is None:
-        console.print("hand the keyring to every ranker, then sign what is there: nightrank releases sign")
-        return
-    from tasks.steps import store_of
-
-    key, keyring = SigningKey.load(options.key), Keyring.load(_ring(options))
-    done = sign_releases(store_of(config.place()), config.pipeline, key, keyring)
-    console.print(f"signed  {len(done.new)} releases; {len(done.already)} were")
-    for release, why in done.refused.items():
-        console.print(f"left    {release[:12]}: {why}", soft_wrap=True)
-    told = done.pointer_refused or (f"generation {done.pointer.generation}" if done.pointer else "there is none")
-    console.print(f"pointer {told}", soft_wrap=True)
+    console.print(
+        "first hand the keyring to every ranker, for one without it refuses what the new key signs; then sign what is "
+        "there with the new key: nightrank releases sign",
+        soft_wrap=True,
+    )
 
 
 def _list(options: argparse.Namespace, console: "Console") -> None:

@@ -81,8 +81,12 @@ def add_releases(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     down.add_argument("--reason", default="", help="why; it is kept with the release, the pointer and the ledger")
     sign = action("sign", _sign, "sign releases and the pointer with this host's key, as after a new one took over")
-    sign.add_argument("release", nargs="*", help=f"{NAMES} (default: every release)")
-    sign.add_argument("--unsigned", action="store_true", help="also what no trusted key vouches for; look at it before")
+    sign.add_argument("release", nargs="*", help=f"{NAMES} (default: every release, and the pointer)")
+    sign.add_argument("--pointer", action="store_true", help="the pointer, too, where releases are named")
+    sign.add_argument(
+        "--unsigned", action="store_true",
+        help="also what no trusted key vouches for; look at it before. Such a pointer must be what the ledger says",
+    )  # fmt: skip
     gc = action("gc", _gc, "mark what nothing names any more, and remove what was marked long enough ago", True)
     gc.add_argument("--keep", type=_count, metavar="N", help="newest releases kept (default: 14)")
     gc.add_argument(
@@ -298,8 +302,11 @@ def _sign(options: argparse.Namespace, console: "Console") -> None:
             f"no keyring says what is good so far; name it by {KEYS_VARIABLE}, or say --unsigned where you have looked"
         )
     named = [resolve(store, pipeline, name) for name in options.release] or None
-    done = sign_releases(store, pipeline, key, None if options.unsigned else keyring, named)
+    with_pointer = options.pointer or named is None
+    done = sign_releases(*(store, pipeline, key, keyring, named), unsigned=options.unsigned, with_pointer=with_pointer)
     show_signed(console, done)
+    if options.unsigned and done.pointer_refused:
+        raise ReleaseRefused(done.pointer_refused)
     if done.refused or done.pointer_refused:
         raise ReleaseRefused(
             f"{len(done.refused)} releases{' and the pointer' if done.pointer_refused else ''} were left as they are: "

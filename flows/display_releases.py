@@ -162,7 +162,8 @@ def show_signed(console: Console, done: "Resigned") -> None:
     console.print(f"key {done.key_id} signs {len(done.new)} releases; {len(done.already)} were signed by it before")
     for release, why in done.refused.items():
         console.print(f"left      {release[:12]}: {escape(why)}", soft_wrap=True)
-    told = f"generation {done.pointer.generation}" if done.pointer is not None else "there is none"
+    left = "there is none" if done.pointer_asked else "left as it is: releases were named, and --pointer was not given"
+    told = f"generation {done.pointer.generation}" if done.pointer is not None else left
     console.print(f"pointer   {escape(done.pointer_refused or told)}", soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ A night promotes its release under its lease; an operator's moves need none. Eac
 that began before refuses its own move.
 """
 
+import json
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from tasks.clients.object_store import ObjectStore, Stored
 from tasks.errors import Conflict, InvalidConfig, NoRelease, OutcomeUnknown, PointerMoved, ReleaseRefused
 from tasks.release.pointer_json import LARGEST_REASON, Pointer, pointer_key
 from tasks.release.publishing import read_manifest
-from tasks.release.signing import KEY_VARIABLE, Keyring, SigningKey, check_pointer, signer
+from tasks.release.signing import KEY_VARIABLE, KEYS_VARIABLE, Keyring, SigningKey, check_pointer, signer
 from tasks.release.strict_json import canonical
 
 
@@ -152,26 +153,77 @@ def move(
     return _swap(store, pipeline, current, stored, meant, reason, move_id, what)
 
 
-def sign_pointer(store: ObjectStore, pipeline: str, key: SigningKey, keyring: Keyring | None) -> Pointer | None:
+def sign_pointer(
+    store: ObjectStore, pipeline: str, key: SigningKey, keyring: Keyring | None, unsigned: bool = False
+) -> Pointer | None:
     """Sign the pointer as it stands; None where there is none.
+
+    A pointer that no key vouches for is signed only as the ledger has it: one that an attacker wrote, to an old release
+    under a high generation, would have every ranker follow it.
 
     Args:
         store: where.
         pipeline: the pipeline.
         key: signs it.
-        keyring: whose keys must vouch for it until now; None takes the caller's word.
+        keyring: whose keys vouch for it until now; None vouches for nothing, and takes the caller's word.
+        unsigned: take the caller's word also where the keyring does not vouch for it.
 
     Raises:
-        ReleaseRefused: it is damaged, or no key of the keyring vouches for it.
+        ReleaseRefused: it is damaged, no key of the keyring vouches for it, or it is not what the ledger says.
         PointerMoved: it changed while this call was at it.
     """
     stored = store.find(pointer_key(pipeline))
     if stored is None:
         return None
-    current = check_pointer(keyring, pipeline, stored.data)
+    current = check_pointer(None if unsigned else keyring, pipeline, stored.data)
     if current.signature is not None and current == key.sign_pointer(pipeline, current):
         return current
+    if keyring is None or (unsigned and not _vouched(keyring, pipeline, stored.data)):
+        _as_entered(store, pipeline, current)
     return _swap(store, pipeline, current, stored, current, f"signed by key {key.key_id}", None, "sign", key)
+
+
+def _vouched(keyring: Keyring, pipeline: str, data: bytes) -> bool:
+    try:
+        check_pointer(keyring, pipeline, data)
+    except ReleaseRefused:
+        return False
+    return True
+
+
+def _as_entered(store: ObjectStore, pipeline: str, pointer: Pointer) -> None:
+    """Return if the ledger's newest entry has the pointer, but for its signature.
+
+    Raises:
+        ReleaseRefused: it says something else, or there is no entry.
+    """
+    key, (newest, entered) = f"{store.url}/{pointer_key(pipeline)}", _newest_entry(store, pipeline)
+    if entered is not None and replace(entered, signature=None) == replace(pointer, signature=None):
+        return
+    told = "has no entry" if entered is None else f"ends with {_told(entered)} ({newest})"
+    raise ReleaseRefused(
+        f"{key} is not signed: it says {_told(pointer)}, and the ledger {told}: somebody else may have written it. "
+        f"Look who can write to the store; then move it yourself, {KEYS_VARIABLE} unset for that command: `nightrank "
+        f"releases rollback --to R` or `promote R`, or `hold` where it names the right one; a move signs it"
+    )
+
+
+def _told(pointer: Pointer) -> str:
+    challenger = f", challenger {pointer.challenger[:12]}" if pointer.challenger else ""
+    return (
+        f"release {pointer.release[:12]} in generation {pointer.generation} by move {pointer.move_id or 'without id'} "
+        f"of {pointer.moved_at}{challenger}"
+    )
+
+
+def _newest_entry(store: ObjectStore, pipeline: str) -> tuple[str, Pointer | None]:
+    """The entry of the ledger with the highest generation, the later one of two, and its key."""
+    best, found = "", None
+    for key in sorted(store.list(f"{pipeline}/ledger/")):
+        entry = Pointer.parse((json.loads(store.get(key).data)["pointer"] + "\n").encode())
+        if found is None or entry.generation >= found.generation:
+            best, found = key, entry
+    return best, found
 
 
 def _current(store: ObjectStore, pipeline: str) -> tuple[Pointer | None, Stored | None]:

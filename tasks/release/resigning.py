@@ -20,8 +20,9 @@ class Resigned:
         new: releases that it had not signed before.
         already: those that it had.
         refused: those that were left as they are, with the reason.
-        pointer: as it stands now, None where there is none.
+        pointer: as it stands now, None where there is none, or it was not asked for.
         pointer_refused: why the pointer was left as it is, None where it was not.
+        pointer_asked: whether it was to be signed, too.
     """
 
     key_id: str
@@ -30,6 +31,7 @@ class Resigned:
     refused: dict[str, str]
     pointer: Pointer | None
     pointer_refused: str | None
+    pointer_asked: bool
 
 
 def published_releases(store: ObjectStore, pipeline: str) -> list[str]:
@@ -44,6 +46,9 @@ def sign_releases(
     key: SigningKey,
     keyring: Keyring | None,
     releases: Collection[str] | None = None,
+    *,
+    unsigned: bool = False,
+    with_pointer: bool = True,
 ) -> Resigned:
     """Sign manifests, then the pointer.
 
@@ -57,6 +62,9 @@ def sign_releases(
         keyring: whose keys must vouch for each of them until now; None takes the caller's word that whatever the store
             holds is good, which is how a store that was never signed begins.
         releases: their ids; None takes all that have a manifest.
+        unsigned: take the caller's word also for what the keyring does not vouch for. A pointer that no key vouches for
+            must even so be what the ledger says.
+        with_pointer: whether the pointer is signed, too.
 
     Raises:
         ObjectMissing: one that is named was never published.
@@ -68,14 +76,14 @@ def sign_releases(
     for release in published_releases(store, pipeline) if releases is None else releases:
         data = manifest_bytes(store, pipeline, release)
         try:
-            found: Manifest = check_manifest(store, keyring, pipeline, release, data)
+            found: Manifest = check_manifest(store, None if unsigned else keyring, pipeline, release, data)
         except ReleaseRefused as error:
             refused[release] = str(error)
             continue
         (new if write_signature(store, pipeline, found.release, data, key) else already).append(release)
     pointer, why = None, None
     try:
-        pointer = sign_pointer(store, pipeline, key, keyring)
+        pointer = sign_pointer(store, pipeline, key, keyring, unsigned) if with_pointer else None
     except NightrankError as error:
         why = str(error)
-    return Resigned(key.key_id, tuple(new), tuple(already), refused, pointer, why)
+    return Resigned(key.key_id, tuple(new), tuple(already), refused, pointer, why, with_pointer)

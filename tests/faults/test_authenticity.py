@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from flows import cli
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.errors import ReleaseRefused
 from tasks.release.manifest import Manifest, Pointer, blob_key, content_digest, manifest_key, pointer_key
@@ -343,6 +344,23 @@ def test_a_key_that_is_revoked_while_a_ranker_serves_is_refused_at_the_next_look
         assert not ranker.refresh()
         assert "InvalidConfig" in str(ranker.refusal)
         assert ranker.release == world.first.manifest.release
+
+
+def test_an_operator_who_signs_a_release_signs_no_pointer_that_an_attacker_left(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, old = world.store(tmp_path / "store"), world.first.manifest.release
+    monkeypatch.setenv(KEY_VARIABLE, str(world.folder / "key.pem")), monkeypatch.setenv(KEYS_VARIABLE, str(world.ring))
+    forged = replace(Pointer.parse(world.pointers[0]), generation=9, signature=None).serialise()
+    write(store, pointer_key(PIPELINE), forged)
+    words = ["releases", "sign", "--store", str(tmp_path / "store"), "--pipeline", PIPELINE, "--unsigned"]
+    cli.main([*words, old])
+    assert "left as it is: releases were named" in capsys.readouterr().out
+    for asked in ([*words, old, "--pointer"], words):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(asked)
+        assert (ended.value.code, "the ledger ends with" in capsys.readouterr().err.replace("\n", " ")) == (2, True)
+    assert store.get(pointer_key(PIPELINE)).data == forged
 
 
 def test_without_keys_a_ranker_serves_and_says_that_nothing_is_vouched_for(

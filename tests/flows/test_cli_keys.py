@@ -1,5 +1,6 @@
 """`nightrank keys`: what an operator types, and what the files are afterwards."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_keys_are_made_listed_rotated_and_revoked(
     assert f"export NIGHTRANK_SIGNING_KEY={old} NIGHTRANK_TRUSTED_KEYS={ring}" in shown
     monkeypatch.setenv(KEYS_VARIABLE, str(ring))
     cli.main(["keys", "rotate", "--key", str(new)])
-    assert "hand the keyring to every ranker" in capsys.readouterr().out
+    assert re.search("hand the keyring to every ranker.*then sign.*nightrank releases sign", capsys.readouterr().out)
     second = SigningKey.load(new).key_id
     cli.main(["keys", "revoke", first])
     assert f"revoked {first}" in capsys.readouterr().out
@@ -46,3 +47,13 @@ def test_what_cannot_be_done_is_told(
     shown = capsys.readouterr().err
     assert "InvalidConfig" in shown
     assert told in shown
+
+
+def test_rotating_signs_nothing_for_rankers_do_not_know_the_new_key_yet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["keys", "rotate", "--keys", str(tmp_path / "ring.json"), "--key", str(tmp_path / "key.pem")]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--config", "config.yaml"])
+    assert "unrecognized arguments: --config" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ import pytest
 
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.errors import InvalidConfig, ObjectCorrupt, ReleaseRefused
+from tasks.release import moves
 from tasks.release.key_files import create_key, revoke_key, rotate_key
 from tasks.release.manifest import Pointer, manifest_key, pointer_key
 from tasks.release.pointer import promote, read_pointer, sign_pointer
@@ -328,6 +329,45 @@ def test_what_nobody_vouches_for_is_signed_by_an_operators_word_alone(
     done = sign_releases(store, PIPELINE, key, None)
     assert (done.new, done.pointer_refused) == ((full.manifest.release,), None)
     assert sign_releases(store, PIPELINE, key, ring).already == (full.manifest.release,)
+
+
+def test_an_unsigned_pointer_that_the_ledger_does_not_have_is_not_signed(
+    store: ObjectStore, full: Made, key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring, later = Keyring((trusted(key),)), next_night(full, tmp_path / "later", NIGHT + timedelta(days=1))
+    path, old, new = use(monkeypatch, tmp_path, key, trusted(key)), full.manifest.release, later.manifest.release
+    for made in (full, later):
+        publish_release(store, PIPELINE, made.folder, made.manifest, {})
+        good = promote(store, PIPELINE, made.manifest.release, made.manifest.night, token=1)
+
+    def lies(pointer: Pointer) -> bytes:
+        store.delete(pointer_key(PIPELINE))
+        store.put_if_absent(pointer_key(PIPELINE), pointer.serialise())
+        return pointer.serialise()
+
+    foreign, forged = SigningKey.generate(), replace(good, release=old, night=NIGHT, generation=9, signature=None)
+    for bad in (
+        *(forged, foreign.sign_pointer(PIPELINE, forged)),
+        *(foreign.sign_pointer(PIPELINE, replace(good, **odd)) for odd in ({"generation": 1}, {"move_id": "0" * 32})),
+    ):
+        data = lies(bad)
+        done = sign_releases(store, PIPELINE, key, ring, [old], unsigned=True, with_pointer=False)
+        assert (done.already, done.pointer, done.pointer_refused) == ((old,), None, None)
+        for known, unsigned in ((ring, True), (None, False), (None, True)):
+            done = sign_releases(store, PIPELINE, key, known, unsigned=unsigned)
+            told = (bad.release[:12], f"generation {bad.generation} ", new[:12], good.move_id, "/ledger/")
+            assert [one for one in told if one not in done.pointer_refused] == [], done.pointer_refused
+        assert store.get(pointer_key(PIPELINE)).data == data
+    # The remedy: an operator's own move.
+    lies(forged)
+    monkeypatch.delenv(KEYS_VARIABLE)
+    moves.promote(store, PIPELINE, new, "somebody wrote the one before")
+    monkeypatch.setenv(KEYS_VARIABLE, str(path))
+    mended = read_pointer(store, PIPELINE)
+    assert (mended.release, mended.generation) == (new, forged.generation + 1)
+    # What the ledger says is signed, whoever signed it before.
+    lies(foreign.sign_pointer(PIPELINE, mended))
+    assert sign_releases(store, PIPELINE, key, ring, unsigned=True).pointer.generation == mended.generation + 1
 
 
 def test_a_key_is_never_overwritten_and_an_unknown_one_not_revoked(tmp_path: Path) -> None:

@@ -177,7 +177,9 @@ def test_p5_no_poll_sees_part_of_a_release_and_no_request_goes_unserved(
             assert ranker.refusal is None
             verified += 1
         ranker.refresh()
-        assert publisher.process.returncode == 0
+        # It ended by itself, or was killed behind its last publish, before it was over.
+        assert publisher.process.returncode in (0, -signal.SIGKILL)
+        assert not publisher.left
         assert ranker.release == whole(store)
     print(f"{verified} polls, {publishes} publishes, {publisher.kills} kills, {len(seen)} releases seen, "
           f"{sum(traffic.answered)} requests answered, {len(traffic.wrong)} not")  # fmt: skip

@@ -258,7 +258,7 @@ def _fallback(options: argparse.Namespace, console: "Console") -> None:
     config, named = load_config(options.config), dict(options.segment)
     place, levels = config.place(), config.segments.levels
     if options.undo:
-        show_let_go(console, *let_go(place, levels, named))
+        show_let_go(console, *let_go(place, config.data, levels, named))
         return
     to = None if options.to is None else resolve(store_of(place), place.pipeline, options.to)
     show_fallback(console, fall_back(place, config.data, levels, named, options.reason, to))

@@ -5,6 +5,7 @@ answered anew by network and graphs. It takes seconds and reads neither the lake
 """
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 
 from tasks.clients.workspace import canonical_json
 from tasks.data.contract import DataConfig
+from tasks.data.rules import HASHED
 from tasks.data.segments import mixed_radix
 from tasks.errors import InvalidConfig, NoRelease, ObjectMissing, PointerMoved, ReleaseRefused
 from tasks.export import write_release
@@ -30,6 +32,7 @@ from tasks.references import Place
 from tasks.release.golden_read import read_requests
 from tasks.release.holds import JOINT, HeldSegment, change_holds, held_segments, segment_of
 from tasks.release.interface import Interface, read_interface
+from tasks.release.lookups import input_specs
 from tasks.release.manifest import BESIDE, LARGEST_MANIFEST, Manifest, Pointer, content_digest, describe
 from tasks.release.manifest_parts import LevelSegments
 from tasks.release.marks import names_of, spare
@@ -40,6 +43,7 @@ from tasks.release.requirements import requirements
 from tasks.release.segments_table import level_segments
 from tasks.release.strict_json import MANIFEST_VERSION, Reader
 from tasks.release.tables import ServingTables, read_tables
+from tasks.serving.hashing import Hasher
 from tasks.steps import hold, still_held, store_of
 
 F32 = npt.NDArray[np.float32]
@@ -78,14 +82,15 @@ def fall_back(
         place: where.
         data: the contract that the champion was made with.
         levels: columns of the ladder's levels.
-        named: the segment: column to raw key.
+        named: the segment: column to raw key; of a personal column the digest will do.
         reason: why; kept in the manifest's provenance, the pointer, the ledger and with the hold.
         to: id of the earlier release; None: the parent's weights, and nights to come keep it so. A base that is trained
             anew knows nothing of earlier weights, so with a release the next night solves the segment as ever.
 
     Raises:
         NoRelease: there is no champion.
-        InvalidConfig: no level has these columns, or there is no reason.
+        InvalidConfig: no level has these columns, there is no reason, or a personal column's key is not in the
+            environment.
         ObjectMissing: the segment has no weights of its own in one of the releases.
         ObjectCorrupt: a file of the champion, or what lies beside it, is not what its manifest says.
         ReleaseRefused: the earlier release has another base: its weights mean nothing here.
@@ -93,7 +98,7 @@ def fall_back(
         LeaseHeld: a night runs.
         ParityBroken: the new graphs do not say what the network says.
     """
-    columns, name = segment_of(levels, named)
+    columns, name = segment_of(levels, _hashed(data, named))
     if not reason.strip():
         raise InvalidConfig("a fallback needs a reason, which is kept with the release; say it with --reason")
     store = store_of(place)
@@ -150,7 +155,7 @@ def fall_back(
 
 
 def let_go(
-    place: Place, levels: tuple[tuple[str, ...], ...], named: Mapping[str, str]
+    place: Place, data: DataConfig, levels: tuple[tuple[str, ...], ...], named: Mapping[str, str]
 ) -> tuple[HeldSegment, tuple[HeldSegment, ...]]:
     """Let a segment have weights of its own again, from the next night on.
 
@@ -159,15 +164,16 @@ def let_go(
 
     Raises:
         ObjectMissing: it is not held.
-        InvalidConfig: no level has these columns.
+        InvalidConfig: no level has these columns, or a personal column's key is not in the environment.
     """
-    columns, name = segment_of(levels, named)
+    columns, name = segment_of(levels, _hashed(data, named))
     store = store_of(place)
     now = held_segments(store, place.pipeline)
     found = next((one for one in now if (one.columns, one.name) == (columns, name)), None)
     if found is None:
         listed = "; ".join(one.told for one in now) or "none"
-        raise ObjectMissing(f"segment {' '.join(map('='.join, named.items()))} is not held; held: {listed}")
+        asked = HeldSegment(columns=columns, name=name, reason="", by="", since="")
+        raise ObjectMissing(f"segment {asked.told} is not held; held: {listed}")
     return found, change_holds(store, place.pipeline, lambda before: _without(before, found))
 
 
@@ -196,6 +202,14 @@ def without(weights: F32, tables: ServingTables, at: int, slot: int) -> tuple[F3
             )
         )
     return np.delete(weights, slot, axis=0), replace(tables, levels=tuple(levels))
+
+
+def _hashed(data: DataConfig, named: Mapping[str, str]) -> dict[str, str]:
+    """A segment's keys as the lake has them: raw values of personal columns become their digests."""
+    raw = {column for column, key in named.items() if not re.fullmatch(HASHED, key)}
+    specs = [spec for spec in input_specs(data) if spec.name in raw]
+    hasher = Hasher.of(specs)
+    return {**named, **{one.name: str(hasher.hashed(one, np.array([named[one.name]], object))[0]) for one in specs}}
 
 
 def _own_slot(tables: ServingTables, at: int, name: str) -> int | None:

@@ -1,5 +1,6 @@
 """Segments that an operator holds at their parent's weights, night after night, until he lets them go."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,6 +12,7 @@ from tasks.errors import Conflict, InvalidConfig, ObjectCorrupt
 
 JOINT = " | "
 """Between the raw keys of a segment's columns, as `tasks.learning.exams.segment_names` joins them."""
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class HeldSegment(Section):
@@ -19,7 +21,7 @@ class HeldSegment(Section):
     columns: tuple[str, ...]
     """Columns of its level."""
     name: str
-    """Raw keys of the columns, joined by a bar."""
+    """Raw keys of the columns, of personal ones their digests, joined by a bar."""
     reason: str
     """Why."""
     by: str
@@ -29,12 +31,13 @@ class HeldSegment(Section):
 
     @property
     def told(self) -> str:
-        """For people.
+        """For people; of a digest, its first digits.
 
         >>> HeldSegment(columns=("market", "device"), name="north | tv", reason="", by="", since="").told
         'market=north device=tv'
         """
-        return " ".join(map("=".join, zip(self.columns, self.name.split(JOINT), strict=False)))
+        keys = (key[:12] if _DIGEST.fullmatch(key) else key for key in self.name.split(JOINT))
+        return " ".join(map("=".join, zip(self.columns, keys, strict=False)))
 
 
 _HELD = TypeAdapter(tuple[HeldSegment, ...])

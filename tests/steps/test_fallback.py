@@ -1,5 +1,7 @@
 """A segment whose own weights are not to serve: at once, tomorrow, and with the weights of an earlier release."""
 
+import base64
+import hmac
 import json
 from dataclasses import replace
 from functools import partial
@@ -17,7 +19,7 @@ from tasks.fallback import FellBack, fall_back, let_go
 from tasks.learning.base import DESCRIPTION, WEIGHTS, load_base
 from tasks.parents import release_file
 from tasks.release.golden_read import read_requests
-from tasks.release.holds import HeldSegment, held_segments, holds_key
+from tasks.release.holds import HeldSegment, change_holds, held_segments, holds_key
 from tasks.release.manifest import Pointer, blob_key, content_digest, describe, pointer_key
 from tasks.release.moves import hold as hold_pointer
 from tasks.release.moves import promote, rollback
@@ -102,10 +104,10 @@ def test_the_next_night_keeps_it_until_it_is_let_go(damageable: Finished) -> Non
     assert content["refused"] == [1, 0]
     assert made.published.promoted
     levels = world.config.segments.levels
-    found, left = let_go(place, levels, WHO)
+    found, left = let_go(place, world.config.data, levels, WHO)
     assert (found.told, found.reason, left) == ("user_id=user-003", "complaints", ())
     with pytest.raises(ObjectMissing, match="user_id=user-003 is not held; held: none"):
-        let_go(place, levels, WHO)
+        let_go(place, world.config.data, levels, WHO)
 
 
 def test_a_fallback_that_is_done_is_done(damageable: Finished) -> None:
@@ -249,6 +251,39 @@ def test_holds_that_were_changed_by_hand_are_told(damageable: Finished) -> None:
     damageable.store.put_if_absent(holds_key("tiny"), b'[{"columns": ["user_id"]}]')
     with pytest.raises(ObjectCorrupt, match="delete it and hold the segments anew"):
         plain_night(RetrainConfig.model_validate(damageable.world.config), damageable.next_night)
+
+
+def personal(world: Finished) -> RetrainConfig:
+    """The config of a lake whose users are hashed."""
+    tree = world.config.model_dump(mode="json")
+    for column in tree["data"]["columns"]:
+        if column["name"] == "user_id":
+            column["personal"] = {"key_id": "k1"}
+    return RetrainConfig.model_validate(tree)
+
+
+def test_a_personal_segment_is_named_by_its_raw_value_and_told_by_its_digest(
+    damageable: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the standard library's HMAC: what is asked for, held and let go is the digest, given raw or hashed."""
+    key, config = bytes(range(32)), personal(damageable)
+    place, levels = config.place(), config.segments.levels
+    monkeypatch.setenv("NIGHTRANK_HASH_KEY_k1", base64.b64encode(key).decode())
+    digest = hmac.new(key, b"user-003", "sha256").hexdigest()
+    with pytest.raises(ObjectMissing) as missing:
+        fall_back(place, config.data, levels, WHO, "complaints")
+    assert f"segment user_id={digest[:12]} has no weights of its own" in str(missing.value)
+    held = HeldSegment(columns=("user_id",), name=digest, reason="r", by="b", since="s")
+    for given in ("user-003", digest):
+        change_holds(damageable.store, "tiny", lambda _: [held])
+        assert let_go(place, config.data, levels, {"user_id": given}) == (held, ())
+    assert held.told == f"user_id={digest[:12]}"
+    with pytest.raises(ObjectMissing, match=f"segment user_id={digest[:12]} is not held; held: none") as none:
+        let_go(place, config.data, levels, WHO)
+    monkeypatch.delenv("NIGHTRANK_HASH_KEY_k1")
+    with pytest.raises(InvalidConfig, match="NIGHTRANK_HASH_KEY_k1 is not set") as unset:
+        fall_back(place, config.data, levels, WHO, "complaints")
+    assert not any("user-003" in str(one.value) for one in (missing, none, unset))
 
 
 def test_a_held_segment_is_told_as_it_is_typed() -> None:

@@ -13,6 +13,7 @@ from tasks.release.publishing import read_manifest
 from tasks.release.signing import UNSIGNED, Keyring
 from tasks.serving.cache import ReleaseCache
 from tasks.serving.loaded import load
+from tasks.serving.variants import MADE_FOR, PLAIN, VariantChoice
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Check:
     """One thing that was looked at.
 
     Attributes:
-        name: `manifest`, `signature`, `files`, `beside` or `answers`.
+        name: `manifest`, `signature`, `files`, `beside`, `answers`, or a variant's.
         fine: whether it is as it has to be.
         told: what was found, in one line.
     """
@@ -41,7 +42,7 @@ def verify(store: ObjectStore, pipeline: str, release: str) -> tuple[Check, ...]
     Returns:
         The checks in their order: the manifest is well formed and names what is there; a trusted key has signed it,
         where keys are named; every file has its digest; so has what lies beside; and its graphs load on this host's CPU
-        and answer the golden requests.
+        and answer the golden requests, as does each variant that passed and is made for the CPU.
     """
     done: list[Check] = []
 
@@ -76,13 +77,16 @@ def verify(store: ObjectStore, pipeline: str, release: str) -> tuple[Check, ...]
             with cache.fetched(store, pipeline, manifest):
                 return f"{manifest.size:,} bytes have their digests"
 
-        def answers() -> str:
+        def answers(variant: VariantChoice = PLAIN) -> str:
             with cache.fetched(store, pipeline, manifest) as laid_out:
-                load(laid_out, manifest, "cpu")
-            return "the graphs load here and answer the golden requests"
+                load(laid_out, manifest, "cpu", variant=variant)
+            return f"the graphs of {variant} load here and answer the golden requests"
 
         if look("files", fetched):
             look("answers", answers)
+            own = MADE_FOR["cpu"]
+            if own in manifest.variants and manifest.variants[own].verdict == "passed":
+                look(own, lambda: answers(own))
     return tuple(done)
 
 

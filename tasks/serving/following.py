@@ -76,9 +76,11 @@ class Follower:
     def warnings(self) -> tuple[str, ...]:
         """What an operator should look at although requests are answered."""
         state = self.serving()
-        found = [self.refusal, self._no_challenger]
+        found = [self.refusal, state.release.spared, self._no_challenger]
         if isinstance(state, Contest) and state.lost is not None:
             found.append(f"the champion answers the challenger's users: {state.lost}")
+        if isinstance(state, Contest):
+            found.append(state.challenger.spared)
         if state.watch.broken:
             found.append(
                 f"release {state.release.manifest.release[:12]} gave all candidates the same score in "

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +42,7 @@ class LoadedRelease:
         hasher: hashes the personal columns of requests.
         feedback: those that take feedback; None where requests bring none.
         variant: which of its score graphs: `fp32`, `fp16` or `int8`.
+        spared: why fp32 serves although the release has a variant that passed; None where that is not so.
     """
 
     manifest: Manifest
@@ -52,6 +53,7 @@ class LoadedRelease:
     hasher: Hasher = field(default_factory=lambda: Hasher({}), repr=False)
     feedback: Runner | None = None
     variant: str = PLAIN
+    spared: str | None = None
 
     @property
     def binary(self) -> tuple[bool, ...]:
@@ -87,7 +89,8 @@ def load(
         manifest: its manifest, parsed.
         device: `auto` tries a GPU where there is one, and falls back to the CPU.
         engine: how its sessions run; by default as onnxruntime likes.
-        variant: which score graph serves, see `choose`.
+        variant: which score graph serves, see `choose`; where `auto` has chosen a variant that does not answer as it
+            should, fp32 serves if it does, and a warning says so.
 
     Raises:
         ReleaseRefused: the interface is not the one of the manifest, a graph does not load, a golden request is
@@ -131,8 +134,28 @@ def _load(
     golden: Sequence[Golden],
     variant: VariantChoice,
 ) -> LoadedRelease:
-    specs, feedback = manifest.interface.inputs, _feedback(manifest)
     chosen = choose(manifest, variant, device)
+    try:
+        return _tried(folder, manifest, device, engine, golden, chosen)
+    except ReleaseRefused as error:
+        if variant != "auto" or chosen.name == PLAIN:
+            raise
+        plain = _tried(folder, manifest, device, engine, golden, choose(manifest, PLAIN, device))
+        reason = f"{PLAIN} serves in place of {chosen.name}: {error}"
+        log.warning("%s", reason)
+        return replace(plain, spared=reason)
+
+
+def _tried(
+    folder: Path,
+    manifest: Manifest,
+    device: Literal["cpu", "cuda"],
+    engine: Engine,
+    golden: Sequence[Golden],
+    chosen: Chosen,
+) -> LoadedRelease:
+    """The release with one of its score graphs, asked its golden requests."""
+    specs, feedback = manifest.interface.inputs, _feedback(manifest)
     own = [spec for spec in specs if spec not in feedback]
     plain = _runner(folder, manifest, device, engine, golden, "", own, chosen)
     solving = _runner(folder, manifest, device, engine, golden, "_feedback", specs) if feedback else None

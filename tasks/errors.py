@@ -19,7 +19,7 @@
     │   ├── StoreUnwritable        no permission, no space, read-only
     │   ├── ConditionsIgnored      the store does not honour conditional writes: not safe to publish to
     │   ├── ObjectMissing          a key that must exist does not
-    │   ├── ObjectCorrupt          bytes do not match their digest
+    │   ├── ObjectCorrupt          bytes do not match their digest, or are more than such an object has
     │   ├── FormatUnknown          an object is whole, but of a format of another version of nightrank
     │   ├── Conflict               a conditional write lost: the object changed under us
     │   └── OutcomeUnknown         a conditional write may or may not have happened (transient: the next try finds out)
@@ -121,7 +121,7 @@ class ObjectMissing(StoreError):
 
 
 class ObjectCorrupt(StoreError):
-    """Stored bytes do not match their digest."""
+    """Stored bytes do not match their digest, or are more than such an object can have."""
 
 
 class FormatUnknown(StoreError):

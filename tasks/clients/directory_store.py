@@ -51,22 +51,26 @@ class DirectoryStore(ObjectStore):
         self._root = root.expanduser().absolute()
         self.url = str(self._root)
 
-    def find(self, key: str) -> Stored | None:
-        """The object, or None when there is none."""
+    def find(self, key: str, most: int | None = None) -> Stored | None:
+        """The object, or None when there is none; `ObjectCorrupt`, unread, when it is larger than `most` bytes."""
         path = self._path(key)
         with self._reading(key):
             try:
                 with open_regular(path) as file:
-                    data = file.read()
+                    if most is not None and (size := os.fstat(file.fileno()).st_size) > most:
+                        raise self._too_large(key, size, most)
+                    data = file.read(-1 if most is None else most + 1)
             except OSError as error:
                 if error.errno in _ABSENT:
                     return None
                 raise
+        if most is not None and len(data) > most:  # it grew meanwhile
+            raise self._too_large(key, None, most)
         return Stored(data, _etag(data))
 
-    def get(self, key: str) -> Stored:
-        """The object; `ObjectMissing` when there is none."""
-        found = self.find(key)
+    def get(self, key: str, most: int | None = None) -> Stored:
+        """The object; `ObjectMissing` when there is none. Otherwise as `find`."""
+        found = self.find(key, most)
         if found is None:
             raise self._missing(key)
         return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tasks.clients.local_files import write_local
-from tasks.errors import ConditionsIgnored, Conflict, InvalidConfig, StoreError
+from tasks.errors import ConditionsIgnored, Conflict, InvalidConfig, ObjectCorrupt, StoreError
 
 MAX_KEY_BYTES = 900
 MAX_PART_BYTES = 255
@@ -85,12 +85,20 @@ class ObjectStore(ABC):
     url: str
 
     @abstractmethod
-    def find(self, key: str) -> Stored | None:
-        """The object, or None when there is none."""
+    def find(self, key: str, most: int | None = None) -> Stored | None:
+        """The object, or None when there is none.
+
+        Args:
+            key: the object.
+            most: bytes; a larger object is not read. None for any size.
+
+        Raises:
+            ObjectCorrupt: it is larger.
+        """
 
     @abstractmethod
-    def get(self, key: str) -> Stored:
-        """The object; `ObjectMissing` when there is none."""
+    def get(self, key: str, most: int | None = None) -> Stored:
+        """The object; `ObjectMissing` when there is none. Otherwise as `find`."""
 
     @abstractmethod
     def size(self, key: str) -> int | None:
@@ -196,6 +204,13 @@ class ObjectStore(ABC):
             self.delete(key)
             self.delete(never)
         self.sweep()
+
+    def _too_large(self, key: str, size: int | None, most: int) -> ObjectCorrupt:
+        found = "more" if size is None else size
+        return ObjectCorrupt(
+            f"{self.url}/{key} has {found} bytes, limit {most}, and is not read: it is not what nightrank wrote; look "
+            f"who can write there, and restore it"
+        )
 
     def _expect_conflict(self, key: str, data: bytes, etag: str | None, otherwise: str) -> None:
         try:

@@ -56,11 +56,11 @@ class S3Store(ObjectStore):
         self._made = client
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
 
-    def find(self, key: str) -> Stored | None:
-        """The object, or None when there is none."""
-        return self._found(key)
+    def find(self, key: str, most: int | None = None) -> Stored | None:
+        """The object, or None when there is none; `ObjectCorrupt`, unread, when it is larger than `most` bytes."""
+        return self._found(key, most=most)
 
-    def _found(self, key: str, began: float | None = None) -> Stored | None:
+    def _found(self, key: str, began: float | None = None, most: int | None = None) -> Stored | None:
         def read() -> Stored | None:
             try:
                 answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key))
@@ -68,14 +68,25 @@ class S3Store(ObjectStore):
                 if s3_failures.code_of(error) == "NoSuchKey":
                     return None
                 raise
-            with answer["Body"] as body:
-                return Stored(body.read(), answer["ETag"])
+            body = answer["Body"]
+            with body:
+                if most is None:
+                    return Stored(body.read(), answer["ETag"])
+                if (size := answer.get("ContentLength")) is not None and size > most:
+                    raise self._too_large(key, size, most)
+                data = b""
+                # To the end, where length and checksum are looked at; of a body longer than was said, one byte more.
+                while chunk := body.read(most + 1 - len(data)):
+                    data += chunk
+                if len(data) > most:
+                    raise self._too_large(key, None, most)
+                return Stored(data, answer["ETag"])
 
         return self._repeated(key, read, began=began)
 
-    def get(self, key: str) -> Stored:
-        """The object; `ObjectMissing` when there is none."""
-        found = self.find(key)
+    def get(self, key: str, most: int | None = None) -> Stored:
+        """The object; `ObjectMissing` when there is none. Otherwise as `find`."""
+        found = self.find(key, most)
         if found is None:
             raise self._missing(key)
         return found

@@ -14,7 +14,15 @@ from tasks.clients.object_store import ObjectStore, Stored
 from tasks.errors import Conflict, InvalidConfig, NoRelease, OutcomeUnknown, PointerMoved, ReleaseRefused
 from tasks.release.pointer_json import LARGEST_REASON, Pointer, pointer_key
 from tasks.release.publishing import read_manifest
-from tasks.release.signing import KEY_VARIABLE, KEYS_VARIABLE, Keyring, SigningKey, check_pointer, signer
+from tasks.release.signing import (
+    KEY_VARIABLE,
+    KEYS_VARIABLE,
+    Keyring,
+    SigningKey,
+    check_pointer,
+    find_pointer,
+    signer,
+)
 from tasks.release.strict_json import canonical
 
 
@@ -172,7 +180,7 @@ def sign_pointer(
         ReleaseRefused: it is damaged, no key of the keyring vouches for it, or it is not what the ledger says.
         PointerMoved: it changed while this call was at it.
     """
-    stored = store.find(pointer_key(pipeline))
+    stored = find_pointer(store, pipeline)
     if stored is None:
         return None
     current = check_pointer(None if unsigned else keyring, pipeline, stored.data)
@@ -227,7 +235,7 @@ def _newest_entry(store: ObjectStore, pipeline: str) -> tuple[str, Pointer | Non
 
 
 def _current(store: ObjectStore, pipeline: str) -> tuple[Pointer | None, Stored | None]:
-    keyring, stored = Keyring.from_environment(), store.find(pointer_key(pipeline))
+    keyring, stored = Keyring.from_environment(), find_pointer(store, pipeline)
     return (None if stored is None else check_pointer(keyring, pipeline, stored.data)), stored
 
 
@@ -299,7 +307,7 @@ def _winner(
 
     One that is signed by a key that was handed in need not be good in this host's keyring yet.
     """
-    stored = store.find(pointer_key(pipeline))
+    stored = find_pointer(store, pipeline)
     keyring = None if handed is not None else Keyring.from_environment()
     now = None if stored is None else check_pointer(keyring, pipeline, stored.data)
     # Of two moves of one generation one was made: whatever became of the answer, this one was not and cannot be.

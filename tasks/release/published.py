@@ -9,8 +9,9 @@ from datetime import date
 
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import ObjectCorrupt, ObjectMissing
-from tasks.release.manifest import Manifest, Pointer, blob_key, manifest_key
+from tasks.release.manifest import Manifest, Pointer, blob_key
 from tasks.release.pointer import read_pointer
+from tasks.release.signing import find_manifest
 
 _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 ROLES = ("champion", "previous", "challenger")
@@ -118,7 +119,7 @@ def stored_manifest(store: ObjectStore, pipeline: str, release: str) -> Manifest
         ObjectMissing: there is none.
         ReleaseRefused: it is damaged.
     """
-    found = store.find(manifest_key(pipeline, release))
+    found = find_manifest(store, pipeline, release)
     if found is None:
         raise ObjectMissing(
             f"{store.url} has no release {release} of pipeline {pipeline!r}; see `nightrank releases list`"

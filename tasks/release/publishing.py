@@ -22,7 +22,7 @@ from tasks.release.manifest import (
     manifest_key,
 )
 from tasks.release.signature import signature_key
-from tasks.release.signing import UNSIGNED, Keyring, SigningKey, check_manifest, signer
+from tasks.release.signing import UNSIGNED, Keyring, SigningKey, check_manifest, find_manifest, signer
 
 log = logging.getLogger(__name__)
 
@@ -119,12 +119,13 @@ def read_manifest(store: ObjectStore, pipeline: str, release: str) -> Manifest:
 
 
 def manifest_bytes(store: ObjectStore, pipeline: str, release: str) -> bytes:
-    """The bytes of a release's manifest, unread.
+    """The bytes of a release's manifest, unchecked.
 
     Raises:
         ObjectMissing: it was never published.
+        ReleaseRefused: it is longer than any manifest.
     """
-    stored = store.find(manifest_key(pipeline, release))
+    stored = find_manifest(store, pipeline, release)
     if stored is None:
         raise ObjectMissing(
             f"{store.url} has no release {release} of pipeline {pipeline!r}; publish it first, "

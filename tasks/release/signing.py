@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
-from tasks.clients.object_store import ObjectStore
-from tasks.errors import InvalidConfig, ReleaseRefused
-from tasks.release.manifest import LARGEST_MANIFEST, Manifest
-from tasks.release.pointer_json import Pointer, pointer_key
+from tasks.clients.object_store import ObjectStore, Stored
+from tasks.errors import InvalidConfig, ObjectCorrupt, ReleaseRefused
+from tasks.release.manifest import LARGEST_MANIFEST, Manifest, manifest_key
+from tasks.release.pointer_json import LARGEST_POINTER, Pointer, pointer_key
 from tasks.release.signature import (
     LARGEST_SIGNATURE,
     Signature,
@@ -247,6 +247,33 @@ def signer() -> SigningKey | None:
     return key
 
 
+def find_manifest(store: ObjectStore, pipeline: str, release: str) -> Stored | None:
+    """A release's manifest as it is stored, unchecked; None where there is none.
+
+    Raises:
+        ReleaseRefused: it is longer than any manifest; it is not read.
+        StoreError: the store cannot be read.
+    """
+    return _found(store, manifest_key(pipeline, release), LARGEST_MANIFEST, f"manifest of release {release[:12]}")
+
+
+def find_pointer(store: ObjectStore, pipeline: str) -> Stored | None:
+    """The pointer as it is stored, unchecked; None where there is none.
+
+    Raises:
+        ReleaseRefused: it is longer than any pointer; it is not read.
+        StoreError: the store cannot be read.
+    """
+    return _found(store, pointer_key(pipeline), LARGEST_POINTER, f"pointer {pointer_key(pipeline)}")
+
+
+def _found(store: ObjectStore, key: str, most: int, what: str) -> Stored | None:
+    try:
+        return store.find(key, most)
+    except ObjectCorrupt as error:
+        raise ReleaseRefused(f"{what} is refused: {error}") from error
+
+
 def check_manifest(store: ObjectStore, keyring: Keyring | None, pipeline: str, release: str, data: bytes) -> Manifest:
     """A manifest that is well formed and, where there is a keyring, signed by a key of it.
 
@@ -308,7 +335,7 @@ def _verified(store: ObjectStore, keyring: Keyring, pipeline: str, release: str,
         try:
             if size > LARGEST_SIGNATURE:
                 read.refuse(f"{name} has {size} bytes, limit {LARGEST_SIGNATURE}")
-            stored = store.find(name)
+            stored = store.find(name, LARGEST_SIGNATURE)
             signature = Signature.parse(b"" if stored is None else stored.data, f"signature {name}")
             if signature.key_id != key.key_id:
                 read.refuse(f"{name} is by key {signature.key_id}")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import NoRelease, ReleaseRefused
-from tasks.release.manifest import Manifest, Pointer, manifest_key, pointer_key
-from tasks.release.signing import Keyring, check_manifest, check_pointer
+from tasks.release.manifest import Manifest, Pointer
+from tasks.release.signing import Keyring, check_manifest, check_pointer, find_manifest, find_pointer
 from tasks.serving.cache import ReleaseCache
 from tasks.serving.loaded import LoadedRelease, load
 from tasks.serving.sessions import Device, Engine
@@ -54,7 +54,7 @@ class ReleaseSource:
             InvalidConfig: the keyring cannot be used.
             StoreError: the store cannot be read.
         """
-        keyring, stored = self.keyring(), self._store.find(pointer_key(self.pipeline))
+        keyring, stored = self.keyring(), find_pointer(self._store, self.pipeline)
         if stored is None:
             raise NoRelease(
                 f"{self._store.url} has no champion for pipeline {self.pipeline!r}; run a night, or promote a release"
@@ -68,7 +68,7 @@ class ReleaseSource:
             ReleaseRefused: there is none, it is odd, or not signed by a trusted key where keys are named.
             InvalidConfig: the keyring cannot be used.
         """
-        stored = self._store.find(manifest_key(self.pipeline, release))
+        stored = find_manifest(self._store, self.pipeline, release)
         if stored is None:
             raise ReleaseRefused(f"release {release[:12]} has no manifest; publish it again")
         keyring = self.keyring()

@@ -37,9 +37,9 @@ def counted() -> Iterator[Counter[str]]:
     calls = {name: getattr(DirectoryStore, name) for name in ("find", "get", "size", "_stream")}
 
     def watch(name: str) -> None:
-        def watched(self: DirectoryStore, key: str) -> object:
+        def watched(self: DirectoryStore, key: str, *most: int | None) -> object:
             found["blob" if "/blobs/" in key else key.rsplit("/", 1)[-1]] += 1
-            return calls[name](self, key)
+            return calls[name](self, key, *most)
 
         setattr(DirectoryStore, name, watched)
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
@@ -47,6 +48,20 @@ def test_an_absent_object_is_none_or_missing(store: ObjectStore, tmp_path: Path)
         store.download("no/such", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
     store.delete("no/such")
+
+
+def test_an_object_larger_than_it_may_be_is_not_read(store: ObjectStore) -> None:
+    store.put_if_absent("large", bytes(3_000_000))
+    assert store.get("large", 3_000_000).data == store.get("large").data == bytes(3_000_000)
+    assert store.find("none", 7) is None
+    tracemalloc.start()
+    try:
+        for read in (store.find, store.get):
+            with pytest.raises(ObjectCorrupt, match=r"/large has 3000000 bytes, limit 65536, .* restore it"):
+                read("large", 2**16)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_folder_is_not_an_object(store: ObjectStore) -> None:

@@ -186,6 +186,8 @@ def test_a_broken_transfer_is_started_again(store: S3Store, direct: S3Store, pro
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
     proxy.plan = [Fault("GET", cut=True), Fault("GET")]
     assert store.get("f").data == content
+    proxy.plan = [Fault("GET", cut=True), Fault("GET")]
+    assert store.get("f", len(content)).data == content
     assert proxy.plan == []
 
 

@@ -115,9 +115,9 @@ class TestRollback:
         for name in ("find", "get", "size", "_stream"):
             call = getattr(DirectoryStore, name)
 
-            def counted(self: Any, key: str, call: Any = call, name: str = name) -> Any:
+            def counted(self: Any, key: str, *most: Any, call: Any = call, name: str = name) -> Any:
                 reads.append((name, key))
-                return call(self, key)
+                return call(self, key, *most)
 
             monkeypatch.setattr(DirectoryStore, name, counted)
         back = rollback(store, PIPELINE, None, "to have both on the ranker's disk")

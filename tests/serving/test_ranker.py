@@ -1,10 +1,12 @@
 """The reference reader: what it answers, what it refuses, and that it never stops answering."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,7 +27,7 @@ from tasks.errors import (
 )
 from tasks.release.manifest import CONTENT, Pointer, blob_key, manifest_key, pointer_key
 from tasks.release.pointer import promote, read_pointer
-from tasks.release.publishing import publish_release
+from tasks.release.publishing import publish_release, read_manifest
 from tasks.release.strict_json import canonical
 from tasks.serving import loaded, sessions
 from tasks.serving.ranker import Ranker
@@ -420,6 +422,32 @@ def test_a_damaged_or_vanished_pointer_leaves_the_old_release(store: ObjectStore
         assert not ranker.refresh()
         assert ranker.refusal
         same(ranker, tonight)
+
+
+@pytest.mark.parametrize("what", ["pointer", "manifest"])
+def test_what_is_too_long_is_refused_unread(store: ObjectStore, tonight: Made, tomorrow: Made, what: str):
+    publish_release(store, PIPELINE, tomorrow.folder, tomorrow.manifest, {})
+    with Ranker(store, PIPELINE) as ranker:
+        key = pointer_key(PIPELINE) if what == "pointer" else manifest_key(PIPELINE, tomorrow.manifest.release)
+        if what == "manifest":
+            promote(store, PIPELINE, tomorrow.manifest.release, tomorrow.manifest.night, token=1)
+        store.delete(key)
+        with (Path(store.url) / key).open("wb") as file:
+            file.truncate(700 * 2**20)  # a hole: it takes no space
+        tracemalloc.start()
+        try:
+            assert not ranker.refresh()
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+        finally:
+            tracemalloc.stop()
+        assert re.match(
+            rf"ReleaseRefused: {what} .* has {700 * 2**20} bytes, limit \d+, and is not read", ranker.warnings[0]
+        )
+        same(ranker, tonight)
+        with pytest.raises(ReleaseRefused, match="is not read"):
+            read_pointer(store, PIPELINE) if what == "pointer" else read_manifest(
+                store, PIPELINE, tomorrow.manifest.release
+            )
 
 
 def test_a_pointer_to_a_release_under_another_id_or_night_is_refused(store: ObjectStore, tonight: Made, tomorrow: Made):

@@ -127,7 +127,7 @@ def test_a_bad_release_is_not_fetched_at_every_poll_and_what_follows_it_is_at_on
     key = manifest_key(PIPELINE, tomorrow.manifest.release)
     manifest, looked = store.get(key).data, []
     real = store.find
-    monkeypatch.setattr(store, "find", lambda key: looked.append(key) or real(key))
+    monkeypatch.setattr(store, "find", lambda key, most=None: looked.append(key) or real(key, most))
     with Ranker(store, PIPELINE, refresh_every=SOON) as ranker:
         promote(store, PIPELINE, tomorrow.manifest.release, tomorrow.manifest.night, token=1)
         store.delete(key)
@@ -158,7 +158,7 @@ def test_closing_does_not_wait_for_a_store_that_hangs(store: ObjectStore, monkey
     hangs, let_go = threading.Event(), threading.Event()
     ranker = Ranker(store, PIPELINE, refresh_every=SOON)
 
-    def hang(key: str) -> None:
+    def hang(*_: object) -> None:
         hangs.set()
         let_go.wait()
         raise StoreUnavailable("no answer in 25 s")

@@ -1,24 +1,32 @@
 """What no reader, no night and no operator can still ask for, and how it is removed without hurting one who wakes up.
 
-Kept are the newest releases and whatever is named: by the pointer, by nights that are not finished, by segments that
-are held at earlier weights, as the newest one that the gate let through, and as the parent of one that is kept. A
-release goes manifest first, so that it is gone for readers before any of its bytes are.
+Kept are the newest releases and whatever is named: by the pointer, by nights that are not finished, as the newest one
+that the gate let through, and as the parent of one that is kept. A release goes manifest first, so that it is gone for
+readers before any of its bytes are.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from tasks.clients.object_store import ObjectStore
 from tasks.clients.workspace import Workspace
-from tasks.errors import Conflict, OutcomeUnknown
+from tasks.errors import Conflict, OutcomeUnknown, StoreUnwritable
 from tasks.release.manifest import manifest_key
 from tasks.release.marks import Marks, blob_name, change_marks, marks_key, read_marks, release_name
 from tasks.release.pointer import read_pointer
-from tasks.release.published import blobs_prefix, folders, nights_prefix, releases_prefix, roles, stored_manifest
+from tasks.release.published import (
+    blobs_prefix,
+    folders,
+    night_key,
+    nights_prefix,
+    releases_prefix,
+    roles,
+    stored_manifest,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Intent:
         night: the night.
         release: what it was about to promote; None before it had made one.
         names: releases that it names as parent, champion or as what it replaces.
-        done: whether its publish is on record.
+        done: whether its publish is on record; where it had made no release, whether its night has one.
     """
 
     key: str
@@ -90,15 +98,19 @@ class Intent:
 
 def intents(store: ObjectStore, pipeline: str, scratch: Path) -> Iterator[Intent]:
     """Every night's intent, as publish leaves it."""
+    nights = _nights(store, pipeline)
     published = {str(one.content["release"]) for one in Workspace(store, pipeline, scratch).records("publish")}
-    published |= {str(one["release"]) for one in _nights(store, pipeline).values()}
+    published |= {str(one["release"]) for one in nights.values()}
     prefix = f"{pipeline}/work/intent/"
     for key in store.list(prefix):
         noted: dict[str, Any] = json.loads(store.get(key).data)
         named = (noted.get(name) for name in ("parent", "champion", "replaces"))
         release = noted["release"]
         names = frozenset(str(one) for one in named if one is not None)
-        yield Intent(key, key.removeprefix(prefix).partition("/")[0], release, names, release in published)
+        night = key.removeprefix(prefix).partition("/")[0]
+        # One that had no release yet died before it moved anything; the night has been delivered by another since.
+        done = night_key(pipeline, date.fromisoformat(night)) in nights if release is None else release in published
+        yield Intent(key, night, release, names, done)
 
 
 def find(store: ObjectStore, pipeline: str, scratch: Path, keep: int) -> Found:
@@ -165,6 +177,7 @@ def collect(
     Raises:
         OutcomeUnknown: of a night it is not known whether it promoted its release.
         ReleaseRefused: a manifest cannot be read.
+        StoreUnwritable: nothing may be removed; what is marked stays marked, and can still be counted on.
         LeaseLost, StoreError: what is marked stays marked.
     """
     while True:
@@ -196,22 +209,26 @@ def collect(
         except Conflict:
             continue  # somebody counts on one of them since: look again
         break
-    _remove(store, pipeline, done.removed, held)
+    marked = {name: before.since[name] for name in due}
+    for gone, key in enumerate(_doomed(store, pipeline, done.removed)):
+        held()
+        try:
+            store.delete(key)
+        except StoreUnwritable:
+            if gone == 0:  # all is whole, and may be counted on again
+                change_marks(store, pipeline, lambda marks: Marks({**marked, **marks.since}, marks.removing - due))
+            raise
     change_marks(store, pipeline, lambda marks: replace(marks, removing=marks.removing - due))
     return done
 
 
-def _remove(store: ObjectStore, pipeline: str, names: tuple[str, ...], held: Callable[[], None]) -> None:
-    """Remove releases, then blobs."""
+def _doomed(store: ObjectStore, pipeline: str, names: tuple[str, ...]) -> Iterator[str]:
+    """Keys of releases, each with its manifest first, then of blobs."""
     for name in (one for one in names if one.startswith("releases/")):
         release = name.removeprefix("releases/")
         first = manifest_key(pipeline, release)
-        for key in sorted(store.list(f"{releases_prefix(pipeline)}{release}/"), key=lambda one: one != first):
-            held()
-            store.delete(key)
-    for name in (one for one in names if one.startswith("blobs/")):
-        held()
-        store.delete(f"{pipeline}/{name}")
+        yield from sorted(store.list(f"{releases_prefix(pipeline)}{release}/"), key=lambda one: one != first)
+    yield from (f"{pipeline}/{name}" for name in names if name.startswith("blobs/"))
 
 
 def _kept(

@@ -46,6 +46,26 @@ def admin(s3_server: S3Server) -> Iterator[Any]:
     client.close()
 
 
+def test_no_policy_allows_more_calls_than_it_names() -> None:
+    """And an operator's is for one pipeline: he removes releases, and cannot write any."""
+    for who in ("operator", "publisher", "reader"):
+        told = json.loads((POLICIES / f"{who}.json").read_text())["Statement"]
+        actions = [
+            one for part in told for one in ([part["Action"]] if isinstance(part["Action"], str) else part["Action"])
+        ]
+        assert actions
+        assert not [one for one in actions if "*" in one]
+    written = {
+        name
+        for part in json.loads((POLICIES / "operator.json").read_text())["Statement"]
+        if part["Action"] == "s3:PutObject"
+        for name in part["Resource"]
+    }
+    home = "arn:aws:s3:::models/nightrank/movielens"
+    assert {f"{home}/current.json", f"{home}/ledger/*", f"{home}/lease", f"{home}/state/gc.json"} <= written
+    assert not [one for one in written if one.startswith((f"{home}/releases", f"{home}/blobs", f"{home}/*"))]
+
+
 @pytest.fixture(scope="module")
 def clients(admin: Any, s3_server: S3Server) -> dict[str, Any]:
     """Clients of the publisher and the ranker."""

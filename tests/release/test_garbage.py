@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.clients.object_store import ObjectStore, open_store
-from tasks.errors import LeaseLost, ObjectCorrupt, ObjectMissing, OutcomeUnknown, ReleaseRefused
+from tasks.errors import LeaseLost, ObjectCorrupt, ObjectMissing, OutcomeUnknown, ReleaseRefused, StoreUnwritable
 from tasks.release.garbage import Collected, collect, find
 from tasks.release.manifest import blob_key, manifest_key, pointer_key
 from tasks.release.marks import Marks, blob_name, marks_key, names_of, read_marks, release_name, spare
@@ -155,6 +155,17 @@ def test_nothing_is_collected_while_it_is_unknown_whether_a_night_promoted_its_r
     assert collected(store, tmp_path, NOON).found.unknown == ()
 
 
+def test_a_night_that_failed_and_was_run_with_other_rows_pins_nothing(
+    store: ObjectStore, nights: tuple[Made, ...], tmp_path: Path
+) -> None:
+    """Its first run named a release before it had made one; the second has another key."""
+    first, night = ids(nights)[0], NIGHT + 9 * DAY
+    intended(store, night, parent=first)
+    assert find(store, PIPELINE, tmp_path, keep=1).kept[first] == (f"night {night} is not finished",)
+    noted(store, night, ids(nights)[3])
+    assert first not in find(store, PIPELINE, tmp_path, keep=1).kept
+
+
 def test_a_manifest_that_nobody_can_read_stops_the_collector(
     store: ObjectStore, nights: tuple[Made, ...], tmp_path: Path
 ) -> None:
@@ -232,6 +243,26 @@ def test_a_collector_that_lost_its_lease_removes_nothing_more(
     assert len(list(store.list(f"{PIPELINE}/blobs/"))) == len(
         {file.sha256 for made in nights for file in made.manifest.files}
     )
+
+
+def test_a_collector_that_may_not_delete_leaves_releases_that_can_be_counted_on(
+    store: ObjectStore, nights: tuple[Made, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ids(nights)[0]
+    collected(store, tmp_path, NOON)
+    marked = read_marks(store, PIPELINE)[0]
+
+    def denied(key: str) -> None:
+        raise StoreUnwritable(f"{key}: access denied")
+
+    with monkeypatch.context() as rights:
+        rights.setattr(store, "delete", denied)
+        with pytest.raises(StoreUnwritable):
+            collected(store, tmp_path, NOON + DAY)
+    assert read_marks(store, PIPELINE)[0] == marked
+    rollback(store, PIPELINE, first, "bad nights")
+    assert resolve(store, PIPELINE, "champion") == first
+    check_whole(store, nights[0].manifest)
 
 
 class TestCountedOn:

@@ -146,6 +146,13 @@ def show_fallback(console: Console, done: "FellBack") -> None:
         console.print(f"segment {escape(done.segment)} is served by its parent's weights, on nights to come as well")
     else:
         console.print(f"segment {escape(done.segment)} has its earlier weights, until the next night solves it anew")
+    if done.variants:
+        console.print(
+            f"variants  the new release has no {' or '.join(done.variants)}, which the one before had: rankers with "
+            'variant="auto" take fp32 until the next night; those that insist on one refuse '
+            "it and keep the release before",
+            soft_wrap=True,
+        )
     show_pointer(console, done.pointer)
 
 

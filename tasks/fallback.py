@@ -60,12 +60,14 @@ class FellBack:
         segment: who it is about.
         new: whether a release was made; False where the champion served the segment so already.
         held: whether nights to come keep it.
+        variants: smaller graphs that the champion had and the new release does not.
     """
 
     pointer: Pointer
     segment: str
     new: bool
     held: bool
+    variants: tuple[str, ...] = ()
 
 
 def fall_back(
@@ -151,7 +153,7 @@ def fall_back(
             if to is None:
                 change_holds(store, place.pipeline, lambda now: [*_without(now, held), held])
             moved = _publish(place, pointer, champion, made, beside, folder, told, held)
-    return FellBack(moved, held.told, new=True, held=to is None)
+    return FellBack(moved, held.told, new=True, held=to is None, variants=tuple(sorted(champion.variants)))
 
 
 def let_go(

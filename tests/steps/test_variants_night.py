@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from flows.config import RetrainConfig
+from flows.display_releases import show_fallback
 from tasks.errors import InvalidConfig, ReleaseRefused
 from tasks.evaluate import exam_table
+from tasks.fallback import fall_back
 from tasks.learning.bank import Bank
 from tasks.learning.exams import CANDIDATE, Night, column, sit_nightly
 from tasks.learning.ladder import Ladder
@@ -31,7 +34,7 @@ WIDE = {"variants": ["fp16", "int8"], "max_auc_loss": 0.1, "max_log_loss_rise": 
 
 
 def test_a_night_tries_variants_on_rows_that_they_have_not_seen_and_rankers_take_what_passed(
-    damageable: Finished, tmp_path: Path
+    damageable: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made, night = damageable, damageable.results[1].night
     config = RetrainConfig.model_validate(made.world.config | {"export": WIDE})
@@ -100,6 +103,16 @@ def test_a_night_tries_variants_on_rows_that_they_have_not_seen_and_rankers_take
         odd = replace(manifest.variants["int8"], parity={"tolerance": claimed})
         with pytest.raises(ReleaseRefused, match=match):
             load(folder, replace(manifest, variants={"int8": odd}), "cpu", variant="int8")
+
+    # A segment that falls back costs the variants, which were judged with other weights.
+    done = fall_back(place, config.data, config.segments.levels, {"user_id": "user-003"}, "complaints")
+    assert done.variants == ("fp16", "int8")
+    show_fallback(Console(), done)
+    assert "the new release has no fp16 or int8, which the one before had" in capsys.readouterr().out
+    with Ranker(made.store, "tiny", "cpu") as ranker:
+        assert (ranker.release, ranker.variant) == (done.pointer.release, "fp32")
+    with pytest.raises(ReleaseRefused, match="no int8 that passed: it has none; set variant to auto"):
+        Ranker(made.store, "tiny", "cpu", variant="int8")
 
 
 def test_the_same_night_without_variants_is_made_as_before(finished: Finished) -> None:

@@ -206,8 +206,21 @@ def _single(spec: InputSpec, values: object) -> npt.NDArray[np.generic]:
             with np.errstate(over="ignore"):
                 return array.astype(np.float32)
     elif kind in "UO":
-        return array.astype(object)
+        return _unicode(spec, array.astype(object))
     raise RequestRejected(f"column {spec.name!r} has dtype {_shown(array)}, expected {spec.dtype}")
+
+
+def _unicode(spec: InputSpec, array: npt.NDArray[np.object_]) -> npt.NDArray[np.object_]:
+    """Refuse strings that cannot be written as UTF-8, as keys of releases are."""
+    try:
+        "".join(array.ravel().tolist()).encode()
+        return array
+    except UnicodeEncodeError:
+        pass  # it holds the values: raised anew where it is no longer the context
+    raise RequestRejected(
+        f"column {spec.name!r} holds a string with half of a surrogate pair (such as \\ud800 in JSON), which is no "
+        f"Unicode text; give whole characters, or None"
+    )
 
 
 def _typed(spec: InputSpec, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:

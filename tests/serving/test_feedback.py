@@ -103,6 +103,10 @@ def test_where_nobody_brings_a_label_there_is_no_feedback(brought):
         ({"feedback_item": [7, [7], None]}, "'feedback_item' holds 7 of type int for request 0, expected a list"),
         ({name: values[:2] for name, values in BROUGHT.items()}, "has feedback of 2 requests, expected 3; give None"),
         ({"feedback_tags": [[["x", "y", "z"], [], [], []], [None], []]}, "'feedback_tags' holds a list of 3 values"),
+        (
+            {"feedback_tags": [[["\udfff"], [], [], []], [None], []]},
+            "'feedback_tags' holds a string with half of a surr",
+        ),
         ({"feedback_age": [[1]]}, "holds feedback_age, which the release does not know"),
     ],
 )

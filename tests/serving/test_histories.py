@@ -78,6 +78,7 @@ def test_no_requests_have_no_histories():
         ("history_item", [[[7]] * 5, [7], None], "'history_item'"),
         ("history_item", [[7] * 5], r"'history_item' has shape \[1, 3\], expected \[3, 3\]"),
         ("history_item", np.ones((3, 3)), "'history_item' has dtype float64"),
+        ("history_genre", [["a\ud800"] * 5, ["b"], None], "'history_genre' holds a string with half of a surrogate"),
         ("at", ["today"] * 3, "'at' holds 'today' of type str, expected int64"),
     ],
 )

@@ -113,3 +113,12 @@ def test_an_interface_with_lists_is_read_back():
 def test_an_interface_that_says_odd_things_of_lists_is_refused(changes):
     with pytest.raises(ReleaseRefused):
         read_interface(Reader("it"), interface(**changes))
+
+
+@pytest.mark.parametrize(
+    "tags", [[[["a", "\ud800"], []], [None, ["b"]]], np.array([[["a", "\udfff"]] * 2] * 2, object)]
+)
+def test_half_a_character_inside_a_list_is_refused_and_not_shown(tags):
+    with pytest.raises(RequestRejected, match="'tags' holds a string with half of a surrogate pair") as refusal:
+        read_request(SPECS, REQUEST | {"tags": tags})
+    assert refusal.value.__context__ is None

@@ -157,6 +157,8 @@ REJECTED: dict[str, tuple[dict[str, object], str]] = {
     "a scalar": ({"zone": 7}, r"'zone' has 0 axes"),
     "a dictionary": ({"zone": {"a": 1}}, r"'zone' has 0 axes"),
     "an unknown column": ({"colour": ["red"] * 16}, r"holds colour, which the release does not know"),
+    "half a character": ({"job": ["cook"] * 15 + ["cook \ud800"]}, r"'job' holds a string with half of a surrogate"),
+    "half a character in an array": ({"job": np.array(["\udfff"] * 16)}, r"'job' holds a string with half of a surr"),
     "dates": ({"age": np.zeros(16, "datetime64[D]")}, r"'age' has dtype datetime64\[D\] .*expected float32"),
 }
 

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from tasks.clients.object_store import ObjectStore
-from tasks.errors import ReleaseRefused
+from tasks.errors import ReleaseRefused, RequestRejected
 from tasks.release.manifest import manifest_key
 from tasks.release.pointer import move, promote
 from tasks.release.publishing import publish_release
@@ -236,3 +236,15 @@ def test_threads_see_one_state_or_the_other_while_shares_move(
         [thread.join() for thread in threads]
     assert not wrong
     assert count[0] > 0
+
+
+def test_a_user_that_is_no_text_is_rejected_and_the_challenger_keeps_its_share(
+    contest: ObjectStore, tonight: Made, tomorrow: Made
+):
+    with Ranker(contest, PIPELINE) as ranker:
+        inputs = tonight.golden[-2].inputs
+        for name in ("user", "job"):
+            with pytest.raises(RequestRejected, match=f"'{name}' holds a string with half of a surrogate pair"):
+                ranker.score({**inputs, name: ["\ud800"] * 16})
+        np.testing.assert_allclose(ranker.score(inputs), expected(tonight, tomorrow), rtol=1e-5, atol=1e-5)
+        assert ranker.warnings == ()

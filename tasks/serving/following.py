@@ -51,11 +51,12 @@ class Follower:
         self._source, self._seen = source, seen
         self._events, self._batcher = events, batcher
         self._refreshing = threading.Lock()
-        self._patience, self._challengers = Patience(every_s), Patience(every_s)
+        self._patience, self._challengers, self._holding = Patience(every_s), Patience(every_s), Patience(every_s)
         self._closed = False
         self._held = -1
         self._state: Champion | None = None
         self._no_challenger: str | None = None
+        self._not_held: str | None = None
         self.refusal: str | None = None
         self.generation = max(min_generation, seen.read())
         self._swap(self._newer_pointer())
@@ -76,7 +77,7 @@ class Follower:
     def warnings(self) -> tuple[str, ...]:
         """What an operator should look at although requests are answered."""
         state = self.serving()
-        found = [self.refusal, state.release.spared, self._no_challenger]
+        found = [self.refusal, state.release.spared, self._no_challenger, self._not_held]
         if isinstance(state, Contest) and state.lost is not None:
             found.append(f"the champion answers the challenger's users: {state.lost}")
         if isinstance(state, Contest):
@@ -110,6 +111,7 @@ class Follower:
         try:
             pointer = self._newer_pointer()
             if patient and not self._patience.due(pointer):
+                self._events.polled(self.generation, self.refusal, self._source.signed)
                 return False
             tried = pointer
             self._swap(pointer)
@@ -199,14 +201,20 @@ class Follower:
         return {one for one in (pointer.release, pointer.previous, pointer.challenger, serving) if one is not None}
 
     def _hold(self) -> None:
-        """Have the files of the release before and of the challenger on the disk; once for each move of the pointer."""
-        if self.refusal is not None or self._held == self.generation:
+        """Have the files of the release before and of the challenger on the disk.
+
+        Once for each move of the pointer; what fails is tried again at later polls, less and less often.
+        """
+        if self.refusal is not None or self._held == self.generation or not self._holding.due(self.generation):
             return
         try:
             pointer = self._source.pointer()
             for release in (pointer.previous, pointer.challenger):
                 if release is not None:
                     self._source.hold(release, self._keep(pointer))
-        except NightrankError as error:  # a release before that is gone is no reason to worry anybody
-            log.info("not every release with a role is kept at hand: %s", error)
-        self._held = self.generation
+        except NightrankError as error:
+            self._not_held = f"not every release with a role is kept at hand: {type(error).__name__}: {error}"
+            self._holding.refused(self.generation)
+            log.warning("%s", self._not_held)
+        else:
+            self._held, self._not_held = self.generation, None

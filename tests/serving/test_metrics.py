@@ -13,6 +13,7 @@ from tasks.release.pointer import promote
 from tasks.release.publishing import publish_release
 from tasks.serving.metrics import Metrics
 from tasks.serving.ranker import Ranker
+from tasks.serving.refresher import Patience
 from tests.releases import NIGHT, PIPELINE, Made
 
 
@@ -53,6 +54,25 @@ def test_what_prometheus_is_told_is_what_happened(store: ObjectStore, tonight: M
         assert (told("load_seconds", role="champion") or 0) > 0
         assert (told("polled_seconds") or 0) > 1.7e9
     assert NIGHT.isoformat() not in generate_latest(registry).decode()
+
+
+def test_looks_at_the_pointer_are_told_while_a_refused_release_waits(store: ObjectStore, tomorrow: Made):
+    registry = CollectorRegistry()
+
+    def told(name: str, **labels: str) -> float:
+        return registry.get_sample_value(f"nightrank_{name}", {"pipeline": PIPELINE, **labels}) or 0
+
+    with Ranker(store, PIPELINE, events=Metrics(registry, PIPELINE)) as ranker:
+        publish_release(store, PIPELINE, tomorrow.folder, tomorrow.manifest, {})
+        promote(store, PIPELINE, tomorrow.manifest.release, tomorrow.manifest.night, token=1)
+        store.delete(manifest_key(PIPELINE, tomorrow.manifest.release))
+        ranker._follower._patience = Patience(3600.0)
+        for looks in (1, 2, 3):
+            before = told("polled_seconds")
+            ranker._follower.poll()
+            assert told("polls_total", outcome="refused") == looks
+            assert told("polled_seconds") > before
+        assert told("refused") == 1
 
 
 def test_rankers_of_one_process_share_a_registry_and_threads_lose_no_count():

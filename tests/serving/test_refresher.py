@@ -144,6 +144,31 @@ def test_a_bad_release_is_not_fetched_at_every_poll_and_what_follows_it_is_at_on
         eventually(lambda: ranker.release == tomorrow.manifest.release)
 
 
+def test_files_that_could_not_be_fetched_ahead_are_fetched_at_a_later_poll(
+    store: ObjectStore, tonight: Made, tomorrow: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    publish_release(store, PIPELINE, tomorrow.folder, tomorrow.manifest, {})
+    promote(store, PIPELINE, tomorrow.manifest.release, tomorrow.manifest.night, token=1)
+    key, real, tries = manifest_key(PIPELINE, tonight.manifest.release), store.find, []
+
+    def ailing(wanted: str, most: int | None = None) -> object:
+        if wanted == key:
+            tries.append(wanted)
+            raise StoreUnavailable("no answer in 25 s")
+        return real(wanted, most)
+
+    with Ranker(store, PIPELINE, cache=tmp_path / "cache", refresh_every=SOON) as ranker:
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "find", ailing)
+            eventually(lambda: len(tries) >= 3)
+            eventually(lambda: ranker.warnings)
+            assert "kept at hand: StoreUnavailable: no answer in 25 s" in ranker.warnings[0]
+            assert ranker.refusal is None
+        kept = tmp_path / "cache/releases" / tonight.manifest.release / "golden.json"
+        eventually(kept.is_file)
+        eventually(lambda: not ranker.warnings)
+
+
 def test_a_ranker_that_nobody_holds_ends_its_thread(store: ObjectStore):
     before = threading.active_count()
     ranker = Ranker(store, PIPELINE, refresh_every=SOON)

@@ -289,7 +289,7 @@ def check_manifest(store: ObjectStore, keyring: Keyring | None, pipeline: str, r
         StoreError: the store cannot be read.
     """
     if keyring is not None:
-        _verified(store, keyring, pipeline, release, data)
+        vouching_key(store, keyring, pipeline, release, data)
     return Manifest.parse(data, pipeline, release)
 
 
@@ -311,16 +311,11 @@ def check_pointer(keyring: Keyring | None, pipeline: str, data: bytes) -> Pointe
     return pointer
 
 
-def is_signed(store: ObjectStore, keyring: Keyring, pipeline: str, release: str, data: bytes) -> bool:
-    """Whether a trusted key has signed a manifest."""
-    try:
-        _verified(store, keyring, pipeline, release, data)
-    except ReleaseRefused:
-        return False
-    return True
+def vouching_key(store: ObjectStore, keyring: Keyring, pipeline: str, release: str, data: bytes) -> TrustedKey:
+    """The key of a keyring that has signed a manifest.
 
-
-def _verified(store: ObjectStore, keyring: Keyring, pipeline: str, release: str, data: bytes) -> None:
+    Args, Raises: as for `check_manifest`.
+    """
     read = Reader(f"manifest of release {release[:12]}")
     if len(data) > LARGEST_MANIFEST:
         read.refuse(f"it has {len(data)} bytes, more than the limit of {LARGEST_MANIFEST}")
@@ -340,10 +335,10 @@ def _verified(store: ObjectStore, keyring: Keyring, pipeline: str, release: str,
             if signature.key_id != key.key_id:
                 read.refuse(f"{name} is by key {signature.key_id}")
             keyring.verify(signature, message, lambda reason: _refuse(read, reason))
-            return
+            return key
         except ReleaseRefused as refused:
             why = str(refused).removeprefix(f"{read.what} is refused: ")
-    _refuse(read, why)
+    raise ReleaseRefused(f"{read.what} is refused: {why}")
 
 
 def _refuse(read: Reader, why: str) -> NoReturn:

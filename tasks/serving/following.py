@@ -24,6 +24,7 @@ class Follower:
     Attributes:
         generation: of the pointer that serves.
         refusal: why the last look at the pointer kept the old release; None where all was well.
+        signed: whether, at the last look, a trusted key vouched for all that serves.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Follower:
         self.refusal: str | None = None
         self.generation = max(min_generation, seen.read())
         self._swap(self._newer_pointer())
-        events.polled(self.generation, None, source.signed)
+        self._tell()
 
     def serving(self) -> Champion:
         """What answers now.
@@ -111,7 +112,7 @@ class Follower:
         try:
             pointer = self._newer_pointer()
             if patient and not self._patience.due(pointer):
-                self._events.polled(self.generation, self.refusal, self._source.signed)
+                self._tell()
                 return False
             tried = pointer
             self._swap(pointer)
@@ -125,8 +126,22 @@ class Follower:
             )
         else:
             self.refusal = None
-        self._events.polled(self.generation, self.refusal, self._source.signed)
+        self._tell()
         return self.serving().release is not before
+
+    def _tell(self) -> None:
+        self.signed = self._vouched()
+        self._events.polled(self.generation, self.refusal, self.signed)
+
+    def _vouched(self) -> bool:
+        """Whether a key that is trusted now vouches for champion and challenger."""
+        state = self.serving()
+        serve = [state.release, state.challenger] if isinstance(state, Contest) else [state.release]
+        try:
+            return self._source.vouched([one.manifest.release for one in serve])
+        except NightrankError as error:  # nobody can be asked, which is no reason to stop serving
+            log.warning("it is unknown who vouches for what serves: %s", error)
+            return False
 
     def _newer_pointer(self) -> Pointer:
         """The pointer, unless it is older than what was seen."""

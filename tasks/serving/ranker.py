@@ -145,8 +145,8 @@ class Ranker:
 
     @property
     def signed(self) -> bool:
-        """Whether a trusted key vouches for what serves; False where no keys are named."""
-        return self._source.signed
+        """Whether a trusted key vouched for what serves at the last look; False where no keys are named."""
+        return self._follower.signed
 
     @property
     def variant(self) -> str:

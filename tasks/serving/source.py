@@ -7,7 +7,14 @@ from pathlib import Path
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import NoRelease, ReleaseRefused
 from tasks.release.manifest import Manifest, Pointer
-from tasks.release.signing import Keyring, check_manifest, check_pointer, find_manifest, find_pointer
+from tasks.release.signing import (
+    Keyring,
+    TrustedKey,
+    check_pointer,
+    find_manifest,
+    find_pointer,
+    vouching_key,
+)
 from tasks.serving.cache import ReleaseCache
 from tasks.serving.loaded import LoadedRelease, load
 from tasks.serving.sessions import Device, Engine
@@ -15,11 +22,7 @@ from tasks.serving.variants import VariantChoice
 
 
 class ReleaseSource:
-    """One pipeline's store as a ranker reads it, through its cache.
-
-    Attributes:
-        signed: whether a trusted key vouched for the release that was loaded last.
-    """
+    """One pipeline's store as a ranker reads it, through its cache."""
 
     def __init__(
         self,
@@ -32,7 +35,8 @@ class ReleaseSource:
         keys: Path | None = None,
     ) -> None:
         self._store, self.pipeline, self._cache, self._keys = store, pipeline, cache, keys
-        self.signed = False
+        self._loaded: dict[str, tuple[bytes, TrustedKey | None]] = {}
+        """Manifests of what was loaded, and who vouched for them then."""
         self._device: Device = device
         self._engine = engine
         self._variant: VariantChoice = variant
@@ -68,12 +72,34 @@ class ReleaseSource:
             ReleaseRefused: there is none, it is odd, or not signed by a trusted key where keys are named.
             InvalidConfig: the keyring cannot be used.
         """
-        stored = find_manifest(self._store, self.pipeline, release)
-        if stored is None:
-            raise ReleaseRefused(f"release {release[:12]} has no manifest; publish it again")
+        return self._checked(release)[0]
+
+    def vouched(self, serve: Collection[str]) -> bool:
+        """Whether keys that are trusted now have signed all that serves; False where no keys are named.
+
+        The store is asked only where the key that vouched for a release is trusted no more.
+
+        Args:
+            serve: ids of releases that were loaded; others are forgotten.
+
+        Raises:
+            InvalidConfig: the keyring cannot be used.
+            StoreError: the store cannot be read.
+        """
+        self._loaded = {release: self._loaded[release] for release in serve}
         keyring = self.keyring()
-        self.signed = keyring is not None
-        return check_manifest(self._store, keyring, self.pipeline, release, stored.data)
+        return keyring is not None and all(self._vouched(keyring, release) for release in serve)
+
+    def _vouched(self, keyring: Keyring, release: str) -> bool:
+        data, key = self._loaded[release]
+        known = None if key is None else keyring.find(key.key_id)
+        if known is None or known.state == "revoked":
+            try:
+                known = vouching_key(self._store, keyring, self.pipeline, release, data)
+            except ReleaseRefused:
+                return False
+            self._loaded[release] = (data, known)
+        return True
 
     def load(self, release: str, keep: Collection[str], night: date | None = None) -> LoadedRelease:
         """Fetch, verify and load a release, and ask it its golden requests.
@@ -87,14 +113,16 @@ class ReleaseSource:
             ReleaseRefused: anything about it is odd.
             DeviceUnavailable: a GPU was asked for and none works.
         """
-        manifest = self.manifest(release)
+        manifest, data, key = self._checked(release)
         if night is not None and manifest.night != night:
             raise ReleaseRefused(
                 f"the pointer says that release {release[:12]} is of night {night}, its manifest says "
                 f"{manifest.night}; promote it again"
             )
         with self._cache.fetched(self._store, self.pipeline, manifest, keep) as folder:
-            return load(folder, manifest, self._device, self._engine, self._variant)
+            loaded = load(folder, manifest, self._device, self._engine, self._variant)
+        self._loaded[release] = (data, key)
+        return loaded
 
     def hold(self, release: str, keep: Collection[str]) -> None:
         """Have a release's verified files on the disk without loading it, so that going back to it fetches nothing.
@@ -104,3 +132,12 @@ class ReleaseSource:
         """
         with self._cache.fetched(self._store, self.pipeline, self.manifest(release), keep):
             pass
+
+    def _checked(self, release: str) -> tuple[Manifest, bytes, TrustedKey | None]:
+        """A release's manifest, its bytes and who vouches for it; None where no keys are named."""
+        stored = find_manifest(self._store, self.pipeline, release)
+        if stored is None:
+            raise ReleaseRefused(f"release {release[:12]} has no manifest; publish it again")
+        keyring = self.keyring()
+        key = None if keyring is None else vouching_key(self._store, keyring, self.pipeline, release, stored.data)
+        return Manifest.parse(stored.data, self.pipeline, release), stored.data, key

@@ -27,6 +27,7 @@ from tasks.errors import ReleaseRefused
 from tasks.release.manifest import Manifest, Pointer, blob_key, content_digest, manifest_key, pointer_key
 from tasks.release.pointer import move, promote
 from tasks.release.publishing import publish_release
+from tasks.release.resigning import sign_releases
 from tasks.release.signature import Signature, signature_key, signed_bytes
 from tasks.release.signing import KEY_VARIABLE, KEYS_VARIABLE, Keyring, SigningKey, State, TrustedKey
 from tasks.release.strict_json import canonical
@@ -333,17 +334,51 @@ def test_a_pointer_that_was_good_once_is_refused_by_who_has_seen_a_later_one(
 
 
 def test_a_key_that_is_revoked_while_a_ranker_serves_is_refused_at_the_next_look(world: World, tmp_path: Path) -> None:
-    store, ring = world.store(tmp_path / "store"), tmp_path / "ring.json"
+    store, ring, registry = world.store(tmp_path / "store"), tmp_path / "ring.json", CollectorRegistry()
     shutil.copy(world.ring, ring)
-    with Ranker(store, PIPELINE, "cpu", keys=ring) as ranker:
+
+    def signed() -> tuple[bool, float | None]:
+        return ranker.signed, registry.get_sample_value("nightrank_signed", {"pipeline": PIPELINE})
+
+    with Ranker(store, PIPELINE, "cpu", keys=ring, events=Metrics(registry, PIPELINE)) as ranker:
+        assert signed() == (True, 1)
         ring.write_bytes(Keyring((trusted(world.key, "revoked"),)).serialise())
         write(store, pointer_key(PIPELINE), world.pointers[1])
         assert not ranker.refresh()
         assert "which is revoked" in str(ranker.refusal)
+        assert signed() == (False, 0)
+        shutil.copy(world.ring, ring)
+        write(store, pointer_key(PIPELINE), world.pointers[0])
+        assert not ranker.refresh()
+        assert (signed(), ranker.refusal) == ((True, 1), None)
+        # With the old key revoked, what a second one has signed stays good.
+        ring.write_bytes(Keyring((trusted(world.key, "revoked"), trusted(world.foreign))).serialise())
+        sign_releases(store, PIPELINE, world.foreign, None, with_pointer=False)
+        assert not ranker.refresh()
+        assert "which is revoked" in str(ranker.refusal)
+        assert signed() == (True, 1)
         ring.write_bytes(b"{")
         assert not ranker.refresh()
         assert "InvalidConfig" in str(ranker.refusal)
+        assert signed() == (False, 0)
         assert ranker.release == world.first.manifest.release
+
+
+def test_a_revoked_key_shows_also_while_a_bad_release_is_not_tried_again(world: World, tmp_path: Path) -> None:
+    store, ring, registry = world.store(tmp_path / "store"), tmp_path / "ring.json", CollectorRegistry()
+    ring.write_bytes(Keyring((trusted(world.key), trusted(world.foreign))).serialise())
+    with Ranker(
+        *(store, PIPELINE, "cpu"), keys=ring, refresh_every=36_000, events=Metrics(registry, PIPELINE)
+    ) as ranker:
+        signed_by(world.foreign, world, store)
+        store.delete(manifest_key(PIPELINE, release(world)))
+        ranker._follower.poll()
+        assert ranker.signed
+        assert "has no manifest" in str(ranker.refusal)
+        ring.write_bytes(Keyring((trusted(world.key, "revoked"), trusted(world.foreign))).serialise())
+        ranker._follower.poll()
+        assert "has no manifest" in str(ranker.refusal)
+        assert (ranker.signed, registry.get_sample_value("nightrank_signed", {"pipeline": PIPELINE})) == (False, 0)
 
 
 def test_an_operator_who_signs_a_release_signs_no_pointer_that_an_attacker_left(

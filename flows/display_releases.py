@@ -100,7 +100,9 @@ def show_difference(console: Console, found: "Difference") -> None:
     console.print(table)
     if found.interface:
         console.print("[bold yellow]requests have to change[/bold yellow]")
-        _show_changes(console, "inputs and objectives", found.interface)
+        for change in found.interface:  # whole, however long
+            sides = f"{change.before or 'none'} -> {change.after or 'none'}"
+            console.print(f"  {change.name}: {escape(sides)}", soft_wrap=True)
     else:
         console.print("inputs and objectives are the same")
     _show_changes(console, "segments with weights of their own", found.levels)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tasks.clients.object_store import ObjectStore
-from tasks.release.manifest import ReleaseFile
+from tasks.release.manifest import InputSpec, ReleaseFile
 from tasks.release.pointer import read_pointer
 from tasks.release.published import night_key, releases_prefix, roles, stored_manifest
 
@@ -47,7 +47,7 @@ class About:
         schema_version: of its manifest.
         bytes: of all content files.
         files: content files.
-        inputs: name to dtype and whether it is per request or candidate.
+        inputs: name to all that a request has to know of it.
         objectives: name to kind.
         levels: finest first.
         metrics: objective to method to figures, of the nightly exam.
@@ -120,7 +120,7 @@ def about(store: ObjectStore, pipeline: str, release: str) -> About:
         schema_version=manifest.schema_version,
         bytes=manifest.size,
         files=manifest.files,
-        inputs={one.name: f"{one.dtype} per {one.per}" for one in manifest.interface.inputs},
+        inputs={one.name: _needs(one) for one in manifest.interface.inputs},
         objectives={one.name: one.kind for one in manifest.interface.objectives},
         levels=tuple(Level(", ".join(one.columns), one.segments) for one in manifest.interface.levels),
         metrics=metrics if all(isinstance(one, Mapping) for one in metrics.values()) else {},
@@ -129,6 +129,24 @@ def about(store: ObjectStore, pipeline: str, release: str) -> About:
         moves=tuple(one for named, one in ledger(store, pipeline) if named == release),
         report=f"{folder}/report.html",
     )
+
+
+def _needs(spec: InputSpec) -> str:
+    """All that a request has to know of an input: nothing that is for people alone."""
+    told = [f"{spec.dtype} per {spec.per}"]
+    if spec.missing is not None:
+        told.append(f"missing {spec.missing!r}")
+    if spec.values is not None:
+        told.append(f"{spec.values} values")
+    if spec.rows is not None:
+        told.append(f"at most {spec.rows} rows")
+    if spec.of is not None:
+        told.append(f"of {spec.of}")
+    if spec.personal is not None:
+        told.append(f"{spec.personal.method} with key {spec.personal.key_id}")
+    if spec.optional:
+        told.append("optional")
+    return ", ".join(told)
 
 
 def ledger(store: ObjectStore, pipeline: str) -> Iterator[tuple[str, Move]]:

@@ -206,5 +206,8 @@ def _rows(inputs: Arrays, which: npt.NDArray[np.bool_]) -> Arrays:
 def _asks(release: LoadedRelease) -> object:
     """What a request must hold, and what the scores mean."""
     interface = release.manifest.interface
-    inputs = tuple((one.name, one.per, one.dtype, one.missing, one.values, one.of) for one in interface.inputs)
+    inputs = tuple(
+        (one.name, one.per, one.dtype, one.missing, one.values, one.of, one.personal, one.rows)
+        for one in interface.inputs
+    )
     return inputs, interface.objectives

@@ -13,10 +13,11 @@ from prometheus_client import CollectorRegistry
 
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import ReleaseRefused, RequestRejected
-from tasks.release.manifest import manifest_key
+from tasks.release.manifest import Personal, manifest_key
 from tasks.release.pointer import move, promote
 from tasks.release.publishing import publish_release
 from tasks.serving.answering import Contest
+from tasks.serving.events import Events
 from tasks.serving.metrics import Metrics
 from tasks.serving.ranker import Ranker
 from tasks.serving.runners import Whole
@@ -153,6 +154,16 @@ def test_a_challenger_of_another_contract_is_refused(
     challenge(store, lean.manifest.release, 5_000)
     with Ranker(store, PIPELINE) as ranker:
         assert "takes other inputs or has other objectives" in ranker.warnings[0]
+        champion = ranker._follower.serving().release
+        for change in (
+            {"personal": Personal("other")},
+            {"rows": 7},
+        ):
+            user, *others = champion.manifest.interface.inputs
+            interface = replace(champion.manifest.interface, inputs=(replace(user, **change), *others))
+            rival = replace(champion, manifest=replace(champion.manifest, interface=interface))
+            with pytest.raises(ReleaseRefused, match="takes other inputs"):
+                Contest(champion, rival, 5_000, Events(), None)
         golden = tonight.golden[-2]
         np.testing.assert_allclose(ranker.score(golden.inputs), golden.scores, rtol=1e-5, atol=1e-5)
 

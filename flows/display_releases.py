@@ -1,6 +1,6 @@
 """What a person reads about releases: lists, one of them, two of them, what was checked, moved and removed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tasks.release.garbage import Collected
     from tasks.release.holds import HeldSegment
     from tasks.release.manifest import Pointer
+    from tasks.release.manifest_parts import Requires, Variant
     from tasks.release.resigning import Resigned
     from tasks.verify import Check
 
@@ -53,6 +54,8 @@ def show_release(console: Console, found: "About", store: str) -> None:
             "examined": f"beside release {found.compared_with}" if found.compared_with else "beside no champion",
             "config": found.config,
             "manifest": f"schema version {found.schema_version}",
+            "requires": _required(found.requires),
+            "signed": found.signed.told,
             "report": f"{store.rstrip('/')}/{found.report}",
         },
     )
@@ -64,8 +67,8 @@ def show_release(console: Console, found: "About", store: str) -> None:
         table.add_row(escape(file.name), f"{file.bytes:,}", file.sha256[:12])
     table.add_row("together", f"{found.bytes:,}", "")
     console.print(table)
-    levels = "; ".join(f"{one.name}: {one.segments:,}" for one in found.levels)
-    console.print(f"segments with weights of their own: {escape(levels)}", soft_wrap=True)
+    _show_segments(console, found)
+    _show_variants(console, found.variants)
     inputs = ", ".join(f"{name} ({what})" for name, what in found.inputs.items())
     console.print(f"inputs    {escape(inputs)}", soft_wrap=True)
     for objective, kind in found.objectives.items():
@@ -196,6 +199,43 @@ def show_collected(console: Console, done: "Collected", dry_run: bool) -> None:
         )
     if done.next is not None:
         console.print(f"next     something is old enough to be removed from {done.next:%Y-%m-%d %H:%M} UTC on")
+
+
+def _show_segments(console: Console, found: "About") -> None:
+    """Who is served by what, level by level; of an older manifest the segments with weights of their own alone."""
+    if not found.segments:
+        levels = "; ".join(f"{one.name}: {one.segments:,}" for one in found.levels)
+        console.print(f"segments with weights of their own: {escape(levels)}", soft_wrap=True)
+        return
+    heads = ("level", "adapter", "segments", "own", "parent's", "rolled back", "rows each", "changes loss by")
+    table = table_of("segments, finest level first: whose weights serve them", heads, heads[2:], folds="level")
+    for one in found.segments:
+        support, lift = one.support, one.lift
+        table.add_row(
+            escape(", ".join(one.columns)),
+            escape(one.kind),
+            *(f"{count:,}" for count in (one.segments, one.own, one.parent, one.rolled_back)),
+            "" if support is None else f"{support.median:,.0f}, 9 of 10 below {support.p90:,.0f}",
+            "" if lift is None else f"{lift.mean:+.4f} [{lift.low:+.4f}, {lift.high:+.4f}]",
+        )
+    console.print(table)
+
+
+def _show_variants(console: Console, variants: "Mapping[str, Variant]") -> None:
+    for name, one in variants.items():
+        verdict = one.verdict if one.verdict == "passed" else f"[bold yellow]{one.verdict}[/bold yellow]"
+        console.print(f"variant   {escape(name)} {verdict}: {escape(one.why)}", soft_wrap=True)
+    if not variants:
+        console.print("variant   none but fp32")
+
+
+def _required(requires: "Requires | None") -> str:
+    if requires is None:
+        return "the manifest does not tell"
+    opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in requires.opsets.items())
+    return (
+        f"onnxruntime {requires.onnxruntime}; operator sets {opsets}; IR {requires.ir_version}, by {requires.producer}"
+    )
 
 
 def _show_changes(console: Console, title: str, changes: Sequence["Change"]) -> None:

@@ -1,14 +1,19 @@
 """One release as an operator reads it, and two of them side by side."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tasks.clients.object_store import ObjectStore
-from tasks.release.manifest import InputSpec, ReleaseFile
+from tasks.errors import InvalidConfig, ReleaseRefused
+from tasks.release.manifest import InputSpec, Manifest, ReleaseFile
+from tasks.release.manifest_parts import LevelSegments, Requires, Variant
 from tasks.release.pointer import read_pointer
-from tasks.release.published import night_key, releases_prefix, roles, stored_manifest
+from tasks.release.published import night_key, releases_prefix, roles
+from tasks.release.signature import signatures_prefix
+from tasks.release.signing import UNSIGNED, Keyring, manifest_bytes, vouching_key
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,21 @@ class Level:
 
     name: str
     segments: int
+
+
+@dataclass(frozen=True)
+class Signed:
+    """Who has signed a release's manifest.
+
+    Attributes:
+        keys: ids of the keys whose signatures lie beside it.
+        vouching: the key of this host's keyring that has signed these bytes; None where none has, or no keys are named.
+        told: one sentence.
+    """
+
+    keys: tuple[str, ...]
+    vouching: str | None
+    told: str
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,10 @@ class About:
         inputs: name to all that a request has to know of it.
         objectives: name to kind.
         levels: finest first.
+        segments: who is served by what at each level; empty where the manifest does not tell.
+        variants: name to smaller graphs and their verdict.
+        requires: what a host must have to load the graphs; None where the manifest does not tell.
+        signed: by whom.
         metrics: objective to method to figures, of the nightly exam.
         parity: how closely the graphs agree with the network.
         provenance: commit, package versions, what training did.
@@ -73,6 +97,10 @@ class About:
     inputs: Mapping[str, str]
     objectives: Mapping[str, str]
     levels: tuple[Level, ...]
+    segments: tuple[LevelSegments, ...]
+    variants: Mapping[str, Variant]
+    requires: Requires | None
+    signed: Signed
     metrics: Mapping[str, Mapping[str, Mapping[str, float | None]]]
     parity: Mapping[str, object]
     provenance: Mapping[str, object]
@@ -96,7 +124,8 @@ def about(store: ObjectStore, pipeline: str, release: str) -> About:
         ObjectMissing: there is no such release.
         ReleaseRefused: its manifest is damaged.
     """
-    manifest = stored_manifest(store, pipeline, release)
+    data = manifest_bytes(store, pipeline, release)
+    manifest = Manifest.parse(data, pipeline, release)
     folder = f"{releases_prefix(pipeline)}{release}"
     told = store.find(f"{folder}/run.json")
     run: dict[str, Any] = {} if told is None else json.loads(told.data)
@@ -123,12 +152,33 @@ def about(store: ObjectStore, pipeline: str, release: str) -> About:
         inputs={one.name: _needs(one) for one in manifest.interface.inputs},
         objectives={one.name: one.kind for one in manifest.interface.objectives},
         levels=tuple(Level(", ".join(one.columns), one.segments) for one in manifest.interface.levels),
+        segments=manifest.segments,
+        variants=manifest.variants,
+        requires=manifest.requires,
+        signed=_signed(store, pipeline, release, data),
         metrics=metrics if all(isinstance(one, Mapping) for one in metrics.values()) else {},
         parity=manifest.parity,
         provenance=manifest.provenance,
         moves=tuple(one for named, one in ledger(store, pipeline) if named == release),
         report=f"{folder}/report.html",
     )
+
+
+def _signed(store: ObjectStore, pipeline: str, release: str, data: bytes) -> Signed:
+    """Who has signed these bytes of a manifest, and whether this host believes it."""
+    prefix = signatures_prefix(pipeline, release, hashlib.sha256(data).hexdigest())
+    keys = tuple(key.removeprefix(prefix).removesuffix(".sig") for key in store.list(prefix))
+    if not keys:
+        return Signed((), None, UNSIGNED)
+    by = f"by {', '.join(keys)}"
+    try:
+        keyring = Keyring.from_environment()
+        if keyring is None:
+            return Signed(keys, None, f"{by}; this host names no keys, so nobody looked")
+        vouching = vouching_key(store, keyring, pipeline, release, data).key_id
+        return Signed(keys, vouching, f"{by}; {vouching} is trusted here")
+    except (InvalidConfig, ReleaseRefused) as error:  # what else there is to be told does not depend on it
+        return Signed(keys, None, f"{by}; rankers with this host's keys refuse it: {error}")
 
 
 def _needs(spec: InputSpec) -> str:

@@ -11,7 +11,7 @@ from tasks.clients.object_store import ObjectStore
 from tasks.errors import ObjectCorrupt, ObjectMissing
 from tasks.release.manifest import Manifest, Pointer, blob_key
 from tasks.release.pointer import read_pointer
-from tasks.release.signing import find_manifest
+from tasks.release.signing import manifest_bytes
 
 _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 ROLES = ("champion", "previous", "challenger")
@@ -119,12 +119,7 @@ def stored_manifest(store: ObjectStore, pipeline: str, release: str) -> Manifest
         ObjectMissing: there is none.
         ReleaseRefused: it is damaged.
     """
-    found = find_manifest(store, pipeline, release)
-    if found is None:
-        raise ObjectMissing(
-            f"{store.url} has no release {release} of pipeline {pipeline!r}; see `nightrank releases list`"
-        )
-    return Manifest.parse(found.data, pipeline, release)
+    return Manifest.parse(manifest_bytes(store, pipeline, release), pipeline, release)
 
 
 def beside_of(store: ObjectStore, manifest: Manifest, name: str) -> bytes | None:

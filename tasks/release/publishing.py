@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tasks.clients.object_store import ObjectStore
-from tasks.errors import ObjectCorrupt, ObjectMissing, ReleaseRefused
+from tasks.errors import ObjectCorrupt, ReleaseRefused
 from tasks.release.manifest import (
     BESIDE,
     LARGEST_MANIFEST,
@@ -22,7 +22,7 @@ from tasks.release.manifest import (
     manifest_key,
 )
 from tasks.release.signature import signature_key
-from tasks.release.signing import UNSIGNED, Keyring, SigningKey, check_manifest, find_manifest, signer
+from tasks.release.signing import UNSIGNED, Keyring, SigningKey, check_manifest, manifest_bytes, signer
 
 log = logging.getLogger(__name__)
 
@@ -116,22 +116,6 @@ def read_manifest(store: ObjectStore, pipeline: str, release: str) -> Manifest:
     return check_manifest(
         store, Keyring.from_environment(), pipeline, release, manifest_bytes(store, pipeline, release)
     )
-
-
-def manifest_bytes(store: ObjectStore, pipeline: str, release: str) -> bytes:
-    """The bytes of a release's manifest, unchecked.
-
-    Raises:
-        ObjectMissing: it was never published.
-        ReleaseRefused: it is longer than any manifest.
-    """
-    stored = find_manifest(store, pipeline, release)
-    if stored is None:
-        raise ObjectMissing(
-            f"{store.url} has no release {release} of pipeline {pipeline!r}; publish it first, "
-            f"or look at `nightrank releases list`"
-        )
-    return stored.data
 
 
 def write_signature(store: ObjectStore, pipeline: str, release: str, data: bytes, key: SigningKey) -> bool:

@@ -7,8 +7,8 @@ from tasks.clients.object_store import ObjectStore
 from tasks.errors import NightrankError, ReleaseRefused
 from tasks.release.manifest import Manifest, Pointer
 from tasks.release.pointer import sign_pointer
-from tasks.release.publishing import manifest_bytes, write_signature
-from tasks.release.signing import Keyring, SigningKey, check_manifest
+from tasks.release.publishing import write_signature
+from tasks.release.signing import Keyring, SigningKey, check_manifest, manifest_bytes
 
 
 @dataclass(frozen=True)

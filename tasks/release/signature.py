@@ -71,9 +71,14 @@ def signed_bytes(what: Literal["manifest", "pointer"], pipeline: str, data: byte
     return f"nightrank/{what}/1\n{pipeline}\n".encode() + data
 
 
+def signatures_prefix(pipeline: str, release: str, sha256: str) -> str:
+    """Below which the signatures of a manifest with this SHA-256 lie."""
+    return f"{pipeline}/releases/{release}/signatures/{sha256}/"
+
+
 def signature_key(pipeline: str, release: str, sha256: str, key_id: str) -> str:
     """Where the signature of a manifest with this SHA-256 by this key lies in the store."""
-    return f"{pipeline}/releases/{release}/signatures/{sha256}/{key_id}.sig"
+    return f"{signatures_prefix(pipeline, release, sha256)}{key_id}.sig"
 
 
 def read_key_id(read: Reader, value: object) -> str:

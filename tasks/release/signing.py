@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
 from tasks.clients.object_store import ObjectStore, Stored
-from tasks.errors import InvalidConfig, ObjectCorrupt, ReleaseRefused
+from tasks.errors import InvalidConfig, ObjectCorrupt, ObjectMissing, ReleaseRefused
 from tasks.release.manifest import LARGEST_MANIFEST, Manifest, manifest_key
 from tasks.release.pointer_json import LARGEST_POINTER, Pointer, pointer_key
 from tasks.release.signature import (
@@ -255,6 +255,22 @@ def find_manifest(store: ObjectStore, pipeline: str, release: str) -> Stored | N
         StoreError: the store cannot be read.
     """
     return _found(store, manifest_key(pipeline, release), LARGEST_MANIFEST, f"manifest of release {release[:12]}")
+
+
+def manifest_bytes(store: ObjectStore, pipeline: str, release: str) -> bytes:
+    """The bytes of a release's manifest, unchecked.
+
+    Raises:
+        ObjectMissing: it was never published.
+        ReleaseRefused: it is longer than any manifest.
+    """
+    stored = find_manifest(store, pipeline, release)
+    if stored is None:
+        raise ObjectMissing(
+            f"{store.url} has no release {release} of pipeline {pipeline!r}; publish it first, "
+            f"or look at `nightrank releases list`"
+        )
+    return stored.data
 
 
 def find_pointer(store: ObjectStore, pipeline: str) -> Stored | None:

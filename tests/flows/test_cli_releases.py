@@ -67,10 +67,13 @@ def test_show_tells_where_a_release_is_from_and_what_it_holds(damageable: Finish
     shown = say("show")
     for fact in (
         second, "2026-03-06, made 20", "is        champion", f"parent    {first}", f"beside release {first}",
-        "moved     promote, generation 2", "bank.bin", "user_id: 33; market: 2", "clicked (binary)",
-        "matrix factorisation", "onnxruntime-gpu", "report.html",
+        "moved     promote, generation 2", "bank.bin", "clicked (binary)",
+        "matrix factorisation", "onnxruntime-gpu", "report.html", "variant   none but fp32",
+        "signed    unsigned: who can", "requires  onnxruntime 1.",
     ):  # fmt: skip
         assert fact in shown
+    levels = [line.split()[:2] + line.split()[3:4] for line in shown.splitlines() if " ridge " in line]
+    assert levels == [["user_id", "ridge", "33"], ["market", "ridge", "2"]]  # with weights of their own
     for name in (first, first[:6], "previous", "2026-03-05"):
         told = json.loads(say("show", name, "--json"))
         assert (told["release"], told["night"], told["parent"]) == (first, "2026-03-05", None)

@@ -32,7 +32,6 @@ from tasks.errors import ConditionsIgnored, Conflict, ObjectMissing, StoreError,
 _OWN = ".nightrank"
 _LOCK_PATIENCE_S = 25.0
 _LOCK_POLL_S = 0.005
-_LEFTOVER_AGE_S = 24 * 3600.0
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _REFUSED = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EISDIR,
@@ -146,9 +145,15 @@ class DirectoryStore(ObjectStore):
             raise self._missing(key)
         return self._path(key)
 
-    def sweep(self) -> None:
+    def _written_before(self, prefix: str, moment: float) -> Iterator[str]:
+        for key in self.list(prefix):
+            with self._reading(key), suppress(FileNotFoundError):  # another has just removed it
+                if self._path(key).stat().st_mtime < moment:
+                    yield key
+
+    def _free(self, horizon: float) -> None:
         """Remove temporary files that killed runs left long ago."""
-        horizon, folder = time.time() - _LEFTOVER_AGE_S, self._root / _OWN / "tmp"
+        folder = self._root / _OWN / "tmp"
         with self._writing("leftover temporary files"):
             for leftover in folder.iterdir() if folder.is_dir() else ():
                 with suppress(FileNotFoundError):  # its process lives, and has just ended it

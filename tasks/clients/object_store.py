@@ -5,22 +5,32 @@ object that is compared and swapped (`swap`), and plain reads. Every failure lea
 `tasks.errors`; no foreign exception crosses this seam.
 """
 
+import logging
 import re
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tasks.clients.local_files import write_local
-from tasks.errors import ConditionsIgnored, Conflict, InvalidConfig, ObjectCorrupt, StoreError
+from tasks.errors import ConditionsIgnored, Conflict, InvalidConfig, ObjectCorrupt, StoreError, StoreUnwritable
 
 MAX_KEY_BYTES = 900
 MAX_PART_BYTES = 255
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")
 """Control characters (Unicode's category Cc), and the backslash: some servers read it as a slash, and two keys would be
 one object."""
+LEFTOVER_AGE_S = 24 * 3600.0
+"""What a process left half done is freed when it is this old: no process takes that long for it."""
+CHECKS = ".nightrank-check/"
+"""Where `check` writes."""
+_SCRATCH = re.compile(re.escape(CHECKS) + "[0-9a-f]{32}")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -171,24 +181,42 @@ class ObjectStore(ABC):
         """
         write_local(path, self._stream(key), sha256, f"{self.url}/{key}")
 
-    @abstractmethod
     def sweep(self) -> None:
-        """Free what processes that died a day ago or earlier left half written; never what may still become visible.
+        """Free what processes that died a day ago or earlier left: half-written objects, and scratch objects of checks.
+
+        Never what may still become visible. What may not be removed is left, and told to the log.
 
         Raises:
             StoreError: the store cannot be asked.
         """
+        horizon = time.time() - LEFTOVER_AGE_S
+        try:
+            for key in tuple(self._written_before(CHECKS, horizon)):
+                if _SCRATCH.fullmatch(key):
+                    self.delete(key)
+        except StoreUnwritable as error:
+            _log.warning("scratch objects of old checks stay in %s: %s", self.url, error)
+        self._free(horizon)
+
+    @abstractmethod
+    def _written_before(self, prefix: str, moment: float) -> Iterator[str]:
+        """Keys that start with the prefix, of objects that were written before the moment (seconds since 1970)."""
+
+    @abstractmethod
+    def _free(self, horizon: float) -> None:
+        """Free what was begun before the horizon (seconds since 1970) and never became an object."""
 
     def check(self) -> None:
         """Prove with scratch objects that the store can be written and honours conditions; sweep.
 
+        A store that gives no answer is not asked any more: what may be there of scratch objects is left to `sweep`.
+
         Raises:
             ConditionsIgnored: a conditional write did what its condition forbids, or a write did not arrive.
-            StoreUnwritable, StoreUnavailable: the store cannot be written, or not reached.
+            StoreUnwritable, StoreUnavailable, OutcomeUnknown: the store cannot be written, or not reached.
         """
-        key, never = f".nightrank-check/{uuid.uuid4().hex}", f".nightrank-check/{uuid.uuid4().hex}"
         first, second, third = (uuid.uuid4().bytes for _ in range(3))
-        try:
+        with self._scratch(2) as (key, never):
             self._expect(self.put_if_absent(key, first), "a new object was reported as already there")
             self._expect_content(key, first, "an object written with success is not there or reads differently")
             self._expect(not self.put_if_absent(key, second), "If-None-Match did not protect an object")
@@ -200,10 +228,28 @@ class ObjectStore(ABC):
             self._expect_conflict(key, third, stale, "If-Match let an old ETag replace a newer object")
             self._expect_conflict(never, third, current, "If-Match made an object that was absent")
             self._expect_content(key, second, "a refused write changed the object")
-        finally:
-            self.delete(key)
-            self.delete(never)
         self.sweep()
+
+    @contextmanager
+    def _scratch(self, count: int) -> Iterator[tuple[str, ...]]:
+        """Keys for a check's objects, which are removed at its end, unless the store has stopped answering."""
+        keys = tuple(f"{CHECKS}{uuid.uuid4().hex}" for _ in range(count))
+        try:
+            yield keys
+        except StoreError as failure:
+            if not failure.transient:
+                self._discard(keys)
+            raise
+        for key in keys:
+            self.delete(key)
+
+    def _discard(self, keys: tuple[str, ...]) -> None:
+        """Remove what a failed check wrote, as far as the store lets us: its own failure is what has to be told."""
+        try:
+            for key in keys:
+                self.delete(key)
+        except StoreError as error:
+            _log.info("scratch objects of a check stay in %s until they are swept: %s", self.url, error)
 
     def _too_large(self, key: str, size: int | None, most: int) -> ObjectCorrupt:
         found = "more" if size is None else size

@@ -21,7 +21,7 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from tasks.errors import ConditionsIgnored, ObjectCorrupt, StoreError, StoreUnavailable, StoreUnwritable
+from tasks.errors import ConditionsIgnored, ObjectCorrupt, OutcomeUnknown, StoreError, StoreUnavailable, StoreUnwritable
 
 PATIENCE_S = 15.0
 """No further attempt starts this long after the first one."""
@@ -63,6 +63,13 @@ def attempts(operation: float | None = None) -> Iterator[int]:
 def too_late(operation: float) -> bool:
     """Whether nothing more may be asked in an operation that began then."""
     return time.monotonic() > operation + LAST_START_S
+
+
+def unanswered(error: StoreError) -> bool:
+    """Whether an operation ended in silence: asked more now, the store would be silent for longer than it may be."""
+    cause = error.__cause__
+    silent = isinstance(cause, FAILURES) and not isinstance(cause, ClientError)
+    return isinstance(error, OutcomeUnknown) or (isinstance(error, StoreUnavailable) and silent)
 
 
 def code_of(error: Exception) -> str:

@@ -7,10 +7,11 @@ aborted where it is known not to have made the object, never where it may still 
 import base64
 import hashlib
 import io
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
+
+from botocore.exceptions import ClientError
 
 from tasks.clients import s3_failures
 from tasks.errors import ObjectCorrupt
@@ -19,8 +20,6 @@ PART_BYTES = 16 * 1024**2
 """What is held in memory of an object; more where it would have more than `MAX_PARTS` of them."""
 MAX_PARTS = 10_000
 MAX_OBJECT_BYTES = 5 * 1024**4
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,13 +152,10 @@ class Upload:
             began,
         )
 
-    def abort(self) -> bool:
-        """Free what the parts occupy, if the store answers now; True if they are gone."""
+    def abort(self) -> None:
+        """Free what the parts occupy; sent once. Parts that are gone are fine, other failures pass as they are."""
         try:
             self._client.abort_multipart_upload(**self._named, UploadId=self.id)
-        except s3_failures.FAILURES as error:
-            if s3_failures.code_of(error) == "NoSuchUpload":
-                return True
-            _log.warning("could not abort the upload of %s, it is tried again later: %s", self._named["Key"], error)
-            return False
-        return True
+        except ClientError as error:
+            if s3_failures.code_of(error) != "NoSuchUpload":
+                raise

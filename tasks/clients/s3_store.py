@@ -34,7 +34,6 @@ SINGLE_PUT_BYTES = 64 * 1024**2
 """A larger object is sent in parts."""
 UPLOADS = ".nightrank-uploads/"
 """Where uploads in parts are noted while they last, so that what a killed process leaves is found and freed."""
-_LEFTOVER_AGE_S = 24 * 3600.0
 
 T = TypeVar("T")
 
@@ -146,17 +145,24 @@ class S3Store(ObjectStore):
 
     def list(self, prefix: str) -> Iterator[str]:
         """All keys that start with the prefix, sorted by their bytes."""
+        # Not every server sorts across folders by bytes.
+        yield from sorted(key for key, _ in self._listed(prefix))
+
+    def _written_before(self, prefix: str, moment: float) -> Iterator[str]:
+        yield from (key for key, written in self._listed(prefix) if written < moment)
+
+    def _listed(self, prefix: str) -> Iterator[tuple[str, float]]:
+        """Keys, and when the server says that they were written (seconds since 1970)."""
         start = self._prefix + checked_prefix(prefix)
-        keys: list[str] = []
         token: dict[str, str] = {}
         while True:
             page = self._page(start, token)
-            keys.extend(entry["Key"].removeprefix(self._prefix) for entry in page.get("Contents", ()))
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):  # consoles leave empty "folder" objects
+                    yield entry["Key"].removeprefix(self._prefix), entry["LastModified"].timestamp()
             if not page.get("IsTruncated"):
-                break
+                return
             token = {"ContinuationToken": page["NextContinuationToken"]}
-        # Consoles leave empty "folder" objects; and not every server sorts across folders by bytes.
-        yield from sorted(key for key in keys if not key.endswith("/"))
 
     def delete(self, key: str) -> None:
         """Remove the object; an absent one is fine."""
@@ -232,14 +238,13 @@ class S3Store(ObjectStore):
         upload = Upload(self._client, self._bucket, self._name(key), partial(self._repeated, key, writing=True))
         note = f"{UPLOADS}{uuid.uuid4().hex}.json"
         said = {"key": key, "upload": upload.id, "began": time.time()}
-        asked = False
         try:
             self._put_new(note, content_of(json.dumps(said).encode()))
             upload.send(content)
-            asked = True
             ours = self._completed(key, content, upload)
         except StoreError as error:
-            if not (asked and isinstance(error, OutcomeUnknown)):
+            # While it may still appear its parts are kept; and a store that fell silent is not asked to free them.
+            if not s3_failures.unanswered(error):
                 self._end(upload, note)
             raise
         self._end(None if ours else upload, note)
@@ -262,16 +267,22 @@ class S3Store(ObjectStore):
                 failure = s3_failures.translated(self.url, self._bucket, key, answer.failure, True)
                 raise failure from missing
 
-    def _end(self, upload: Upload | None, note: str) -> None:
-        """Abort an upload, if there is one to abort, and forget it; what fails here is made up for by `sweep`."""
-        try:
-            if upload is None or upload.abort():
-                self._client.delete_object(Bucket=self._bucket, Key=self._name(note))
-        except s3_failures.FAILURES as error:
-            _log.warning("could not remove %s/%s, it is removed on a later night: %s", self.url, note, error)
+    def _end(self, upload: Upload | None, note: str) -> bool:
+        """Abort an upload, if there is one to abort, and forget it; False if the store says nothing.
 
-    def sweep(self) -> None:
-        """Abort uploads in parts that processes began a day ago or earlier, and did not live to end."""
+        What fails here is made up for by `sweep`.
+        """
+        try:
+            if upload is not None:
+                upload.abort()
+            self._client.delete_object(Bucket=self._bucket, Key=self._name(note))
+        except s3_failures.FAILURES as error:
+            _log.warning("could not free what %s/%s notes, it is freed on a later night: %s", self.url, note, error)
+            return isinstance(error, ClientError)
+        return True
+
+    def _free(self, horizon: float) -> None:
+        """Abort uploads in parts that processes began before the horizon, and did not live to end."""
         for note in self.list(UPLOADS):
             found = self.find(note)
             if found is None:  # its process lives, and has just ended it
@@ -282,23 +293,22 @@ class S3Store(ObjectStore):
             except (ValueError, TypeError, KeyError, StoreError) as error:
                 _log.warning("%s/%s is not a note of ours, delete it: %s", self.url, note, error)
                 continue
-            if time.time() - began > _LEFTOVER_AGE_S:
+            if began < horizon:
                 _log.warning("%s was being sent by a process that died; freeing its parts", said["key"])
-                self._end(Upload(self._client, self._bucket, name, _once, upload), note)
+                if not self._end(Upload(self._client, self._bucket, name, _once, upload), note):
+                    return
 
     def check(self) -> None:
         """Prove that the store can be written and honours conditions, in one part and in several."""
         super().check()
-        key, first, second = f".nightrank-check/{uuid.uuid4().hex}", uuid.uuid4().bytes, uuid.uuid4().bytes
-        try:
+        first, second = uuid.uuid4().bytes, uuid.uuid4().bytes
+        with self._scratch(1) as (key,):
             written = self._put_in_parts(key, content_of(first))
             self._expect(written, "a new object sent in parts was reported as already there")
             self._expect_content(key, first, "an object sent in parts with success reads differently")
             kept = not self._put_in_parts(key, content_of(second))
             self._expect(kept, "If-None-Match did not protect an object from one that was sent in parts")
             self._expect_content(key, first, "a refused upload in parts changed the object")
-        finally:
-            self.delete(key)
 
     @contextmanager
     def _judging(self, key: str, answer: Answer, began: float) -> Iterator[None]:

@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.clients import directory_store
 from tasks.clients.directory_store import DirectoryStore
-from tasks.errors import ConditionsIgnored, Conflict, StoreError, StoreUnavailable, StoreUnwritable
+from tasks.clients.object_store import CHECKS
+from tasks.errors import ConditionsIgnored, Conflict, OutcomeUnknown, StoreError, StoreUnavailable, StoreUnwritable
 
 ROOT = Path(__file__).parents[2]
 
@@ -274,3 +276,58 @@ def test_a_store_that_ignores_conditions_is_refused(kind: type[DirectoryStore], 
     with pytest.raises(ConditionsIgnored, match=f"{tmp_path} does not honour conditional writes: .*Use a directory"):
         store.check()
     assert list(store.list("")) == []
+
+
+def test_a_failed_check_tells_its_own_failure_and_not_that_of_cleaning_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(key: str) -> None:
+        raise StoreUnwritable(f"{key} may not be deleted")
+
+    store = _IgnoresETags(tmp_path)
+    monkeypatch.setattr(store, "delete", refuse)
+    with pytest.raises(ConditionsIgnored):
+        store.check()
+    assert len(list(store.list(CHECKS))) == 1
+
+
+@pytest.mark.parametrize("silence", [StoreUnavailable("no answer"), OutcomeUnknown("no answer")], ids=repr)
+def test_a_check_asks_nothing_more_of_a_store_that_stopped_answering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silence: StoreError
+) -> None:
+    """Whichever of its calls went unanswered; what it left is swept a day later."""
+    asked, last = 0, sys.maxsize
+
+    def until_last(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            if asked >= last:
+                raise silence
+            return call(*arguments)
+
+        return counted
+
+    def opened(name: str) -> DirectoryStore:
+        store = DirectoryStore(tmp_path / name)
+        for call in ("put_if_absent", "find", "swap", "delete", "list"):
+            monkeypatch.setattr(store, call, until_last(getattr(store, call)))
+        return store
+
+    opened("good").check()
+    calls, left = asked, 0
+    assert calls > 15
+    for number in range(1, calls + 1):
+        asked, last, store = 0, number, opened(str(number))
+        with pytest.raises(type(silence)) as told:
+            store.check()
+        assert told.value is silence
+        assert asked == last
+        left += len(list(DirectoryStore(tmp_path / str(number)).list(CHECKS)))
+    assert left > 10
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
+    for number in range(1, calls + 1):
+        swept = DirectoryStore(tmp_path / str(number))
+        swept.sweep()
+        assert list(swept.list("")) == []

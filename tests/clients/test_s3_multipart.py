@@ -160,6 +160,36 @@ def test_an_end_whose_every_answer_is_lost_is_recognised_by_reading_back(
     assert direct.get("k").data == file.read_bytes()
 
 
+def test_a_server_that_fell_silent_is_not_asked_to_free_parts_and_a_sweep_does_it_a_day_later(
+    store: S3Store, direct: S3Store, proxy: FaultProxy, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_failures, "PATIENCE_S", 0.3)
+    proxy.from_then_on = of(PART, served=False)
+    with pytest.raises(StoreUnavailable, match="try again later"):
+        store.put_file_if_absent("k", file)
+    assert set(proxy.seen[proxy.seen.index("POST") + 2 :]) == {"PUT"}
+    assert len(uploads(direct)) == 1
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
+    direct.sweep()
+    assert uploads(direct) == []
+    assert list(direct.list("")) == []
+
+
+def test_a_sweep_ends_with_the_first_upload_that_a_silent_server_does_not_free(
+    store: S3Store, direct: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = [f"{UPLOADS}{number}.json" for number in range(3)]
+    for note in notes:
+        direct.put_if_absent(note, json.dumps({"key": "k", "upload": "gone", "began": 0}).encode())
+    proxy.plan = [Fault("DELETE")]
+    store.sweep()
+    assert proxy.plan == []
+    assert list(direct.list(UPLOADS)) == notes
+    store.sweep()
+    assert list(direct.list(UPLOADS)) == []
+
+
 def test_an_upload_that_is_gone_may_be_success_and_may_not(
     store: S3Store, direct: S3Store, proxy: FaultProxy, file: Path
 ) -> None:

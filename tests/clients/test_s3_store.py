@@ -8,7 +8,7 @@ import moto
 import pytest
 
 from tasks.clients import s3_failures, s3_store
-from tasks.clients.object_store import ObjectStore, open_store
+from tasks.clients.object_store import CHECKS, ObjectStore, open_store
 from tasks.clients.s3_client import s3_client
 from tasks.clients.s3_store import S3Store
 from tasks.errors import (
@@ -20,7 +20,7 @@ from tasks.errors import (
     StoreUnavailable,
     StoreUnwritable,
 )
-from tests.clients.fault_proxy import Fault, FaultProxy
+from tests.clients.fault_proxy import BEGIN, END, PART, Fault, FaultProxy
 from tests.ports import free_ports
 from tests.s3_server import READER, S3Server
 
@@ -177,6 +177,26 @@ def test_a_server_that_never_answers_is_given_up_after_few_calls(
         assert 1 <= len(proxy.seen) <= 3
 
 
+@pytest.mark.parametrize("call", [("PUT", ""), ("GET", ""), BEGIN, PART, END, ("DELETE", "")], ids=str)
+def test_a_check_asks_nothing_more_of_a_server_that_fell_silent(
+    call: tuple[str, str], store: S3Store, direct: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It repeats the call, or reads back what that did, until patience ends; what it left is swept a day later."""
+    monkeypatch.setattr(s3_failures, "PATIENCE_S", 0.2)
+    proxy.from_then_on = Fault(call[0], path=call[1])
+    with pytest.raises((StoreUnavailable, OutcomeUnknown)):
+        store.check()
+    silent = next(at for at, told in enumerate(proxy.calls) if told.startswith(call[0]) and call[1] in told)
+    objects = {told.split()[1].partition("?")[0] for told in proxy.calls[silent:]}
+    assert len(objects) == 1
+    assert call[0] == "DELETE" or "DELETE" not in proxy.seen[silent:]
+    proxy.calm()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
+    direct.sweep()
+    assert list(direct.list("")) == []
+
+
 def test_a_broken_transfer_is_started_again(store: S3Store, direct: S3Store, proxy: FaultProxy, tmp_path: Path) -> None:
     content = os.urandom(3_000_000)
     direct.put_if_absent("f", content)
@@ -235,6 +255,21 @@ def test_a_reader_s_credentials_read_and_are_refused_writes(
         with pytest.raises(StoreUnwritable, match="check the AWS credentials"):
             call()
     assert direct.get("k").data == b"1"
+
+
+def test_scratch_objects_that_may_not_be_removed_stop_no_sweep(
+    s3_server: S3Server, direct: S3Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = f"{CHECKS}{'0a' * 16}"
+    direct.put_if_absent(key, b"1")
+    for name, value in s3_server.environment(READER).items():
+        monkeypatch.setenv(name, value)
+    now = time.time()
+    with monkeypatch.context() as later:
+        later.setattr(time, "time", lambda: now + 25 * 3600)
+        _bucket_store(direct.url).sweep()
+    assert f"scratch objects of old checks stay in {direct.url}" in caplog.text
+    assert direct.exists(key)
 
 
 def test_wrong_and_missing_credentials_and_buckets_are_named(

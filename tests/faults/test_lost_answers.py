@@ -13,6 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,18 @@ def test_no_call_to_a_server_that_stopped_hangs_for_30_seconds(tmp_path: Path, m
     print({name: (round(seconds, 1), raised.get(name)) for name, seconds in took.items()})
     assert set(raised) == set(calls)
     assert max(took.values()) < 30
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("silent", [PART, END, ("GET", "")], ids=["part", "end", "check"])
+def test_no_call_to_a_server_that_stops_midway_hangs_for_30_seconds(network: Network, silent: tuple[str, str]) -> None:
+    """The real time-outs; the server answers until an upload's part, its end, or the first read of a check."""
+    (network.folder / "large").write_bytes(b"x" * (SMALLEST_PART + 1))
+    network.proxy.from_then_on = Fault(silent[0], served=False, hang=True, path=silent[1])
+    upload = partial(network.store.put_file_if_absent, uuid.uuid4().hex, network.folder / "large")
+    call = network.store.check if silent[0] == "GET" else upload
+    began = time.monotonic()
+    with pytest.raises((StoreUnavailable, OutcomeUnknown)):
+        call()
+    print(silent, round(time.monotonic() - began, 1))
+    assert time.monotonic() - began < 30

@@ -4,13 +4,14 @@ That they are enough for a night and a ranker is told by `tests/steps/test_s3_ni
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
 
-from tasks.clients.object_store import open_store
+from tasks.clients.object_store import CHECKS, open_store
 from tasks.clients.s3_client import s3_client
 from tasks.errors import StoreUnwritable
 from tests.s3_server import POLICIES, PUBLISHER, RANKER, S3Server
@@ -178,14 +179,20 @@ def test_what_is_absent_is_absent_to_both_and_not_forbidden(
         assert store.size("tiny/blobs/none") is None
 
 
-def test_the_publisher_s_rights_pass_the_check_and_free_uploads(
+def test_the_publisher_s_rights_pass_the_check_and_free_uploads_and_what_checks_left(
     admin: Any, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    admin.put_object(Bucket="models", Key=f"nightrank/{CHECKS}{'0a' * 16}", Body=b"left")
     for name, value in s3_server.environment(PUBLISHER).items():
         monkeypatch.setenv(name, value)
     store = open_store("s3://models/nightrank")
     store.check()
-    assert [key for key in store.list("") if key.startswith(".nightrank")] == []
+    assert list(store.list(".nightrank")) == [f"{CHECKS}{'0a' * 16}"]
+    now = time.time()
+    with monkeypatch.context() as later:
+        later.setattr(time, "time", lambda: now + 25 * 3600)
+        store.sweep()
+    assert list(store.list(".nightrank")) == []
 
 
 def test_the_rule_for_uploads_that_nobody_ended_is_one_that_servers_take(admin: Any) -> None:

@@ -57,6 +57,7 @@ _TOGETHER = (
         *("tests/clients/test_object_store.py", "tests/clients/test_s3_store.py"),
         *("tests/clients/test_s3_multipart.py", "tests/faults/test_refused_stores.py"),
         *("tests/faults/test_publish_once.py", "tests/faults/test_lost_answers.py", "tests/faults/test_policies.py"),
+        "tests/faults/test_operator.py",
     ),
 )
 """Files that share the `nursery`, one embedded `prefect` or the `s3_server`, and so a worker."""

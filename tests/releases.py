@@ -1,6 +1,8 @@
 """Small releases with random weights, exported for real: what tests of `release/` and `serving/` are about."""
 
+import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from tasks.clients.object_store import ObjectStore
 from tasks.data.contract import DataConfig
 from tasks.data.statistics import StatisticsTables
 from tasks.data.vocabulary import Vocabulary
@@ -26,6 +29,9 @@ from tasks.release.lookups import input_specs, objectives, wires
 from tasks.release.manifest import Manifest, content_digest
 from tasks.release.manifest import describe as describe_files
 from tasks.release.nodes import ENCODER_KEYS
+from tasks.release.pointer import promote
+from tasks.release.published import night_key
+from tasks.release.publishing import publish_release
 from tasks.release.requirements import requirements
 from tasks.release.scorer import Solving, trace
 from tasks.release.tables import LevelTable, ServingTables, write_tables
@@ -317,6 +323,23 @@ def next_night(made: Made, folder: Path, night: date, seed: int = 1) -> Made:
     interface = describe(made.data, made.tables, golden, night)
     manifest = manifest_of(folder, interface)
     return replace(made, bank=bank, golden=golden, folder=folder, manifest=manifest, parity=parity)
+
+
+def deliver(store: ObjectStore, nights: Sequence[Made]) -> None:
+    """Publish and promote releases of successive nights in turn, and leave what nights leave of themselves."""
+    for number, made in enumerate(nights):
+        night, pipeline = made.manifest.night, made.manifest.pipeline
+        parent = nights[number - 1].manifest.release if number else None
+        run = {"parent": parent, "created": f"{night}T06:00:00+00:00", "night": f"{night}", "go": True, "config": "c"}
+        publish_release(store, pipeline, made.folder, made.manifest, {"run.json": json.dumps(run).encode()})
+        promote(store, pipeline, made.manifest.release, night, token=number + 1)
+        note_night(store, pipeline, night, made.manifest.release)
+
+
+def note_night(store: ObjectStore, pipeline: str, night: date, release: str, go: bool = True) -> None:
+    """What publish notes of a night."""
+    said = {"release": release, "go": go, "config": "c", "exam": "e", "verdict": "v", "override": None}
+    store.swap(night_key(pipeline, night), json.dumps(said).encode(), None)
 
 
 def manifest_of(folder: Path, interface: Interface, *told: Json) -> Manifest:

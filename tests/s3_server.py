@@ -24,8 +24,9 @@ from tests.ports import free_ports
 ADMIN = ("nightrank-admin", "nightrank-admin-secret")
 READER = ("nightrank-reader", "nightrank-reader-secret")
 PUBLISHER = ("nightrank-publisher", "nightrank-publisher-secret")
+OPERATOR = ("nightrank-operator", "nightrank-operator-secret")
 RANKER = ("nightrank-ranker", "nightrank-ranker-secret")
-"""The two whose rights are `infra/policies/publisher.json` and `reader.json`, for the pipeline `tiny`."""
+"""The three whose rights are `publisher.json`, `operator.json` and `reader.json` of `infra/policies`, for `tiny`."""
 POLICIES = Path(__file__).resolve().parents[1] / "infra" / "policies"
 _PATIENCE_S = 60.0
 
@@ -50,7 +51,7 @@ def aws_environment(endpoint: str, access_key: str, secret_key: str) -> dict[str
 
 
 class S3Server:
-    """SeaweedFS with four identities: an administrator, a reader who may not write, and those of `infra/policies`.
+    """SeaweedFS with five identities: an administrator, a reader who may not write, and those of `infra/policies`.
 
     Args:
         folder: where it keeps its data and its log; a fresh one.
@@ -103,9 +104,10 @@ class S3Server:
             _identity("admin", ADMIN, ["Admin", "Read", "Write", "List", "Tagging"]),
             _identity("reader", READER, ["Read", "List"]),
             _identity("publisher", PUBLISHER, [], "publisher"),
+            _identity("operator", OPERATOR, [], "operator"),
             _identity("ranker", RANKER, [], "reader"),
         ]
-        policies = [{"name": name, "content": _policy(name)} for name in ("publisher", "reader")]
+        policies = [{"name": name, "content": _policy(name)} for name in ("publisher", "operator", "reader")]
         config = self._folder / "s3.json"
         config.write_text(json.dumps({"identities": identities, "policies": policies}))
         master, master_g, volume, volume_g, filer, filer_g, s3, s3_g = free_ports(8)

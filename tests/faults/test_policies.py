@@ -1,6 +1,7 @@
 """What the rights in `infra/policies` forbid: each call answers 403 and changes nothing.
 
-That they are enough for a night and a ranker is told by `tests/steps/test_s3_night.py`, which runs with them.
+That they are enough for a night and a ranker is told by `tests/steps/test_s3_night.py`, which runs with them, and for
+an operator by `test_operator.py`.
 """
 
 import json
@@ -14,13 +15,13 @@ from botocore.exceptions import ClientError
 from tasks.clients.object_store import CHECKS, open_store
 from tasks.clients.s3_client import s3_client
 from tasks.errors import StoreUnwritable
-from tests.s3_server import POLICIES, PUBLISHER, RANKER, S3Server
+from tests.s3_server import OPERATOR, POLICIES, PUBLISHER, RANKER, S3Server
 
 HOME, OTHER = "nightrank/tiny", "nightrank/other"
 THERE = {
     "models": (
         f"{HOME}/current.json", f"{HOME}/blobs/a", f"{HOME}/releases/r/manifest.json", f"{HOME}/releases/r/run.json",
-        f"{HOME}/state/released/n.json", f"{HOME}/work/prepare/k/record.json", f"{HOME}/lease",
+        f"{HOME}/state/released/n.json", f"{HOME}/work/prepare/k/record.json", f"{HOME}/lease", f"{HOME}/ledger/1.json",
         f"{OTHER}/current.json", f"{OTHER}/state/n.json",
     ),
     "lake": ("interactions/night=2026-03-01/p.parquet", "secrets/salaries.parquet"),
@@ -69,9 +70,9 @@ def test_no_policy_allows_more_calls_than_it_names() -> None:
 
 @pytest.fixture(scope="module")
 def clients(admin: Any, s3_server: S3Server) -> dict[str, Any]:
-    """Clients of the publisher and the ranker."""
+    """Clients of the publisher, the operator and the ranker."""
     made = {}
-    for who, identity in (("publisher", PUBLISHER), ("ranker", RANKER)):
+    for who, identity in (("publisher", PUBLISHER), ("operator", OPERATOR), ("ranker", RANKER)):
         with pytest.MonkeyPatch.context() as environment:
             for name, value in s3_server.environment(identity).items():
                 environment.setenv(name, value)
@@ -107,6 +108,24 @@ FORBIDDEN: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("ranker", "reads another pipeline"): get("models", f"{OTHER}/current.json"),
     ("ranker", "reads the lake"): get("lake", "interactions/night=2026-03-01/p.parquet"),
     ("ranker", "lists the lake"): lambda client: client.list_objects_v2(Bucket="lake", Prefix="interactions/"),
+    ("operator", "writes a blob"): put("models", f"{HOME}/blobs/b"),
+    ("operator", "writes a blob in parts"): begin("models", f"{HOME}/blobs/b"),
+    ("operator", "writes a manifest"): put("models", f"{HOME}/releases/r/manifest.json"),
+    ("operator", "writes beside a manifest"): put("models", f"{HOME}/releases/r/run.json"),
+    ("operator", "writes the state of nights"): put("models", f"{HOME}/state/released/n.json"),
+    ("operator", "writes what steps left"): put("models", f"{HOME}/work/prepare/k/record.json"),
+    ("operator", "deletes the pointer"): delete("models", f"{HOME}/current.json"),
+    ("operator", "deletes the lease"): delete("models", f"{HOME}/lease"),
+    ("operator", "deletes the state of nights"): delete("models", f"{HOME}/state/released/n.json"),
+    ("operator", "deletes from the ledger"): delete("models", f"{HOME}/ledger/1.json"),
+    ("operator", "reads another pipeline"): get("models", f"{OTHER}/current.json"),
+    ("operator", "moves another pipeline's pointer"): put("models", f"{OTHER}/current.json"),
+    ("operator", "deletes another pipeline's state"): delete("models", f"{OTHER}/state/n.json"),
+    ("operator", "writes outside of every pipeline"): put("models", "index.html"),
+    ("operator", "reads the lake"): get("lake", "interactions/night=2026-03-01/p.parquet"),
+    ("operator", "lists the lake"): lambda client: client.list_objects_v2(Bucket="lake", Prefix="interactions/"),
+    ("operator", "deletes from the lake"): delete("lake", "interactions/night=2026-03-01/p.parquet"),
+    ("operator", "deletes the bucket"): lambda client: client.delete_bucket(Bucket="models"),
     ("publisher", "deletes a blob"): delete("models", f"{HOME}/blobs/a"),
     ("publisher", "deletes a manifest"): delete("models", f"{HOME}/releases/r/manifest.json"),
     ("publisher", "deletes the pointer"): delete("models", f"{HOME}/current.json"),

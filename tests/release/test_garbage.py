@@ -13,10 +13,8 @@ from tasks.release.garbage import Collected, collect, find
 from tasks.release.manifest import blob_key, manifest_key, pointer_key
 from tasks.release.marks import Marks, blob_name, marks_key, names_of, read_marks, release_name, spare
 from tasks.release.moves import rollback
-from tasks.release.pointer import promote
 from tasks.release.published import check_whole, folders, night_key, resolve, stored_manifest
-from tasks.release.publishing import publish_release
-from tests.releases import NIGHT, PIPELINE, Made, next_night
+from tests.releases import NIGHT, PIPELINE, Made, deliver, next_night, note_night
 
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -35,20 +33,8 @@ def store(nights: tuple[Made, ...], tmp_path: Path) -> ObjectStore:
     """All of them published and promoted in turn, as nights do it."""
     (tmp_path / "store").mkdir()
     opened = open_store(str(tmp_path / "store"))
-    for number, made in enumerate(nights):
-        night = NIGHT + number * DAY
-        parent = nights[number - 1].manifest.release if number else None
-        run = {"parent": parent, "created": f"{night}T06:00:00+00:00"}
-        publish_release(opened, PIPELINE, made.folder, made.manifest, {"run.json": json.dumps(run).encode()})
-        promote(opened, PIPELINE, made.manifest.release, night, token=number + 1)
-        noted(opened, night, made.manifest.release)
+    deliver(opened, nights)
     return opened
-
-
-def noted(store: ObjectStore, night: date, release: str, go: bool = True) -> None:
-    """What publish leaves of a night."""
-    said = {"release": release, "go": go, "config": "c", "exam": "e", "verdict": "v", "override": None}
-    store.swap(night_key(PIPELINE, night), json.dumps(said).encode(), None)
 
 
 def intended(store: ObjectStore, night: date, **more: str | None) -> str:
@@ -133,7 +119,7 @@ def test_the_newest_that_the_gate_let_through_stays_when_newer_ones_were_held(
 ) -> None:
     for number in (2, 3):
         store.delete(night_key(PIPELINE, NIGHT + number * DAY))
-        noted(store, NIGHT + number * DAY, nights[number].manifest.release, go=False)
+        note_night(store, PIPELINE, NIGHT + number * DAY, nights[number].manifest.release, go=False)
     store.delete(pointer_key(PIPELINE))
     kept = find(store, PIPELINE, tmp_path, keep=1).kept
     assert kept[nights[1].manifest.release] == ("newest that the gate let through",)
@@ -148,7 +134,7 @@ def test_nothing_is_collected_while_it_is_unknown_whether_a_night_promoted_its_r
     with pytest.raises(OutcomeUnknown, match=f"night {NIGHT + 7 * DAY} was about to promote release {unknown[:12]}"):
         collected(store, tmp_path, NOON)
     assert everything(store) == before
-    noted(store, NIGHT + 7 * DAY, unknown)  # its run ends
+    note_night(store, PIPELINE, NIGHT + 7 * DAY, unknown)  # its run ends
     assert collected(store, tmp_path, NOON).marked
     store.delete(night_key(PIPELINE, NIGHT + 7 * DAY))
     store.delete(key)  # or it never will
@@ -162,7 +148,7 @@ def test_a_night_that_failed_and_was_run_with_other_rows_pins_nothing(
     first, night = ids(nights)[0], NIGHT + 9 * DAY
     intended(store, night, parent=first)
     assert find(store, PIPELINE, tmp_path, keep=1).kept[first] == (f"night {night} is not finished",)
-    noted(store, night, ids(nights)[3])
+    note_night(store, PIPELINE, night, ids(nights)[3])
     assert first not in find(store, PIPELINE, tmp_path, keep=1).kept
 
 

@@ -20,8 +20,8 @@ from tasks.errors import ParityBroken
 from tasks.learning.bank import Bank
 from tasks.learning.base import Base, save_base
 from tasks.learning.bending import Bent
-from tasks.learning.networks import RankerShape
 from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.ranker_shape import RankerShape
 from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
 from tasks.prepare import night_of_record
@@ -46,7 +46,7 @@ from tasks.release.variants import build, built_from, files_of
 from tasks.steps import Product, Progress, carry_out, open_workspace, quietly, recalled, record_of, verb
 from tasks.validate import clean_file
 
-VERSION = 4
+VERSION = 5
 GRAPH_VERSION = 3
 GRAPH = "score.onnx"
 

@@ -32,8 +32,8 @@ from tasks.learning.exams import CANDIDATE, SUPPORTS, Night, contact, joined, si
 from tasks.learning.intervals import Interval
 from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material, visits_of
-from tasks.learning.networks import RankerShape
 from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.ranker_shape import RankerShape
 from tasks.learning.setting import Setting
 from tasks.learning.space import BELONGS, Parameter, Sections, Settings, Value, candidate_kinds
 from tasks.learning.study import Told, Tried, remembered

@@ -21,7 +21,9 @@ from tasks.data.vocabulary import Vocabulary
 from tasks.learning.adapters import AdapterConfig, Precisions
 from tasks.learning.base import Base, save_base
 from tasks.learning.bending import Bent
-from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.networks import Ranker
+from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.ranker_shape import RankerShape
 from tasks.release.golden import Golden, Parity, check_parity, draw_requests, examples, make_golden, write_golden
 from tasks.release.graphs import export
 from tasks.release.interface import Interface, Json, LevelSpec
@@ -354,3 +356,17 @@ def described_anew(made: Made, folder: Path) -> Manifest:
     """The manifest of a folder that somebody changed, with digests that fit: what an attacker would write."""
     files = describe_files(folder)
     return replace(made.manifest, release=content_digest(files), files=files)
+
+
+def record_answers(network: Ranker, requests: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where logits [R, M, K] and features [R, M, D] before adaptation will stand, one pair per call of the network."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    answer = network.answer
+
+    def recorded(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, features = answer(*given)
+        seen.append((logits.unflatten(0, (requests, -1)), features.unflatten(0, (requests, -1))))
+        return logits, features
+
+    network.answer = recorded  # type: ignore[method-assign]
+    return seen

@@ -130,13 +130,13 @@ class Attention(nn.Module):
         return tokens, towards
 
     def forward(self, candidates: Tensor, history: tuple[Tensor, Tensor], row: Tensor | None = None) -> Tensor:
-        """What candidates find, ``[..., M, W]``.
+        """What candidates find, ``[..., W]``.
 
         Args:
-            candidates: what is embedded of them ``[..., M, X]``.
+            candidates: what is embedded of them ``[..., X]``.
             history: what `encode` gives.
             row: number of the history that each candidate reads, of ``[G, ...]`` encoded ones, int64 ``[N]``; the
-                candidates are ``[N, X]`` then. None where the leading axes say it.
+                candidates are ``[N, X]`` then. None where each history's candidates follow one another, equally many.
         """
         tokens, bias = history
         # A candidate has no label yet: it is read as missing.
@@ -144,7 +144,8 @@ class Attention(nn.Module):
         asking = self.enter(torch.cat([candidates, torch.zeros_like(one), one], dim=-1))
         keys, values = self.target.read(tokens)
         if row is None:
-            found = self.target(asking, keys, values, bias)
+            together = asking.reshape(*tokens.shape[:-2], -1, tokens.shape[-1])
+            found = self.target(together, keys, values, bias).reshape(asking.shape)
         else:
             found = self.target(asking.unsqueeze(-2), keys[row], values[row], bias[row]).squeeze(-2)
         normal: Tensor = self.dropout(self.leave(found))

@@ -20,8 +20,9 @@ from tasks.data.contract import DataConfig
 from tasks.data.vocabulary import Vocabularies
 from tasks.errors import FormatUnknown, ObjectCorrupt
 from tasks.learning.adapters import Adaptation, AdapterConfig, Precisions
-from tasks.learning.networks import Ranker, RankerShape
+from tasks.learning.networks import Ranker
 from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.ranker_shape import RankerShape
 from tasks.learning.solvers import ObjectiveKind
 
 FORMATS = {"plain": 2, "cross layers": 3, "later parts": 4, "newest parts": 5}

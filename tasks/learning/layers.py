@@ -12,6 +12,15 @@ SMALLEST_SCALE = 1e-6
 """A column that spreads less has no scale of its own."""
 
 
+def at_positions(values: Tensor, positions: tuple[int, ...]) -> Tensor:
+    """Values ``[..., F]`` at some positions; neighbours as a view, which an exported graph says in one node."""
+    if not positions:
+        return values[..., :0]
+    if positions == tuple(range(positions[0], positions[0] + len(positions))):
+        return values[..., positions[0] : positions[0] + len(positions)]
+    return values[..., list(positions)]
+
+
 class Normaliser(nn.Module):
     """Centres and scales numbers; a missing one becomes 0 and raises its indicator."""
 
@@ -32,9 +41,20 @@ class Normaliser(nn.Module):
         """Numbers ``[..., F]`` (NaN = missing) to ``[..., 2F]``: normalised values, clipped to ±5, then indicators."""
         if not numbers.shape[-1]:
             return numbers
-        missing = torch.isnan(numbers)
-        values = ((torch.where(missing, self.mean, numbers) - self.mean) / self.scale).clamp(-5.0, 5.0)
-        return torch.cat([values, missing.to(values.dtype)], dim=-1)
+        missing = torch.isnan(numbers).to(numbers.dtype)
+        return torch.cat([normalised(numbers, self.mean, self.scale), missing], dim=-1)
+
+
+def normalised(numbers: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """Numbers ``[..., F]`` less their means in units of their scales, clipped to ±5; 0 where missing (NaN).
+
+    A column whose scale is infinite is left out: it becomes 0.
+
+    >>> normalised(torch.tensor([3.0, float("nan"), 7.0]), torch.ones(3), torch.tensor([4.0, 1.0, torch.inf])).tolist()
+    [0.5, 0.0, 0.0]
+    """
+    known = torch.where(torch.isnan(numbers), mean, numbers)
+    return nn.functional.hardtanh((known - mean) / scale, -5.0, 5.0)
 
 
 class Cross(nn.Module):

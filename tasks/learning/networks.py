@@ -10,73 +10,14 @@ from itertools import accumulate
 from typing import Literal, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from tasks.data.contract import Section
 from tasks.learning.attention import Attention
 from tasks.learning.bending import Bent, Perceptron, mirror
-from tasks.learning.layers import Cross, Matching, Normaliser, WarmUp
+from tasks.learning.layers import Cross, Matching, Normaliser, WarmUp, at_positions, normalised
 from tasks.learning.lists import ListInputs, pooled
 from tasks.learning.ranker_config import RankerConfig
-
-
-class RankerShape(Section):
-    """What the network's layers are sized by; stored beside the weights."""
-
-    request_vocabularies: tuple[int, ...]
-    """Rows of each request embedding table, the unknown row 0 included."""
-    candidate_vocabularies: tuple[int, ...]
-    """Rows of each candidate embedding table (the item's first), the unknown row 0 included."""
-    request_numbers: int
-    """Numeric request columns."""
-    candidate_numbers: int
-    """Numeric candidate columns."""
-    request_statistics: tuple[int, ...]
-    """Positions in the statistics vector that describe the request (its user)."""
-    candidate_statistics: tuple[int, ...]
-    """Positions that describe the candidate (its item)."""
-    joint_statistics: tuple[int, ...]
-    """Positions that describe both (the cohort's view of the item)."""
-    offsets: tuple[int, ...]
-    """Position of the statistic that each objective's output starts from (its smoothed item rate)."""
-    kinds: tuple[Literal["binary", "rating"], ...]
-    """Kind of each objective."""
-    names: tuple[str, ...] = ()
-    """Columns, statistics and objectives in the order of the inputs: weights fit no others, whatever their number."""
-
-    request_value_vocabularies: tuple[int, ...] = Field((), exclude_if=lambda of_columns: not of_columns)
-    """Rows of each `multi` request column's embedding table, the unknown row 0 included. A dump leaves out what a
-    network has none of, as for the rest."""
-    candidate_value_vocabularies: tuple[int, ...] = Field((), exclude_if=lambda of_columns: not of_columns)
-    """Rows of each `multi` candidate column's embedding table."""
-    request_values: tuple[int, ...] = Field((), exclude_if=lambda of_columns: not of_columns)
-    """Places of each `multi` request column."""
-    candidate_values: tuple[int, ...] = Field((), exclude_if=lambda of_columns: not of_columns)
-    """Places of each `multi` candidate column."""
-    request_vectors: tuple[int, ...] = Field((), exclude_if=lambda of_columns: not of_columns)
-    """Length of each `dense` request column."""
-    candidate_vectors: tuple[int, ...] = Field((), exclude_if=lambda of_columns: not of_columns)
-    """Length of each `dense` candidate column."""
-
-    @property
-    def lists(self) -> tuple[tuple[int, ...], ...]:
-        """Places of every list column by side and kind: what rows must be laid out by."""
-        return self.request_values, self.candidate_values, self.request_vectors, self.candidate_vectors
-
-    @property
-    def statistics(self) -> int:
-        """Length of the statistics vector."""
-        return len(self.request_statistics) + len(self.candidate_statistics) + len(self.joint_statistics)
-
-
-def _columns(values: Tensor, positions: tuple[int, ...]) -> Tensor:
-    """Values ``[..., F]`` at some positions; neighbours as a view, which an exported graph says in one node."""
-    if not positions:
-        return values[..., :0]
-    if positions == tuple(range(positions[0], positions[0] + len(positions))):
-        return values[..., positions[0] : positions[0] + len(positions)]
-    return values[..., list(positions)]
+from tasks.learning.ranker_shape import RankerShape
 
 
 class Ranker(nn.Module):
@@ -86,8 +27,8 @@ class Ranker(nn.Module):
     layers, features are the joint perceptron's inputs, and `Bent.change` replaces the product; matching reads shares.
     """
 
-    read: Tensor
-    """Which statistics the layers read, 1 or 0 ``[S]``."""
+    unread: Tensor
+    """What scales of statistics are multiplied with ``[S]``: 1, or infinity where the layers do not read them."""
     request_rows: Tensor
     """Rows of each request embedding table, int64 ``[Cr]``: a tensor, so that a traced graph does not say it."""
     candidate_rows: Tensor
@@ -152,8 +93,9 @@ class Ranker(nn.Module):
         )
         self.matching = Matching(next(reversed(self._linear.values())).stop, prototypes) if prototypes else None
         self.dropout = nn.Dropout(config.dropout)
-        read = [config.user_statistics or at not in shape.request_statistics for at in range(shape.statistics)]
-        self.register_buffer("read", torch.tensor(read, dtype=torch.float32), persistent=False)
+        unread = torch.ones(shape.statistics)
+        unread[list(() if config.user_statistics else shape.request_statistics)] = torch.inf
+        self.register_buffer("unread", unread, persistent=False)
         for name, rows in (("request", shape.request_vocabularies), ("candidate", shape.candidate_vocabularies)):
             self.register_buffer(f"{name}_rows", torch.tensor(rows, dtype=torch.int64), persistent=False)
         for table in (*self.request_tables, *self.candidate_tables):
@@ -250,10 +192,18 @@ class Ranker(nn.Module):
     def _listed(self, lists: ListInputs | None, values: Tensor | None, vectors: Tensor | None) -> list[Tensor]:
         return [] if lists is None else [lists(values, vectors, self._known)]
 
-    def normal_statistics(self, statistics: Tensor) -> Tensor:
-        """Statistics ``[..., S]`` as the layers read them: normalised, and 0 where the config leaves them out."""
-        normal: Tensor = self.statistics_normaliser(statistics)[..., : self.shape.statistics]
-        return normal if self.config.user_statistics else normal * self.read
+    def normal_statistics(self, statistics: Tensor, positions: tuple[int, ...] | None = None) -> Tensor:
+        """Statistics as the layers read them: normalised, and 0 where the config leaves them out.
+
+        Args:
+            statistics: in model units ``[..., S]``, or ``[..., P]`` of some positions.
+            positions: which; None for all.
+        """
+        own = self.statistics_normaliser
+        mean, scale = own.mean, own.scale if self.config.user_statistics else own.scale * self.unread
+        if positions is not None:
+            mean, scale = at_positions(mean, positions), at_positions(scale, positions)
+        return normalised(statistics, mean, scale)
 
     def forward(
         self,
@@ -288,39 +238,94 @@ class Ranker(nn.Module):
                 the oldest; read by a `transformer` only, as the rest.
             history_labels: labels of their first objective, float32 ``[G, H]``, NaN where missing.
             history_gaps: seconds between them and the request, int64 ``[G, H]``.
-            history_row: which of the G each row has, int64 ``[N]``, where the rows are ``[N]``. None where rows are
-                ``[..., M]`` and histories ``[...]``: M candidates of a request have one in common.
+            history_row: which of the G each row has, int64 ``[N]``, where the rows are ``[N]``. None where equally many
+                rows that follow one another, the candidates of a request, have one in common.
 
         Returns:
             Logits ``[..., K]`` (for ratings: values) and adapter features ``[..., D]``; shares in D prototypes, where
             adapters match; ``[..., X]``, the inputs of the joint perceptron, where that is what they bend.
         """
-        shape = self.shape
-        normal = self.normal_statistics(statistics)
+        of_request = at_positions(statistics, self.shape.request_statistics)
+        asking = self.ask(request_ids, request_numbers, of_request, request_values, request_vectors)
+        of_candidates = (candidate_ids, candidate_numbers, statistics, candidate_values, candidate_vectors)
+        return self.answer(asking, *of_candidates, history_ids, history_labels, history_gaps, history_row)
+
+    def ask(
+        self,
+        request_ids: Tensor,
+        request_numbers: Tensor,
+        statistics: Tensor,
+        request_values: Tensor | None = None,
+        request_vectors: Tensor | None = None,
+    ) -> Tensor:
+        """What the layers make of a request, whatever its candidates: ``[..., H]``.
+
+        Args:
+            request_ids: as for `forward`, like the rest.
+            request_numbers: likewise.
+            statistics: those of the request alone, in model units.
+            request_values: likewise.
+            request_vectors: likewise.
+        """
+        positions = self.shape.request_statistics
         request = torch.cat(
             [
                 *self._embed(self.request_tables, self.request_rows, request_ids),
                 self.request_normaliser(request_numbers),
-                _columns(normal, shape.request_statistics),
+                self.normal_statistics(statistics, positions),
                 *self._listed(self.request_lists, request_values, request_vectors),
             ],
             dim=-1,
         )
+        asking: Tensor = self.request_tower(request)
+        return asking
+
+    def answer(
+        self,
+        left: Tensor,
+        candidate_ids: Tensor,
+        candidate_numbers: Tensor,
+        statistics: Tensor,
+        candidate_values: Tensor | None = None,
+        candidate_vectors: Tensor | None = None,
+        history_ids: Tensor | None = None,
+        history_labels: Tensor | None = None,
+        history_gaps: Tensor | None = None,
+        history_row: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Score rows whose requests the layers have seen.
+
+        Args:
+            left: what `ask` gives of each row's request ``[..., H]``.
+            candidate_ids: as for `forward`, like the rest.
+            candidate_numbers: likewise.
+            statistics: likewise.
+            candidate_values: likewise.
+            candidate_vectors: likewise.
+            history_ids: likewise.
+            history_labels: likewise.
+            history_gaps: likewise.
+            history_row: likewise.
+
+        Returns:
+            As `forward`.
+        """
+        shape, normal = self.shape, self.normal_statistics(statistics)
         numbers = self.candidate_normaliser(candidate_numbers)
         embedded = self._embed(self.candidate_tables, self.candidate_rows, candidate_ids)
         candidate = torch.cat(
             [
                 *embedded,
                 numbers,
-                _columns(normal, shape.candidate_statistics),
+                at_positions(normal, shape.candidate_statistics),
                 *self._listed(self.candidate_lists, candidate_values, candidate_vectors),
             ],
             dim=-1,
         )
-        left, right = self.request_tower(request), self.candidate_tower(self.dropout(candidate))
+        right = self.candidate_tower(self.dropout(candidate))
         if self.training and self.config.request_dropout > 0:
             left = left * (torch.rand(left.shape[:-1], device=left.device) >= self.config.request_dropout)[..., None]
-        seen = _columns(normal, shape.joint_statistics)
+        seen = at_positions(normal, shape.joint_statistics)
         if self.cross is None:
             parts = [left, right, left * right]
             if self.attention is not None:
@@ -334,7 +339,7 @@ class Ranker(nn.Module):
             joint = torch.cat([*parts, seen], dim=-1)
         else:
             joint = self.cross(torch.cat([left, right, seen], dim=-1))
-        logits = _columns(statistics, shape.offsets) + self.wide(normal) + self.joint(joint)
+        logits = at_positions(statistics, shape.offsets) + self.wide(normal) + self.joint(joint)
         if self.bent is not None:
             return logits, joint
         features = [torch.ones_like(logits[..., :1])]
@@ -357,7 +362,7 @@ class Ranker(nn.Module):
         if self.prior is not None:
             told = keys[..., self._solved :]
             # A product with ones: onnxruntime's sum forgets to reduce what is empty.
-            one = told.new_ones(told.shape[-1], 1)
+            one = torch.ones(told.shape[-1], 1, dtype=told.dtype, device=told.device)
             sums = [torch.matmul(left @ prior.mT * told, one) for prior in self.prior]
             logits = logits + torch.cat(sums, dim=-1)
         return logits, keys if self.matching is None else self.matching(keys)

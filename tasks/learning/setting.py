@@ -15,8 +15,8 @@ from tasks.learning.adapters import AdapterConfig
 from tasks.learning.episodes import counts_by_age, counts_by_group
 from tasks.learning.ladder import Ladder, learned_levels
 from tasks.learning.material import Material, Visits, visits_of
-from tasks.learning.networks import RankerShape
 from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.ranker_shape import RankerShape
 from tasks.learning.training_config import TrainingConfig
 
 

@@ -22,8 +22,9 @@ from onnx import TensorProto, helper
 from tasks.data.contract import DataConfig
 from tasks.errors import ParityBroken
 from tasks.learning.bending import Bent
-from tasks.learning.networks import Ranker, RankerShape
+from tasks.learning.networks import Ranker
 from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.ranker_shape import RankerShape
 from tasks.release.external import ExternalFiles
 from tasks.release.lookups import Wires, as_model, lookup_graph, wires
 from tasks.release.nodes import ENCODER_KEYS

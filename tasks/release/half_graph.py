@@ -19,7 +19,7 @@ HALVES = frozenset(
     }
 )  # fmt: skip
 """Operators that compute in half where a half goes in; all others get single precision."""
-ENDS = frozenset({"Add", "Concat", "Identity", "Sigmoid", "Sub", "Where"})
+ENDS = frozenset({"Add", "Concat", "Identity", "Reshape", "Sigmoid", "Slice", "Sub", "Where"})
 """Operators between a product and the scores."""
 PRODUCTS = frozenset({"Gemm", "MatMul"})
 SMALLEST, LARGEST = np.float16(2.0**-24), np.float16(65504.0)

@@ -11,10 +11,11 @@ objective.
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,12 @@ from torch.nn.functional import embedding
 from tasks.data.statistics import StatisticsTables
 from tasks.learning import attention, bending, feedback, layers, lists, networks, positive, solvers
 from tasks.learning.bending import Bent
-from tasks.learning.networks import Ranker, RankerShape
+from tasks.learning.layers import at_positions
+from tasks.learning.networks import Ranker
 from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.ranker_shape import RankerShape
+from tasks.release import exported
+from tasks.release.exported import cast_constants, rename, strip
 from tasks.release.lookups import IR_VERSION, OPSETS, Wires, as_model
 
 F32 = npt.NDArray[np.float32]
@@ -40,7 +45,7 @@ VOCABULARIES = (
 )
 """Fields of a shape that say how many rows tables have, which no graph says."""
 # Read with the modules: what lies on the disk later may be newer than what runs.
-_MODULES = (attention, bending, feedback, layers, lists, networks, positive, solvers)
+_MODULES = (attention, bending, exported, feedback, layers, lists, networks, positive, solvers)
 _FILES = (*(str(module.__file__) for module in _MODULES), __file__)
 _CODE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in _FILES)).hexdigest()
 
@@ -67,7 +72,6 @@ class Scorer(nn.Module):
     statistics_user: Tensor
     statistics_cohort_item: Tensor
     bank: Tensor
-    binary: Tensor
     precision: Tensor
 
     def __init__(
@@ -86,9 +90,10 @@ class Scorer(nn.Module):
         self.shape = network.shape
         for name in ("item", "user", "cohort_item"):
             self.register_buffer(f"statistics_{name}", torch.from_numpy(getattr(statistics, name).copy()))
+        before = statistics.item.shape[1]
+        self.of_user = tuple(at - before for at in self.shape.request_statistics)
         self.objectives, self.features = bank.shape[1:]
         self.register_buffer("bank", torch.from_numpy(bank.reshape(len(bank), -1).copy()))
-        self.register_buffer("binary", torch.tensor([kind == "binary" for kind in self.shape.kinds]))
         self.solving = solving
         if solving is not None:
             self.register_buffer("precision", torch.from_numpy(solving.precision.copy()))
@@ -141,31 +146,39 @@ class Scorer(nn.Module):
             Probabilities (binary) or values (rating), float32 [R, M, K].
         """
         requests, candidates = candidate_ids.shape[:2]
-        item = embedding(candidate_ids[..., 0], self.statistics_item)
-        none = item[..., :0]
+        # Rows are laid end to end, where a layer is one product with its bias, and a request's own layers run once.
+        flat_ids = candidate_ids.flatten(0, 1)
+        item, user = embedding(flat_ids[:, 0], self.statistics_item), embedding(user_row, self.statistics_user)
 
         def spread(values: Tensor) -> Tensor:
-            return values.unsqueeze(1).expand(requests, candidates, values.shape[-1])
+            return values.unsqueeze(1).expand(requests, candidates, values.shape[-1]).flatten(0, 1)
 
-        statistics = [item, spread(embedding(user_row, self.statistics_user))]
+        statistics = [item, spread(user)]
         if cohort_item_row is not None:
-            pair = embedding(cohort_item_row, self.statistics_cohort_item)
+            pair_row = cohort_item_row.flatten(0, 1)
+            pair = embedding(pair_row, self.statistics_cohort_item)
             unseen = torch.cat([item[..., :-1], torch.zeros_like(item[..., -1:])], dim=-1)
-            statistics.append(torch.where((cohort_item_row == 0).unsqueeze(-1), unseen, pair))
-        logits, features = self.network(
-            none.to(torch.int64) if request_ids is None else spread(request_ids),
-            candidate_ids,
-            none if request_numbers is None else spread(request_numbers),
-            none if candidate_numbers is None else candidate_numbers,
+            statistics.append(torch.where((pair_row == 0).unsqueeze(-1), unseen, pair))
+        none = user[..., :0]
+        asking = self.network.ask(
+            none.to(torch.int64) if request_ids is None else request_ids,
+            none if request_numbers is None else request_numbers,
+            at_positions(user, self.of_user),
+            request_values,
+            request_vectors,
+        )
+        logits, features = self.network.answer(
+            spread(asking),
+            flat_ids,
+            item[..., :0] if candidate_numbers is None else candidate_numbers.flatten(0, 1),
             torch.cat(statistics, dim=-1),
-            None if request_values is None else spread(request_values),
-            candidate_values,
-            None if request_vectors is None else spread(request_vectors),
-            candidate_vectors,
+            None if candidate_values is None else candidate_values.flatten(0, 1),
+            None if candidate_vectors is None else candidate_vectors.flatten(0, 1),
             history_ids,
             history_labels,
             history_gaps,
         )
+        logits, features = (part.reshape(requests, candidates, part.shape[-1]) for part in (logits, features))
         adapter = self._adapter(slot, requests)
         if self.solving is not None:
             assert parent_slot is not None
@@ -178,9 +191,13 @@ class Scorer(nn.Module):
             )
             logits, features = logits[:, given:], features[:, given:]
         values = logits + self.network.change(features, adapter)
-        if all(kind == "binary" for kind in self.shape.kinds):
-            return torch.sigmoid(values)
-        return torch.where(self.binary, torch.sigmoid(values), values)
+        ends = [at for at in range(1, len(self.shape.kinds)) if len(set(self.shape.kinds[at - 1 : at + 1])) > 1]
+        runs = [slice(*run) for run in pairwise([0, *ends, len(self.shape.kinds)])]
+        said = [
+            torch.sigmoid(values[..., run]) if self.shape.kinds[run.start] == "binary" else values[..., run]
+            for run in runs
+        ]
+        return torch.cat(said, dim=-1) if len(said) > 1 else said[0]
 
     def solved(self, logits: Tensor, features: Tensor, labels: Tensor, parent: Tensor, own: Tensor) -> Tensor:
         """Weights that serve each request, of its rows of feedback; as for `feedback.adapted`."""
@@ -254,11 +271,13 @@ def trace(
             verbose=False,
         )
     assert program is not None
-    model = as_model(program.model_proto.graph)
+    graph = program.model_proto.graph
+    cast_constants(graph)
+    model = as_model(graph)
     given = {**names.between(solving is not None), "scores": names.scores}
-    _rename(model.graph, lambda name: given.get(name) or (f"{PREFIX}{name}" if name else ""))
+    rename(model.graph, PREFIX, lambda name: given.get(name) or (f"{PREFIX}{name}" if name else ""))
     model.graph.name = "score"
-    _strip(model.graph)
+    strip(model.graph)
     held = {f"{PREFIX}{name}" for name in numbers_of(scorer)}
     for tensor in model.graph.initializer:
         if tensor.name in held:
@@ -341,35 +360,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
-
-
-def _inner_graphs(attribute: onnx.AttributeProto) -> Sequence[onnx.GraphProto]:
-    """Bodies of control flow."""
-    return [attribute.g] if attribute.type == attribute.GRAPH else list(attribute.graphs)
-
-
-def _rename(graph: onnx.GraphProto, to: Callable[[str], str]) -> None:
-    for node in graph.node:
-        node.name = f"{PREFIX}{node.name}"
-        node.input[:] = [to(name) for name in node.input]
-        node.output[:] = [to(name) for name in node.output]
-        for attribute in node.attribute:
-            for inner in _inner_graphs(attribute):
-                _rename(inner, to)
-    for value in (*graph.input, *graph.output, *graph.initializer):
-        value.name = to(value.name)
-
-
-def _strip(graph: onnx.GraphProto) -> None:
-    """Drop everything that says where and by what the graph was made."""
-    del graph.value_info[:]
-    del graph.quantization_annotation[:]
-    graph.doc_string = ""
-    for described in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
-        del described.metadata_props[:]
-        described.doc_string = ""
-    for node in graph.node:
-        for attribute in node.attribute:
-            attribute.doc_string = ""
-            for inner in _inner_graphs(attribute):
-                _strip(inner)

@@ -20,7 +20,9 @@ import pytest
 
 from tasks.data.statistics import StatisticsTables
 from tasks.data.vocabulary import Vocabulary
-from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.networks import Ranker
+from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.ranker_shape import RankerShape
 from tasks.release.graphs import export
 from tasks.release.scorer import trace
 from tasks.release.tables import LevelTable, ServingTables

@@ -21,8 +21,10 @@ from tasks.learning.descent import optimiser_of
 from tasks.learning.ladder import Ladder
 from tasks.learning.lists import VectorNormaliser, pooled
 from tasks.learning.material import Dialect, Material, visits_of
-from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.networks import Ranker
 from tasks.learning.outer import reptile
+from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.ranker_shape import RankerShape
 from tasks.learning.setting import Setting
 from tasks.learning.training import meta_train
 from tasks.learning.training_config import TrainingConfig

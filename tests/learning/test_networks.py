@@ -6,7 +6,9 @@ from torch import nn
 
 from tasks.learning.adapters import AdapterConfig
 from tasks.learning.layers import Cross, Normaliser
-from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.networks import Ranker
+from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.ranker_shape import RankerShape
 
 SHAPE = RankerShape(
     request_vocabularies=(4, 3), candidate_vocabularies=(6, 5), request_numbers=2, candidate_numbers=1,
@@ -39,6 +41,21 @@ def test_normal_numbers_are_centred_scaled_clipped_and_missing_ones_are_told():
     normaliser.scale.copy_(torch.tensor([2.0, 1.0]))
     said = normaliser(torch.tensor([[14.0, torch.nan], [1e9, -7.0]]))
     assert said.tolist() == [[2.0, 0.0, 0.0, 1.0], [5.0, -5.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("config", [SMALL, CROSSED, SMALL.model_copy(update={"user_statistics": True})])
+def test_a_request_that_is_read_once_has_the_answers_of_one_read_with_each_candidate(config):
+    network, candidates = ranker(config), 7
+    requests, rows = inputs(3, seed=1), inputs(3 * candidates, seed=2)
+    requests[2][0, 0] = torch.nan
+    repeated = [one.repeat_interleave(candidates, dim=0) for one in requests]
+    statistics = torch.cat([rows[4][:, :2], repeated[4][:, 2:4], rows[4][:, 4:]], dim=1)
+    expected = network(repeated[0], rows[1], repeated[2], rows[3], statistics)
+    asking = network.ask(requests[0], requests[2], requests[4][:, 2:4])
+    assert asking.shape == (3, config.hidden)
+    found = network.answer(asking.repeat_interleave(candidates, dim=0), rows[1], rows[3], statistics)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("config", [SMALL, CROSSED], ids=["mlp", "dcn"])

@@ -7,7 +7,9 @@ import pytest
 
 from tasks.errors import InvalidConfig
 from tasks.learning.adapters import AdapterConfig
-from tasks.learning.networks import Ranker, RankerConfig, RankerShape
+from tasks.learning.networks import Ranker
+from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.ranker_shape import RankerShape
 from tasks.learning.space import (
     BELONGS,
     DEFAULT,

@@ -13,7 +13,7 @@ from tasks.release.graphs import export
 from tasks.release.lookups import encode, wires
 from tasks.release.scorer import Scorer, traced_from
 from tests.release.test_graphs import ask
-from tests.releases import make_graph, make_parts
+from tests.releases import make_graph, make_parts, record_answers
 
 KINDS = {
     "lora": ("full", AdapterConfig(kind="lora", rank=2)),
@@ -36,12 +36,10 @@ def test_a_batch_of_many_segments_says_what_the_learning_code_says(kind: str, tm
     golden = make_golden(network, bank, tables, data, draw_requests(data, rows, history=tables.history))
     one = golden[-2]
     encoded = {role: torch.from_numpy(np.array(ids)) for role, ids in encode(data, tables, one.inputs).items()}
-    seen = []
-    hook = network.register_forward_hook(lambda module, inputs, said: seen.append(said))
+    seen = record_answers(network, len(encoded["slot"]))
     with torch.no_grad():
         answers = Scorer(network, bank, tables.statistics).eval()(**encoded).numpy()
-    hook.remove()
-    (logits, inputs) = seen[0]
+    ((logits, inputs),) = seen
     requests, candidates = logits.shape[:2]
     slots = encoded["slot"].numpy()
     assert len(np.unique(slots)) > 3

@@ -18,7 +18,7 @@ from tasks.release.lookups import encode, input_specs, lookup_graph, wires
 from tasks.release.scorer import Scorer, Solving
 from tasks.release.tables import read_tables, write_tables
 from tests.release.test_lookups import run
-from tests.releases import FEEDBACK, Made, make_parts, make_release, shared_feedback_graph, shared_graph
+from tests.releases import FEEDBACK, Made, make_parts, make_release, record_answers, shared_feedback_graph, shared_graph
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +104,12 @@ def by_hand(made: Made, request: dict[str, np.ndarray]) -> np.ndarray:
     plain = Scorer(made.network, made.bank, made.tables.statistics).eval()
     data, tables = made.data, made.tables
     rows = {name: request[brought] for name, brought in feedback_columns(data).items()}
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    hook = plain.network.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    seen = record_answers(plain.network, len(request[data.user]))
     for part in ({**request, **rows}, request):
         bare = {name: values for name, values in part.items() if not name.startswith("feedback_")}
         encoded = {role: torch.from_numpy(np.array(one)) for role, one in encode(data, tables, bare).items()}
         with torch.no_grad():
             plain(**encoded)
-    hook.remove()
     (logits, features), (asked_logits, asked_features) = seen
     coarser = replace(tables, levels=tables.levels[1:])
     parent = torch.from_numpy(made.bank[encode(data, coarser, bare)["slot"]])

@@ -1,6 +1,7 @@
 """The exported graphs: what they say, what lies where, and that nothing of the host is left in them."""
 
 import getpass
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from tasks.errors import ParityBroken
-from tasks.learning.networks import RankerConfig, RankerShape
+from tasks.learning.ranker_config import RankerConfig
+from tasks.learning.ranker_shape import RankerShape
 from tasks.release import scorer
 from tasks.release.golden import reference_scores
 from tasks.release.graphs import export
@@ -79,6 +81,25 @@ def test_changing_one_slot_changes_only_the_requests_that_it_serves(full: Made, 
     (tmp_path / "bank.bin").write_bytes(bank.tobytes())
     changed = np.abs(ask(tmp_path, "model.onnx", dict(golden.inputs)) - golden.scores).max(axis=(1, 2)) > 1e-4
     assert changed.tolist() == (slots == slot).tolist()
+
+
+def test_a_requests_own_layers_are_run_once_whatever_its_candidates(full: Made, tmp_path: Path):
+    """By onnxruntime's profile of one request: rows of each product with a layer, the request tower's among them."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    session = onnxruntime.InferenceSession(full.folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    session.run(None, cut(dict(full.golden[-1].inputs), full, 2, 7))
+    events = json.loads(Path(session.end_profiling()).read_bytes())
+    rows: dict[int, int] = {}
+    for event in events:
+        told = event.get("args", {})
+        if "Gemm" in told.get("op_name", "") and event["name"].endswith("_kernel_time"):
+            (made,) = told["output_type_shape"]
+            count = made["float"][0]
+            rows[count] = rows.get(count, 0) + 1
+    assert rows == {2: 2, 14: 7}  # the request tower's two layers; all others
+    graph = onnx.load(full.folder / "score.onnx", load_external_data=False).graph
+    assert not [node.name for node in graph.node if node.op_type == "CastLike"]
 
 
 def test_score_holds_only_numbers_and_lookup_no_weights(made: Made):

@@ -29,6 +29,7 @@ from tasks.export import write_release
 from tasks.learning.base import DESCRIPTION, WEIGHTS, load_base
 from tasks.parents import release_file
 from tasks.references import Place
+from tasks.release.external import opened_by
 from tasks.release.golden_read import read_requests
 from tasks.release.holds import JOINT, HeldSegment, change_holds, held_segments, segment_of
 from tasks.release.interface import Interface, read_interface
@@ -148,6 +149,7 @@ def fall_back(
                 segments=_segments(champion, folder, data, beside.get(LIFT)),
                 variants={},  # they were judged with other weights
                 beside=(),
+                graphs=opened_by(sorted(folder.glob("*.onnx"))),
                 schema_version=MANIFEST_VERSION,
             )
             if to is None:

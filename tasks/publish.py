@@ -16,6 +16,7 @@ from tasks.night_report import night_report
 from tasks.references import ExamRef, ExportRef, FinishedSteps, IngestRef, Place, PublishRef, VerdictRef
 from tasks.release import lift
 from tasks.release.export_config import ExportConfig
+from tasks.release.external import opened_by
 from tasks.release.gate import GateConfig, ReleaseVerdict
 from tasks.release.gate import override as overridden
 from tasks.release.interface import Interface, read_interface
@@ -107,6 +108,7 @@ def publish(
             requirements(sorted(release.glob("*.onnx"))),
             _segments(place, done, release, data),
             variants=described(place, data, settings, done),
+            graphs=opened_by(sorted(release.glob("*.onnx"))),
         )
         extra = {
             **pages,

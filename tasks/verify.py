@@ -13,7 +13,7 @@ from tasks.release.publishing import read_manifest
 from tasks.release.signing import UNSIGNED, Keyring
 from tasks.serving.cache import ReleaseCache
 from tasks.serving.loaded import load
-from tasks.serving.variants import MADE_FOR, PLAIN, VariantChoice
+from tasks.serving.variants import MADE_FOR, PLAIN, VariantChoice, everything
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,13 @@ def verify(store: ObjectStore, pipeline: str, release: str) -> tuple[Check, ...]
         cache = ReleaseCache(Path(folder))
 
         def fetched() -> str:
-            with cache.fetched(store, pipeline, manifest):
+            with cache.opened(store, pipeline, manifest) as lay_out:
+                lay_out(everything(manifest))
                 return f"{manifest.size:,} bytes have their digests"
 
         def answers(variant: VariantChoice = PLAIN) -> str:
-            with cache.fetched(store, pipeline, manifest) as laid_out:
-                load(laid_out, manifest, "cpu", variant=variant)
+            with cache.opened(store, pipeline, manifest) as lay_out:
+                load(lay_out, manifest, "cpu", variant=variant)
             return f"the graphs of {variant} load here and answer the golden requests"
 
         if look("files", fetched):

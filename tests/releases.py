@@ -24,11 +24,13 @@ from tasks.learning.bending import Bent
 from tasks.learning.networks import Ranker
 from tasks.learning.ranker_config import RankerConfig
 from tasks.learning.ranker_shape import RankerShape
+from tasks.release.export_config import VariantName
+from tasks.release.external import opened_by
 from tasks.release.golden import Golden, Parity, check_parity, draw_requests, examples, make_golden, write_golden
 from tasks.release.graphs import export
 from tasks.release.interface import Interface, Json, LevelSpec
 from tasks.release.lookups import input_specs, objectives, wires
-from tasks.release.manifest import Manifest, content_digest
+from tasks.release.manifest import Manifest, Variant, blob_key, content_digest, manifest_key
 from tasks.release.manifest import describe as describe_files
 from tasks.release.nodes import ENCODER_KEYS
 from tasks.release.pointer import promote
@@ -37,6 +39,7 @@ from tasks.release.publishing import publish_release
 from tasks.release.requirements import requirements
 from tasks.release.scorer import Solving, trace
 from tasks.release.tables import LevelTable, ServingTables, write_tables
+from tasks.release.variants import PROVIDERS, build, files_of
 from tests.shared import made_once
 
 PIPELINE = "shop"
@@ -349,13 +352,43 @@ def manifest_of(folder: Path, interface: Interface, *told: Json) -> Manifest:
     (folder / "interface.json").write_bytes(interface.serialise())
     files = describe_files(folder)
     wanted = requirements(sorted(folder.glob("*.onnx")))
-    return replace(Manifest(PIPELINE, content_digest(files), files, interface, *told), requires=wanted)
+    graphs = opened_by(sorted(folder.glob("*.onnx")))
+    return replace(Manifest(PIPELINE, content_digest(files), files, interface, *told), requires=wanted, graphs=graphs)
+
+
+def with_variants(
+    made: Made, folder: Path, names: Sequence[VariantName] = ("int8",), spoilt: Sequence[VariantName] = ()
+) -> Made:
+    """A release beside its smaller graphs, which passed; of those that are spoilt the bank is other bytes."""
+    shutil.copytree(made.folder, folder)
+    bank = made.bank * np.float32(0.1)  # an untrained bank is too large for bytes
+    (folder / "bank.bin").write_bytes(bank.tobytes())
+    golden = make_golden(made.network, bank, made.tables, made.data, [one.inputs for one in made.golden], made.solving)
+    write_golden(made.data, golden, folder, made.tables.history)
+    variants = {}
+    for name in names:
+        build(name, folder, len(made.data.objectives))
+        variants[name] = Variant(files_of(name), PROVIDERS[name], {"tolerance": 0.05}, {}, "passed", "close")
+    for name in spoilt:
+        file = folder / f"bank_{name}.bin"
+        file.write_bytes(np.random.default_rng(0).integers(-20, 20, file.stat().st_size, np.int8).tobytes())
+    manifest = replace(described_anew(made, folder), variants=variants)
+    return replace(made, bank=bank, golden=golden, folder=folder, manifest=manifest)
 
 
 def described_anew(made: Made, folder: Path) -> Manifest:
     """The manifest of a folder that somebody changed, with digests that fit: what an attacker would write."""
     files = describe_files(folder)
-    return replace(made.manifest, release=content_digest(files), files=files)
+    more = opened_by(path for path in sorted(folder.glob("*.onnx")) if path.name not in made.manifest.graphs)
+    graphs = {**made.manifest.graphs, **more}
+    return replace(made.manifest, release=content_digest(files), files=files, graphs=graphs)
+
+
+def smuggle(store: ObjectStore, folder: Path, manifest: Manifest) -> None:
+    """Lay a release into a store as somebody would who may write there, past all that our publisher looks at."""
+    for file in manifest.files:
+        store.put_file_if_absent(blob_key(manifest.pipeline, file.sha256), folder / file.name)
+    store.put_if_absent(manifest_key(manifest.pipeline, manifest.release), manifest.serialise())
 
 
 def record_answers(network: Ranker, requests: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

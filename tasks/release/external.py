@@ -3,13 +3,16 @@
 They are mapped and not read, may be larger than a graph's 2 GB, and travel only where they change.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 from onnx import TensorProto, helper
 
-from tasks.errors import ParityBroken
+from tasks.errors import ParityBroken, ReleaseRefused
 
 ALIGNMENT = 64
 """Tensors in external files start at multiples of this many bytes, so that they can be mapped as they lie."""
@@ -76,3 +79,43 @@ class ExternalFiles:
                 f"of the export"
             )
         return placed
+
+
+def opened_by(graphs: Iterable[Path]) -> Mapping[str, tuple[str, ...]]:
+    """Which external files graphs open, by the names that they themselves give.
+
+    Args:
+        graphs: ONNX files.
+
+    Returns:
+        Name of each graph's file to the files that hold its tensors, wherever in it these stand.
+
+    Raises:
+        ReleaseRefused: one is no ONNX file.
+    """
+    found = {}
+    for path in graphs:
+        try:
+            model = onnx.load(path, load_external_data=False)
+        except Exception as error:  # protobuf's, which is onnx's to import
+            raise ReleaseRefused(f"{path.name} is no ONNX file ({error}); export the release again") from error
+        found[path.name] = tuple(sorted({one for tensor in _tensors(model) for one in _locations(tensor)}))
+    return found
+
+
+def _tensors(message: Any) -> Iterator[TensorProto]:
+    """Every tensor of a graph: of initialisers, dense and sparse, and of attributes, also in graphs inside nodes."""
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for _, value in message.ListFields():
+        if hasattr(value, "ListFields"):
+            yield from _tensors(value)
+        elif not isinstance(value, str | bytes | int | float) and hasattr(value[0], "ListFields"):
+            for one in value:
+                yield from _tensors(one)
+
+
+def _locations(tensor: TensorProto) -> Iterator[str]:
+    if tensor.data_location == TensorProto.EXTERNAL:
+        yield from (entry.value for entry in tensor.external_data if entry.key == "location")

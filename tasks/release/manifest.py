@@ -17,10 +17,12 @@ from tasks.errors import ReleaseRefused
 from tasks.release.interface import InputSpec as InputSpec  # serving imports from here alone
 from tasks.release.interface import Interface, Json, read_interface
 from tasks.release.interface import Personal as Personal
+from tasks.release.manifest_parts import GRAPH as GRAPH
 from tasks.release.manifest_parts import LARGEST_DIFFERENCE as LARGEST_DIFFERENCE
 from tasks.release.manifest_parts import (
     LevelSegments,
     Requires,
+    read_graphs,
     read_requires,
     read_segments,
     read_variants,
@@ -33,6 +35,7 @@ from tasks.release.strict_json import (
     LISTS_VERSION,
     MANIFEST_VERSION,
     SCHEMA_VERSION,
+    VARIANTS_VERSION,
     Reader,
     canonical,
 )
@@ -51,7 +54,7 @@ OPTIONAL = {
     "fp16": frozenset({"score_fp16.onnx", "base_fp16.bin", "bank_fp16.bin"}),
     "int8": frozenset({"score_int8.onnx", "base_int8.bin", "bank_int8.bin"}),
 }
-"""The files that a release may have since schema version 4, by what they are for. Any other is refused."""
+"""The files that a release may have since `VARIANTS_VERSION`, by what they are for. Any other is refused."""
 TOGETHER = ("feedback", "fp16", "int8")
 """Of these either all files are there or none."""
 BESIDE = frozenset({"run.json", "report.html", "lift.parquet"})
@@ -87,6 +90,7 @@ class Manifest:
         segments: who is served by what, finest level first; empty where it is not told.
         variants: graphs in another arithmetic, by name, and how they were judged.
         beside: what lies beside the manifest for people, by name.
+        graphs: each graph's file to the other files that it opens; empty of schema versions 1 to 4, which tell none.
         schema_version: of the manifest; what is written anew has the newest.
     """
 
@@ -101,6 +105,7 @@ class Manifest:
     segments: tuple[LevelSegments, ...] = ()
     variants: Mapping[str, Variant] = field(default_factory=dict)
     beside: tuple[ReleaseFile, ...] = ()
+    graphs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     schema_version: int = MANIFEST_VERSION
 
     @property
@@ -125,13 +130,15 @@ class Manifest:
             "metrics": self.metrics,
             "provenance": self.provenance,
         }
-        if self.schema_version == MANIFEST_VERSION:
+        if self.schema_version >= VARIANTS_VERSION:
             written |= {
                 "requires": None if self.requires is None else self.requires.as_json(),
                 "segments": [level.as_json() for level in self.segments],
                 "variants": {name: variant.as_json() for name, variant in self.variants.items()},
                 "beside": {file.name: {"bytes": file.bytes, "sha256": file.sha256} for file in self.beside},
             }
+        if self.schema_version >= MANIFEST_VERSION:
+            written["graphs"] = {name: list(files) for name, files in self.graphs.items()}
         return json.dumps(written, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
     @classmethod
@@ -150,9 +157,13 @@ class Manifest:
         read = Reader(f"manifest of release {release[:12]}")
         found = read.document(data, LARGEST_MANIFEST)
         version = read.mapping(found, "manifest").get("schema_version")
-        newer = ("requires", "segments", "variants", "beside") if version == MANIFEST_VERSION else ()
+        newer: tuple[str, ...] = ()
+        if version in (VARIANTS_VERSION, MANIFEST_VERSION):
+            newer = ("requires", "segments", "variants", "beside")
+        if version == MANIFEST_VERSION:
+            newer = (*newer, "graphs")
         names = ("pipeline", "release", "files", "interface", "parity", "metrics", "provenance", *newer)
-        known = (SCHEMA_VERSION, LISTS_VERSION, HISTORY_VERSION, MANIFEST_VERSION)
+        known = (SCHEMA_VERSION, LISTS_VERSION, HISTORY_VERSION, VARIANTS_VERSION, MANIFEST_VERSION)
         values = read.fields(found, "manifest", names, versions=known)
         if values["pipeline"] != pipeline:
             read.refuse(f"it belongs to pipeline {values['pipeline']!r}, not {pipeline!r}")
@@ -184,6 +195,8 @@ class Manifest:
             segments=read_segments(read, values["segments"], [level.columns for level in interface.levels]),
             variants=read_variants(read, values["variants"], named),
             beside=_beside(read, values["beside"]),
+            graphs=read_graphs(read, values["graphs"], named) if "graphs" in newer else {},
+            schema_version=MANIFEST_VERSION if "graphs" in newer else VARIANTS_VERSION,
         )
 
 

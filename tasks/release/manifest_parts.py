@@ -1,4 +1,4 @@
-"""Parts of a manifest that say what a release needs, whom it serves, and which variants it has.
+"""Parts of a manifest that say what a release needs, whom it serves, which variants it has, and what its graphs open.
 
 Pure standard library. Each part is written by `as_json` and read back, field by field, without trust.
 """
@@ -15,6 +15,8 @@ VERDICTS = ("passed", "failed")
 LARGEST_DIFFERENCE = 0.05
 """A variant whose answer to a golden request is further off than this is no form of the same graph, whatever its loss;
 absolute for probabilities, relative to 1 + the score for ratings. No tolerance may be larger."""
+GRAPH = ".onnx"
+"""How the names of graphs end."""
 _VERSION = re.compile(r"\d+\.\d+")
 _VARIANT = re.compile(r"[a-z][a-z0-9]{0,31}")
 _DOMAIN = re.compile(r"[a-z0-9.]{0,64}")
@@ -211,4 +213,24 @@ def read_variants(read: Reader, value: object, files: Sequence[str]) -> dict[str
             *(own, read.text(said["provider"], "provider", 64), parity, read.mapping(said["agreement"], "agreement")),
             *(verdict, read.text(said["why"], "why", 2000)),
         )
+    return found
+
+
+def read_graphs(read: Reader, value: object, files: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Which files each graph of a release opens.
+
+    Raises:
+        ReleaseRefused: they are malformed, leave a graph out, or name files that the release does not have.
+    """
+    told = read.mapping(value, "graphs")
+    if odd := sorted(set(told) ^ {name for name in files if name.endswith(GRAPH)}):
+        read.refuse(f"it must say for its graphs, and for nothing else, which files they open: {odd[0]!r:.80}")
+    found: dict[str, tuple[str, ...]] = {}
+    for graph, listed in told.items():
+        names = tuple(read.text(one, "file name") for one in read.sequence(listed, graph))
+        if absent := sorted(set(names) - set(files)):
+            read.refuse(f"{graph} opens {absent[0]!r:.80}, which the release does not have")
+        if list(names) != sorted(set(names)):
+            read.refuse(f"the files that {graph} opens are doubled or out of order")
+        found[graph] = names
     return found

@@ -6,7 +6,7 @@ is written at most once, so that a publish that died is finished by doing it aga
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from tasks.clients.object_store import ObjectStore
 from tasks.errors import ObjectCorrupt, ReleaseRefused
 from tasks.release.manifest import (
     BESIDE,
+    GRAPH,
     LARGEST_MANIFEST,
     Manifest,
     ReleaseFile,
@@ -66,7 +67,8 @@ def publish_release(
 
     Raises:
         LeaseLost: what `held` raises; the release is not visible.
-        ReleaseRefused: the manifest would be refused by a reader.
+        ReleaseRefused: the manifest would be refused by a reader, or says of a graph that it opens other files than it
+            does, so that readers would not have them.
         ObjectCorrupt: the folder, a blob or a signature that is there already is not what it has to be.
         InvalidConfig: the signing key cannot be used.
         StoreError: the store refused; the release is not visible, and publishing again is safe.
@@ -82,6 +84,7 @@ def publish_release(
     if (found := describe(folder)) != manifest.files:
         changed = ", ".join(sorted({file.name for file in set(found) ^ set(manifest.files)}))
         raise ObjectCorrupt(f"the release folder {folder} is not what its manifest says: {changed}; export again")
+    _check_opened(folder, manifest)
     new: list[str] = []
     reused: list[str] = []
     for file in manifest.files:
@@ -103,6 +106,22 @@ def publish_release(
     _put_back(store, folder, manifest, extra)
     signed_by = None if key is None else key.key_id
     return Published(manifest.release, visible, tuple(new), tuple(reused), signed_by)
+
+
+def _check_opened(folder: Path, manifest: Manifest) -> None:
+    """Hold what a manifest says of the files that its graphs open against what they open."""
+    from tasks.release.external import opened_by  # onnx takes most of a second to import, and rollbacks come by here
+
+    for graph, opens in opened_by(sorted(folder.glob(f"*{GRAPH}"))).items():
+        if opens != (told := manifest.graphs.get(graph)):
+            raise ReleaseRefused(
+                f"{graph} of release {manifest.release[:12]} opens {_listed(opens)}, the manifest says "
+                f"{_listed(told or ())}: a ranker that fetched these could not load it; export the release again"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"{name!r:.80}" for name in names) or "no other file"
 
 
 def read_manifest(store: ObjectStore, pipeline: str, release: str) -> Manifest:

@@ -15,8 +15,10 @@ LISTS_VERSION = 2
 """Of an older manifest whose release reads list columns."""
 HISTORY_VERSION = 3
 """Of an older manifest whose release reads the user's history."""
-MANIFEST_VERSION = 4
-"""Of the manifests that are written: what a release requires, its segments, its variants, what lies beside it."""
+VARIANTS_VERSION = 4
+"""Of an older manifest that says what a release requires, its segments, its variants, what lies beside it."""
+MANIFEST_VERSION = 5
+"""Of the manifests that are written: also which files each graph opens."""
 POINTER_VERSION = 2
 """Of a pointer that is signed, or names a challenger or a hold; every other one keeps the number that older readers
 know."""

@@ -1,4 +1,10 @@
-"""A ranker's files on its own disk: blobs by digest, and one folder per release in which they have their names.
+"""A ranker's files on its own disk: blobs by digest, and folders per release in which they have their names.
+
+    blobs/<sha256>                       every file that a ranker of this folder opens, once
+    releases/<release>/cpu-int8/<name>   links to the files that one choice of device and graph opens, and no others
+    verified/<sha256>                    stamps
+
+Rankers that share the folder and choose otherwise have folders of their own, over the same blobs.
 
 A blob is verified when it is fetched. Hashing gigabytes again at every load would make a rollback slow, so that a large
 blob that was found whole is stamped: with its inode, size and time of change, and with when that was. A stamp that fits
@@ -17,6 +23,7 @@ from pathlib import Path
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import NightrankError, ObjectCorrupt, ReleaseRefused
 from tasks.release.manifest import Manifest, ReleaseFile, blob_key, sha256_of
+from tasks.serving.variants import LayOut, Selection
 
 SMALL = 2**20
 """Bytes; smaller blobs are hashed at every load, larger ones are stamped."""
@@ -31,12 +38,14 @@ class ReleaseCache:
         self._folder = folder
 
     @contextmanager
-    def fetched(
+    def opened(
         self, store: ObjectStore, pipeline: str, manifest: Manifest, keep: Collection[str] = ()
-    ) -> Iterator[Path]:
-        """A folder with the release's files, every byte verified, for as long as the block runs.
+    ) -> Iterator[LayOut]:
+        """A function that gives folders with files of a release, every byte verified, for as long as the block runs.
 
-        Blobs that are there already are verified and not fetched. However the block ends, releases that are neither
+        It may be called again, for files that turn out to be needed as well. It raises `ReleaseRefused` where a blob is
+        missing, damaged or of another size, the store cannot be read, or the disk refuses. Blobs that are there already
+        are verified and not fetched. However the block ends, releases that are neither
         this one nor to be kept are removed afterwards, so that one bad release after the other fills no disk.
 
         Args:
@@ -46,8 +55,17 @@ class ReleaseCache:
             keep: ids of releases that have a role: the one that serves, the one before it, the challenger.
 
         Raises:
-            ReleaseRefused: a blob is missing, damaged or of another size, or the disk refuses.
+            ReleaseRefused: the disk refuses.
         """
+
+        def lay_out(selection: Selection) -> Path:
+            try:
+                return self._lay_out(store, pipeline, manifest, selection)
+            except OSError as error:
+                raise _refused(manifest, error) from error
+            except NightrankError as error:
+                raise ReleaseRefused(f"release {manifest.release[:12]} cannot be fetched: {error}") from error
+
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             lock = (self._folder / "lock").open("wb")
@@ -56,26 +74,17 @@ class ReleaseCache:
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # nobody prunes what another process is loading
             try:
-                try:
-                    folder = self._lay_out(store, pipeline, manifest)
-                except OSError as error:
-                    raise _refused(manifest, error) from error
-                except NightrankError as error:
-                    raise ReleaseRefused(f"release {manifest.release[:12]} cannot be fetched: {error}") from error
-                yield folder
+                yield lay_out
             finally:
                 self._prune({manifest.release, *keep})
 
-    def holds(self, release: str) -> bool:
-        """Whether the release's files are on this disk, as they were when they were last looked at."""
-        return (self._folder / "releases" / release / "interface.json").is_file()
-
-    def _lay_out(self, store: ObjectStore, pipeline: str, manifest: Manifest) -> Path:
-        folder = self._folder / "releases" / manifest.release
+    def _lay_out(self, store: ObjectStore, pipeline: str, manifest: Manifest, selection: Selection) -> Path:
+        folder = self._folder / "releases" / manifest.release / selection.name
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        for file in manifest.files:
+        wanted = set(selection.files)
+        for file in (file for file in manifest.files if file.name in wanted):
             blob = self._folder / "blobs" / file.sha256
             if not self._whole(blob, file):
                 key = blob_key(pipeline, file.sha256)

@@ -18,7 +18,7 @@ from tasks.serving.hashing import Hasher
 from tasks.serving.requests import Arrays, read_request
 from tasks.serving.runners import Halves, Pair, Runner, Whole
 from tasks.serving.sessions import Device, Engine, require_gpu
-from tasks.serving.variants import PLAIN, Chosen, VariantChoice, choose
+from tasks.serving.variants import PLAIN, SOLVING, Chosen, LayOut, VariantChoice, choose, graphs_of, selected
 
 F32 = npt.NDArray[np.float32]
 Golden = tuple[Arrays, tuple[int, int], F32]
@@ -80,12 +80,18 @@ class LoadedRelease:
 
 
 def load(
-    folder: Path, manifest: Manifest, device: Device, engine: Engine | None = None, variant: VariantChoice = PLAIN
+    files: Path | LayOut,
+    manifest: Manifest,
+    device: Device,
+    engine: Engine | None = None,
+    variant: VariantChoice = PLAIN,
 ) -> LoadedRelease:
     """Load a verified release and ask it its golden requests, which warms it up for their shapes.
 
     Args:
-        folder: its files under their names, digests verified.
+        files: gives a folder with the files that are opened, under their names, digests verified; or such a folder with
+            all of them. What a fallback opens besides, from the GPU to the CPU or from a variant to fp32, is asked for
+            when it comes to that.
         manifest: its manifest, parsed.
         device: `auto` tries a GPU where there is one, and falls back to the CPU.
         engine: how its sessions run; by default as onnxruntime likes.
@@ -99,15 +105,13 @@ def load(
         InvalidConfig: the engine is to use what only a GPU has, and the device is `cpu`; or the key of a personal
             column is missing on this host.
     """
-    if (folder / "interface.json").read_bytes() != manifest.interface.serialise():
-        raise ReleaseRefused(_about(manifest, "its interface.json says something else than its manifest"))
     if manifest.requires is not None and not manifest.requires.met_by(onnxruntime.__version__):
         raise ReleaseRefused(
             f"release {manifest.release[:12]} of night {manifest.night} requires onnxruntime "
             f"{manifest.requires.onnxruntime}, this host has {onnxruntime.__version__}; update it, then refresh"
         )
-    golden = _golden(manifest, (folder / "golden.json").read_bytes())
     engine = engine or Engine()
+    lay_out = (lambda _: files) if isinstance(files, Path) else files
     if device == "cpu" and (engine.cuda_graphs or engine.tensorrt is not None):
         raise InvalidConfig("engine.cuda_graphs and engine.tensorrt need a GPU; set device to cuda or auto")
     if device != "cpu":
@@ -116,34 +120,35 @@ def load(
         except DeviceUnavailable:
             if device == "cuda":
                 raise
-            return _load(folder, manifest, "cpu", engine, golden, variant)
+            return _load(lay_out, manifest, "cpu", engine, variant)
         try:
-            return _load(folder, manifest, "cuda", engine, golden, variant)
+            return _load(lay_out, manifest, "cuda", engine, variant)
         except DeviceUnavailable as error:
             if device == "cuda":
                 raise
             log.warning("the GPU of this host does not serve, the CPU does: %s", error)
-    return _load(folder, manifest, "cpu", engine, golden, variant)
+    return _load(lay_out, manifest, "cpu", engine, variant)
 
 
 def _load(
-    folder: Path,
-    manifest: Manifest,
-    device: Literal["cpu", "cuda"],
-    engine: Engine,
-    golden: Sequence[Golden],
-    variant: VariantChoice,
+    lay_out: LayOut, manifest: Manifest, device: Literal["cpu", "cuda"], engine: Engine, variant: VariantChoice
 ) -> LoadedRelease:
     chosen = choose(manifest, variant, device)
+    # Outside the attempt: files that are missing or damaged refuse a release, whatever else of it might serve.
+    folder = lay_out(selected(manifest, chosen, device))
+    if (folder / "interface.json").read_bytes() != manifest.interface.serialise():
+        raise ReleaseRefused(_about(manifest, "its interface.json says something else than its manifest"))
+    golden = _golden(manifest, (folder / "golden.json").read_bytes())
     try:
         return _tried(folder, manifest, device, engine, golden, chosen)
     except ReleaseRefused as error:
         if variant != "auto" or chosen.name == PLAIN:
             raise
-        plain = _tried(folder, manifest, device, engine, golden, choose(manifest, PLAIN, device))
+        plain = choose(manifest, PLAIN, device)
+        found = _tried(lay_out(selected(manifest, plain, device)), manifest, device, engine, golden, plain)
         reason = f"{PLAIN} serves in place of {chosen.name}: {error}"
         log.warning("%s", reason)
-        return replace(plain, spared=reason)
+        return replace(found, spared=reason)
 
 
 def _tried(
@@ -157,8 +162,8 @@ def _tried(
     """The release with one of its score graphs, asked its golden requests."""
     specs, feedback = manifest.interface.inputs, _feedback(manifest)
     own = [spec for spec in specs if spec not in feedback]
-    plain = _runner(folder, manifest, device, engine, golden, "", own, chosen)
-    solving = _runner(folder, manifest, device, engine, golden, "_feedback", specs) if feedback else None
+    plain = _runner(folder, manifest, device, engine, golden, chosen.graph, own)
+    solving = _runner(folder, manifest, device, engine, golden, SOLVING, specs) if feedback else None
     user, item = (next(spec.name for spec in specs if spec.per == per) for per in ("request", "candidate"))
     hasher = Hasher.of(specs)
     loaded = LoadedRelease(manifest, device, user, item, plain, hasher, solving, chosen.name)
@@ -177,30 +182,33 @@ def _runner(
     device: Literal["cpu", "cuda"],
     engine: Engine,
     golden: Sequence[Golden],
-    suffix: str,
+    score: str,
     specs: Sequence[InputSpec],
-    chosen: Chosen | None = None,
 ) -> Runner:
-    """The graphs that take these inputs; their files' names have the suffix, but for a score graph that was chosen."""
+    """The graphs that take these inputs, `score` or what it is joined to."""
     output, names = manifest.interface.output, {spec.name for spec in specs}
-    whole, lookup, score = (folder / f"{name}{suffix}.onnx" for name in ("model", "lookup", "score"))
+    graphs = [folder / name for name in graphs_of(score, device)]
     first = next((inputs for inputs, _, _ in golden if inputs.keys() == names), None)
-    if chosen is not None:
-        score = folder / chosen.graph
     if first is None:
-        raise ReleaseRefused(_about(manifest, f"no golden request is one for {whole.name}"))
+        raise ReleaseRefused(_about(manifest, f"no golden request is one for {graphs[0].name}"))
     try:
         runner: Runner
-        if device == "cuda":
-            runner = Halves(lookup, score, output, engine, first)
-        elif chosen is None or chosen.name == PLAIN:
-            runner = Whole(whole, output, engine)
+        if len(graphs) == 1:
+            runner = Whole(graphs[0], output, engine)
         else:
-            runner = Pair(lookup, score, output, engine)
+            lookup, scores = graphs
+            on_gpu = device == "cuda"
+            runner = Halves(lookup, scores, output, engine, first) if on_gpu else Pair(lookup, scores, output, engine)
     except DeviceUnavailable:
         raise
     except Exception as error:  # onnxruntime's errors share no base class below Exception
-        raise ReleaseRefused(_about(manifest, f"onnxruntime does not load it: {error}")) from error
+        beside = "; ".join(
+            f"{graph.name} with {', '.join(manifest.graphs[graph.name]) or 'no other file'}"
+            for graph in graphs
+            if graph.name in manifest.graphs
+        )
+        told = f" from {beside}, as its manifest says" if beside else ""
+        raise ReleaseRefused(_about(manifest, f"onnxruntime does not load it{told}: {error}")) from error
     wanted = {spec.name: (_TYPES[spec.dtype], len(spec.shape)) for spec in specs}
     found = {value.name: (value.type, len(value.shape)) for value in runner.inputs}
     if found != wanted:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from datetime import date
 from pathlib import Path
+from typing import Literal
 
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import NoRelease, ReleaseRefused
@@ -18,7 +19,7 @@ from tasks.release.signing import (
 from tasks.serving.cache import ReleaseCache
 from tasks.serving.loaded import LoadedRelease, load
 from tasks.serving.sessions import Device, Engine
-from tasks.serving.variants import VariantChoice
+from tasks.serving.variants import VariantChoice, choose, selected
 
 
 class ReleaseSource:
@@ -38,6 +39,8 @@ class ReleaseSource:
         self._loaded: dict[str, tuple[bytes, TrustedKey | None]] = {}
         """Manifests of what was loaded, and who vouched for them then."""
         self._device: Device = device
+        self._runs_on: Literal["cpu", "cuda"] = "cpu" if device == "auto" else device
+        """Where the release runs that was loaded last."""
         self._engine = engine
         self._variant: VariantChoice = variant
 
@@ -119,19 +122,24 @@ class ReleaseSource:
                 f"the pointer says that release {release[:12]} is of night {night}, its manifest says "
                 f"{manifest.night}; promote it again"
             )
-        with self._cache.fetched(self._store, self.pipeline, manifest, keep) as folder:
-            loaded = load(folder, manifest, self._device, self._engine, self._variant)
+        with self._cache.opened(self._store, self.pipeline, manifest, keep) as lay_out:
+            loaded = load(lay_out, manifest, self._device, self._engine, self._variant)
+        self._runs_on = loaded.device
         self._loaded[release] = (data, key)
         return loaded
 
     def hold(self, release: str, keep: Collection[str]) -> None:
-        """Have a release's verified files on the disk without loading it, so that going back to it fetches nothing.
+        """Have the files that this ranker opens of a release on the disk, so that going back to it fetches nothing.
+
+        It is not loaded: should its variant not answer its golden requests, the files of fp32 are fetched then.
 
         Raises:
-            ReleaseRefused, StoreError: it is gone, odd, or cannot be fetched.
+            ReleaseRefused, StoreError: it is gone, odd, or cannot be fetched, or lacks the variant that is insisted on.
         """
-        with self._cache.fetched(self._store, self.pipeline, self.manifest(release), keep):
-            pass
+        manifest = self.manifest(release)
+        chosen = choose(manifest, self._variant, self._runs_on)
+        with self._cache.opened(self._store, self.pipeline, manifest, keep) as lay_out:
+            lay_out(selected(manifest, chosen, self._runs_on))
 
     def _checked(self, release: str) -> tuple[Manifest, bytes, TrustedKey | None]:
         """A release's manifest, its bytes and who vouches for it; None where no keys are named."""

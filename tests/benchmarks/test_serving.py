@@ -25,6 +25,7 @@ from tasks.serving.events import Events
 from tasks.serving.loaded import LoadedRelease, load
 from tasks.serving.requests import read_request
 from tasks.serving.sessions import Engine
+from tasks.serving.variants import everything
 from tests.benchmarks.conftest import Row
 from tests.benchmarks.served import ByHand, Served, encoded, make_served
 from tests.releases import PIPELINE, manifest_of
@@ -151,8 +152,8 @@ def test_a_stamp_beside_a_digest_of_a_large_blob(row: Row, tmp_path: Path):
     cache = ReleaseCache(tmp_path / "cache")
 
     def fetch() -> None:
-        with cache.fetched(store, PIPELINE, manifest):
-            pass
+        with cache.opened(store, PIPELINE, manifest) as lay_out:
+            lay_out(everything(manifest))
 
     def anew() -> None:
         for stamp in (tmp_path / "cache/verified").iterdir():

@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from tasks.errors import ParityBroken
-from tasks.release.external import ExternalFiles
+from tasks.errors import ParityBroken, ReleaseRefused
+from tasks.release.external import ExternalFiles, opened_by
 from tasks.release.golden import TOLERANCE, check_parity, draw_requests, make_golden
 from tasks.release.graphs import export
 from tasks.release.lookups import as_model, encode
@@ -99,3 +99,40 @@ def test_a_release_with_a_bank_beyond_two_gigabytes_answers_as_the_network_does(
     golden = make_golden(network, large, tables, data, draw_requests(data, rows_of_a_night))
     assert max(encode(data, tables, one.inputs)["slot"].max() for one in golden) * bank[0].nbytes > 2**31
     assert check_parity(data, tables, golden, tmp_path).model <= TOLERANCE
+
+
+def test_what_a_graph_opens_is_found_wherever_its_tensors_stand(tmp_path: Path):
+    """Initialisers, sparse ones, attributes of nodes, also inside branches and functions; what is inside is not."""
+
+    def outside(name: str, file: str) -> TensorProto:
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value=file)
+        return tensor
+
+    def constant(file: str) -> onnx.NodeProto:
+        return helper.make_node("Constant", [], ["value"], value=outside("value", file))
+
+    value = helper.make_tensor_value_info("value", TensorProto.FLOAT, [2])
+    branch = helper.make_graph([constant("branch.bin")], "branch", [], [value])
+    other = helper.make_graph([constant("other.bin")], "other", [], [value])
+    chosen = helper.make_node("If", ["condition"], ["chosen"], then_branch=branch, else_branch=other)
+    condition = helper.make_tensor_value_info("condition", TensorProto.BOOL, [])
+    inside = helper.make_tensor("inside", TensorProto.FLOAT, [2], [1.0, 2.0])
+    graph = helper.make_graph(
+        [constant("node.bin"), chosen], "all", [condition], [value], [outside("held", "held.bin"), inside]
+    )
+    sparse = graph.sparse_initializer.add()
+    sparse.values.CopyFrom(outside("sparse", "values.bin"))
+    sparse.indices.CopyFrom(outside("places", "places.bin"))
+    model = as_model(graph)
+    model.functions.add(name="one", domain="ours").node.append(constant("function.bin"))
+    for name, one in (("all.onnx", model), ("none.onnx", as_model(helper.make_graph([], "none", [], [], [inside])))):
+        (tmp_path / name).write_bytes(one.SerializeToString())
+    files = {"branch", "other", "node", "held", "values", "places", "function"}
+    assert opened_by(sorted(tmp_path.glob("*.onnx"))) == {
+        "all.onnx": tuple(sorted(f"{name}.bin" for name in files)),
+        "none.onnx": (),
+    }
+    (tmp_path / "words.onnx").write_bytes(b"hello")
+    with pytest.raises(ReleaseRefused, match=r"words\.onnx is no ONNX file"):
+        opened_by([tmp_path / "words.onnx"])

@@ -15,6 +15,7 @@ from tasks.release.manifest import CONTENT, OPTIONAL, Manifest, Pointer, Release
 from tasks.release.manifest_parts import LevelSegments, Lift, Requires, Support, Variant
 from tasks.release.signature import Signature
 from tasks.release.strict_json import canonical
+from tasks.serving.variants import choose, selected
 
 INTERFACE = Interface(
     night=date(2026, 3, 1),
@@ -34,6 +35,7 @@ VARIANT = Variant(("bank.bin",), "CPUExecutionProvider", {"tolerance": 0.01}, {"
 POINTER = Pointer("a" * 64, date(2026, 3, 1), 4, "b" * 64, 9, "2026-03-02T01:02:03.000004+00:00", "gate: go")
 
 
+WEIGHTS = ("bank.bin", "base.bin", "statistics.bin")
 NEWER = replace(POINTER, challenger="c" * 64, share=250, hold="look at it", move_id="f" * 32)
 FORMATS = Path(__file__).parent / "formats"
 
@@ -49,6 +51,7 @@ def manifest(tmp_path: Path) -> Manifest:
         *("shop", content_digest(files), files, INTERFACE, *told, REQUIRES, (LEVEL,)),
         variants={"int8": VARIANT},
         beside=(ReleaseFile("run.json", 2, "c" * 64),),
+        graphs={"lookup.onnx": (), "model.onnx": WEIGHTS, "score.onnx": WEIGHTS},
     )
 
 
@@ -77,8 +80,18 @@ def first_file(**changes: object) -> Callable[[dict[str, Any]], object]:
 
 HOSTILE = ["../model.onnx", "/etc/passwd", "a/b", "", ".", "model.onnx\x00", "C:\\x", "𝕞odel.onnx", "m" * 5000, "-rf"]
 ODD: dict[str, Callable[[dict[str, Any]], object]] = {
-    "unknown schema version": lambda found: found.update(schema_version=5),
+    "unknown schema version": lambda found: found.update(schema_version=6),
     "an older schema version with newer fields": lambda found: found.update(schema_version=1),
+    "the version before with newer fields": lambda found: found.update(schema_version=4),
+    "no word of what graphs open": lambda found: found.pop("graphs"),
+    "no word of what a graph opens": lambda found: found["graphs"].pop("score.onnx"),
+    "a graph that is not there": lambda found: found["graphs"].update({"score_int8.onnx": []}),
+    "a graph that is none": lambda found: found["graphs"].update({"bank.bin": []}),
+    "a graph that opens what is not there": lambda found: found["graphs"]["model.onnx"].append("zoo.bin"),
+    "a graph that opens a hostile name": lambda found: found["graphs"].update({"model.onnx": ["../k.bin"]}),
+    "a graph that opens a file twice": lambda found: found["graphs"]["model.onnx"].append("statistics.bin"),
+    "a graph that opens files in disorder": lambda found: found["graphs"]["model.onnx"].reverse(),
+    "a graph that opens no list": lambda found: found["graphs"].update({"lookup.onnx": "bank.bin"}),
     "no schema version": lambda found: found.pop("schema_version"),
     "true as schema version": lambda found: found.update(schema_version="1"),
     "unknown field": lambda found: found.update(extra=1),
@@ -239,14 +252,20 @@ def test_only_a_pointer_that_older_readers_would_misread_has_the_newer_version()
         assert Pointer.parse(newer.serialise()) == newer
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_manifests_that_older_versions_wrote_are_read_and_written_as_they_were(version: int):
-    """Of real releases: keys alone, lists, histories."""
+    """Of real releases: keys alone, lists, histories, variants."""
     data = (FORMATS / f"manifest-{version}.json").read_bytes()
     told = json.loads(data)
     found = Manifest.parse(data, told["pipeline"], told["release"])
     assert found.serialise() == data
-    assert (found.schema_version, found.requires, found.beside) == (version, None, ())
+    assert (found.schema_version, found.graphs) == (version, {})
+    assert set(selected(found, choose(found, "auto", "cpu"), "cpu").files) == {file.name for file in found.files}
+    if version == 4:
+        assert found.requires is not None
+        assert (set(found.variants), len(found.beside)) == ({"fp16", "int8"}, 3)
+        return
+    assert (found.requires, found.beside) == (None, ())
     told["interface"]["inputs"][0]["optional"] = True
     with pytest.raises(ReleaseRefused, match="optional or hashed, which its schema version does not have"):
         Manifest.parse(json.dumps(told).encode(), told["pipeline"], told["release"])

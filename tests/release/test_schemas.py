@@ -21,7 +21,8 @@ ONLY_THE_READER = {
     "schema version of lists without any", "another pipeline", "another release", "files out of order",
     "another digest", "another size", "oversize", "doubled input", "another shape", "segments that do not add up",
     "segments of another ladder", "segments of more levels", "a variant of files that are not there",
-    "size is a float",
+    "size is a float", "no word of what a graph opens", "a graph that is not there",
+    "a graph that opens what is not there", "a graph that opens files in disorder",
 }  # fmt: skip
 """Oddities that follow from other fields, from the place of the document, or from sums; 1.0 is an integer there."""
 
@@ -43,9 +44,18 @@ def test_real_manifests_of_older_versions_fit(version: int) -> None:
     told = json.loads((FORMATS / f"manifest-{version}.json").read_text())
     assert accepts("manifest", told)
     assert not accepts("manifest", told | {"schema_version": 4})
+    assert not accepts("manifest", told | {"schema_version": 5})
     assert not accepts("manifest", told | {"variants": {}})
     told["interface"]["inputs"][0]["optional"] = True
     assert not accepts("manifest", told)
+
+
+def test_a_real_manifest_of_the_version_before_fits() -> None:
+    told = json.loads((FORMATS / "manifest-4.json").read_text())
+    assert accepts("manifest", told)
+    for version in (1, 3, 5):
+        assert not accepts("manifest", told | {"schema_version": version})
+    assert not accepts("manifest", told | {"graphs": {}})
 
 
 def test_a_manifest_of_today_fits_with_all_that_it_may_say(manifest: Manifest) -> None:

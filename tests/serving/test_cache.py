@@ -20,6 +20,7 @@ from tasks.serving import cache as caches
 from tasks.serving.cache import ReleaseCache
 from tasks.serving.ranker import Ranker
 from tasks.serving.seen import SeenGeneration
+from tasks.serving.variants import everything
 from tests.releases import NIGHT, PIPELINE, Made, next_night
 
 
@@ -42,7 +43,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, store: ObjectStore):
 
 
 def fetch(cache: ReleaseCache, store: ObjectStore, made: Made, *keep: str) -> None:
-    with cache.fetched(store, PIPELINE, made.manifest, keep) as folder:
+    with cache.opened(store, PIPELINE, made.manifest, keep) as lay_out:
+        folder = lay_out(everything(made.manifest))
         assert {path.name: path.stat().st_size for path in folder.iterdir()} == {
             file.name: file.bytes for file in made.manifest.files
         }
@@ -71,6 +73,12 @@ def test_releases_with_a_role_stay_and_all_others_go(
     assert {one.name for one in (tmp_path / "cache/blobs").iterdir()} == kept
 
 
+def refused(cache: ReleaseCache, store: ObjectStore, made: Made, *keep: str) -> None:
+    with cache.opened(store, PIPELINE, made.manifest, keep) as lay_out:
+        lay_out(everything(made.manifest))
+        raise ReleaseRefused("it is no good")
+
+
 def test_bad_releases_one_after_the_other_do_not_fill_the_disk(store: ObjectStore, tonight: Made, tmp_path: Path):
     cache = ReleaseCache(tmp_path / "cache")
     fetch(cache, store, tonight)
@@ -78,8 +86,8 @@ def test_bad_releases_one_after_the_other_do_not_fill_the_disk(store: ObjectStor
     for seed in range(3):
         bad = next_night(tonight, tmp_path / f"bad{seed}", NIGHT, seed=seed + 10)
         publish(store, bad, move=False)
-        with pytest.raises(ReleaseRefused, match="no good"), cache.fetched(store, PIPELINE, bad.manifest, [good]):
-            raise ReleaseRefused("it is no good")
+        with pytest.raises(ReleaseRefused, match="no good"):
+            refused(cache, store, bad, good)
         assert {one.name for one in (tmp_path / "cache/releases").iterdir()} == {good, bad.manifest.release}
 
 
@@ -132,6 +140,7 @@ RAISED = """
 import json, sys
 from pathlib import Path
 from tasks.serving.seen import SeenGeneration
+from tasks.serving.variants import everything
 seen = SeenGeneration(Path(sys.argv[1]), sys.argv[2])
 for one in json.loads(sys.argv[3]):
     seen.remember(one)
@@ -216,13 +225,14 @@ def test_processes_that_share_a_cache_wait_for_each_other(store: ObjectStore, to
 
     def second() -> None:
         inside.wait()
-        with ReleaseCache(tmp_path / "cache").fetched(store, PIPELINE, tonight.manifest):
+        with ReleaseCache(tmp_path / "cache").opened(store, PIPELINE, tonight.manifest):
             order.append("second")
         ended.set()
 
     thread = threading.Thread(target=second)
     thread.start()
-    with ReleaseCache(tmp_path / "cache").fetched(store, PIPELINE, tonight.manifest) as folder:
+    with ReleaseCache(tmp_path / "cache").opened(store, PIPELINE, tonight.manifest) as lay_out:
+        folder = lay_out(everything(tonight.manifest))
         inside.set()
         assert not ended.wait(0.2)
         order.append("first")

@@ -108,7 +108,7 @@ def test_a_ranker_follows_the_pointer_by_itself_and_has_the_release_before_at_ha
     before = threading.active_count()
     with Ranker(store, PIPELINE, cache=tmp_path / "cache", refresh_every=SOON) as ranker:
         assert ranker.release == tomorrow.manifest.release
-        kept = tmp_path / "cache/releases" / tonight.manifest.release / "golden.json"
+        kept = tmp_path / "cache/releases" / tonight.manifest.release / "cpu-fp32/golden.json"
         eventually(kept.is_file)  # it has never served here
         with monkeypatch.context() as patch:
             patch.setattr(store, "download", lambda *_: pytest.fail("fetched for a rollback"))
@@ -164,7 +164,7 @@ def test_files_that_could_not_be_fetched_ahead_are_fetched_at_a_later_poll(
             eventually(lambda: ranker.warnings)
             assert "kept at hand: StoreUnavailable: no answer in 25 s" in ranker.warnings[0]
             assert ranker.refusal is None
-        kept = tmp_path / "cache/releases" / tonight.manifest.release / "golden.json"
+        kept = tmp_path / "cache/releases" / tonight.manifest.release / "cpu-fp32/golden.json"
         eventually(kept.is_file)
         eventually(lambda: not ranker.warnings)
 

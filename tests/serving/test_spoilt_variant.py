@@ -1,41 +1,26 @@
 """A release whose smaller graph does not answer as it should, with digests that fit: who notices, and what serves."""
 
-from dataclasses import replace
 from pathlib import Path
-from shutil import copytree
 
-import numpy as np
 import pytest
 
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import ReleaseRefused
-from tasks.release.golden import make_golden, write_golden
-from tasks.release.manifest import Manifest, Variant
+from tasks.release.manifest import Manifest
 from tasks.release.pointer import promote
 from tasks.release.publishing import publish_release
-from tasks.release.variants import build, files_of
 from tasks.serving.loaded import load
 from tasks.serving.ranker import Ranker
 from tasks.verify import verify
-from tests.releases import NIGHT, PIPELINE, Made, described_anew
+from tests.releases import NIGHT, PIPELINE, Made, with_variants
 
 
 def published(store: ObjectStore, made: Made, folder: Path, spoilt: bool) -> Manifest:
     """A champion with an int8 graph that passed; spoilt, its bank is other bytes."""
-    copytree(made.folder, folder)
-    bank = made.bank * np.float32(0.1)  # an untrained bank is too large for bytes
-    (folder / "bank.bin").write_bytes(bank.tobytes())
-    golden = make_golden(made.network, bank, made.tables, made.data, [one.inputs for one in made.golden])
-    write_golden(made.data, golden, folder, made.tables.history)
-    build("int8", folder, len(made.data.objectives))
-    if spoilt:
-        file = folder / "bank_int8.bin"
-        file.write_bytes(np.random.default_rng(0).integers(-20, 20, file.stat().st_size, np.int8).tobytes())
-    passed = Variant(files_of("int8"), "CPUExecutionProvider", {"tolerance": 0.05}, {}, "passed", "close")
-    manifest = replace(described_anew(made, folder), variants={"int8": passed})
-    publish_release(store, PIPELINE, folder, manifest, {})
-    promote(store, PIPELINE, manifest.release, NIGHT, token=2)
-    return manifest
+    made = with_variants(made, folder, spoilt=("int8",) if spoilt else ())
+    publish_release(store, PIPELINE, folder, made.manifest, {})
+    promote(store, PIPELINE, made.manifest.release, NIGHT, token=2)
+    return made.manifest
 
 
 def test_verify_says_which_graphs_answer(store: ObjectStore, tonight: Made, tmp_path: Path):

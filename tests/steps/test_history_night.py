@@ -110,7 +110,7 @@ def test_two_nights_with_a_transformer_and_film(damageable: Finished) -> None:
     with Ranker(damageable.world.config["store"], "tiny", device="cpu") as served:
         assert served.release == night.published.release
         manifest = served.manifest
-        assert manifest.schema_version == 4
+        assert manifest.schema_version == 5
         said = served.score(json.loads(json.dumps(REQUEST)))
         np.testing.assert_allclose(said, said_by_the_network(raw), rtol=1e-5, atol=1e-5)
         liked = served.score({**REQUEST, "history_clicked": [[0, 0, 0, 1, 0], None, [0, 0]]})

@@ -199,6 +199,8 @@ class Service:
                 "generation": ranker.generation,
                 "challenger": ranker.challenger,
                 "device": ranker.device,
+                "variant": ranker.variant,
+                "spared": ranker.spared,
                 "signed": ranker.signed,
             }
         except NoRelease as error:

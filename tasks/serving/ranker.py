@@ -154,6 +154,11 @@ class Ranker:
         return self._follower.serving().release.variant
 
     @property
+    def spared(self) -> str | None:
+        """Why fp32 serves although the champion has a variant that passed; None where that is not so."""
+        return self._follower.serving().release.spared
+
+    @property
     def refusal(self) -> str | None:
         """Why the last `refresh` kept the old release; None where all was well."""
         return self._follower.refusal

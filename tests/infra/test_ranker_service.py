@@ -25,7 +25,7 @@ from tasks.release.publishing import publish_release
 from tasks.serving.ranker import Ranker
 from tests.benchmarks import traffic
 from tests.infra.running import ROOT, Running, as_json, running, under_traffic
-from tests.releases import NIGHT, PIPELINE, Made, make_release, next_night, shared_graph
+from tests.releases import NIGHT, PIPELINE, Made, make_release, next_night, shared_graph, with_variants
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,26 @@ def test_it_answers_as_the_network_does_and_names_the_release(store: ObjectStore
         assert 'nightrank_http_calls_total{route="/score",status="200"} 10.0' in metrics
         refused(service, made)
         ends_on_term(service, made, tmp_path)
+
+
+def test_it_tells_which_graph_serves_and_why_fp32_does(store: ObjectStore, nights: list[Made], tmp_path: Path):
+    """The loaded release's own word, beside that of a reader in this process."""
+    spoilt = with_variants(nights[0], tmp_path / "spoilt", spoilt=("int8",))
+    sound = with_variants(nights[1], tmp_path / "sound")
+    for made in (spoilt, sound):
+        publish_release(store, PIPELINE, made.folder, made.manifest, {})
+    promote(store, PIPELINE, spoilt.manifest.release, spoilt.manifest.night, token=1)
+    with Ranker(store, PIPELINE, "cpu") as ranker:
+        spared = ranker.spared
+    with running(store, tmp_path, "--poll", "0.2") as service:
+        _, told = service.call("/readyz")
+        assert (told["release"], told["variant"], told["spared"]) == (spoilt.manifest.release, "fp32", spared)
+        assert told["spared"].startswith("fp32 serves in place of int8: release ")
+        assert "off by int8, limit 0.05" in told["spared"]
+        promote(store, PIPELINE, sound.manifest.release, sound.manifest.night, token=1)
+        while told["release"] != sound.manifest.release:
+            _, told = service.call("/readyz")
+        assert (told["variant"], told["spared"]) == ("int8", None)
 
 
 def refused(service: Running, made: Made) -> None:

@@ -168,9 +168,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[S3Server]":
 @pytest.fixture(scope="session")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Nursery]":
     """Where runs in processes of their own are born; loading everything that a night needs takes its time."""
-    from tests.faults.victims import opened
+    from tests.faults.victims import Nursery
 
-    with opened(tmp_path_factory.mktemp("nursery")) as found:
+    with Nursery(tmp_path_factory.mktemp("nursery")) as found:
         yield found
 
 

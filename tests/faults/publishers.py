@@ -1,8 +1,7 @@
 """Publishers that die at a given call, system call or moment, and crowds of them that race: real processes.
 
-A warm parent has imported everything that publishing needs. For each job it forks a child, which publishes one prepared
-release and moves the pointer to it. Releases are made from a real one by exchanging the bank and the night: nobody
-loads them, but every byte of them is checked.
+For each job a warm parent forks a child, which publishes one prepared release and moves the pointer to it. Releases are
+made from a real one by exchanging the bank and the night: nobody loads them, but every byte of them is checked.
 """
 
 import json
@@ -10,12 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -28,8 +22,8 @@ from tasks.errors import NightrankError
 from tasks.release.manifest import Manifest, content_digest, describe
 from tasks.release.pointer import promote
 from tasks.release.publishing import publish_release
+from tests.faults.warm import Ended, WarmParent, serve
 
-ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = "shop"
 """That of `tests.releases`, which imports too much for a process that only publishes."""
 EXTRA = {"run.json": b"{}", "report.html": b"<html>"}
@@ -95,34 +89,19 @@ class Cut:
         return f"{self.when} {self.method} {self.path}" + (f" number {self.nth}" if self.nth > 1 else "")
 
 
-class Publishers:
-    """The warm parent."""
+class Publishers(WarmParent):
+    """Starts publishers, in the environment as it is now.
 
-    def __init__(self, log: Path) -> None:
-        self._log = log.open("w")
-        self._folder, self._count = log.parent, 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.publishers"],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-        )  # fmt: skip
+    Args:
+        folder: for its log and their diaries.
+    """
 
-    def _ask(self, question: dict[str, Any]) -> int:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, f"the publishers died: {Path(self._log.name).read_text()[-2000:]}"
-        return int(answer)
-
-    def _diary(self) -> Path:
-        self._count += 1
-        return self._folder / f"publisher-{self._count}.json"
+    def __init__(self, folder: Path) -> None:
+        super().__init__("tests.faults.publishers", folder / "publishers.log")
 
     def start(self, job: dict[str, Any]) -> "Publisher":
         """Begin a publish in a process of its own."""
-        diary = self._diary()
-        return Publisher(self, self._ask({"job": {**job, "diary": str(diary)}}), diary)
+        return Publisher(self, *self.begin(job))
 
     def run(self, job: dict[str, Any]) -> "Outcome":
         """A whole publish, to its end."""
@@ -130,34 +109,17 @@ class Publishers:
 
     def race(self, jobs: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
         """Rounds of publishes that all begin at once, a writer each; what each writer was told, by round."""
-        diary = self._diary()
-        status = self._ask({"race": jobs, "diary": str(diary)})
-        assert status == 0, Path(self._log.name).read_text()[-3000:]
+        pid, diary = self.begin({"race": jobs})
+        assert self.end_of(pid) == 0, self.said()
         told: list[list[dict[str, Any]]] = json.loads(diary.read_text())
         return told
 
-    def end_of(self, pid: int) -> int:
-        return self._ask({"wait": pid})
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-        self._process.stdout.close()
-        self._log.close()
-
 
 @dataclass
-class Outcome:
-    """How a publish ended."""
+class Outcome(Ended):
+    """How a publish ended, and what the publisher was told."""
 
-    status: int
     told: dict[str, Any]
-
-    @property
-    def killed(self) -> bool:
-        return self.status == -signal.SIGKILL
 
 
 @dataclass
@@ -172,16 +134,6 @@ class Publisher:
         status = self.parent.end_of(self.pid)
         # One that was killed may have been killed while it wrote its diary.
         return Outcome(status, json.loads(self.diary.read_text()) if status == 0 else {})
-
-
-@contextmanager
-def publishers(folder: Path) -> Iterator[Publishers]:
-    """A warm parent for the length of the block, with the environment as it is now."""
-    made = Publishers(folder / "publishers.log")
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def _cut_at(cut: Cut, store: ObjectStore) -> None:
@@ -240,6 +192,9 @@ def _publish(store: ObjectStore, job: dict[str, Any]) -> dict[str, Any]:
 
 def _live(job: dict[str, Any]) -> None:
     """The life of a child."""
+    if "race" in job:
+        _race(job["race"], Path(job["diary"]))
+        return
     if job.get("parts"):
         s3_store.SINGLE_PUT_BYTES, s3_multipart.PART_BYTES = SMALLEST_PART, SMALLEST_PART
     store = open_store(job["store"])
@@ -276,33 +231,10 @@ def _race(jobs: list[list[dict[str, Any]]], diary: Path) -> None:
 
 
 def main() -> None:
-    """The warm parent: a line in is a publish to begin, one to wait for, or a race."""
+    """The warm parent."""
     if "AWS_ACCESS_KEY_ID" in os.environ:
         s3_client().close()  # reads the descriptions of the service, which children then have
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if "wait" in asked:
-            print(os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1]), flush=True)
-            continue
-        if (pid := os.fork()) == 0:
-            status = 1
-            try:
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                os.dup2(2, 1)
-                if "race" in asked:
-                    _race(asked["race"], Path(asked["diary"]))
-                else:
-                    _live(asked["job"])
-                status = 0
-            except BaseException:  # noqa: BLE001  (nothing may come back to the parent's own loop)
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        if "race" in asked:
-            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-        else:
-            print(pid, flush=True)
+    serve(_live)
 
 
 if __name__ == "__main__":

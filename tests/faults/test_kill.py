@@ -27,7 +27,8 @@ from tasks.release.manifest import Pointer, pointer_key
 from tasks.release.pointer import promote, read_pointer
 from tasks.release.publishing import read_manifest
 from tasks.steps import recalled
-from tests.faults.victims import CHECKPOINT, ROOT, Nursery, Outcome, Trap, moved, pipes
+from tests.faults.victims import CHECKPOINT, Nursery, Outcome, Trap, moved, pipes
+from tests.faults.warm import ROOT
 from tests.finished import Finished
 from tests.prefect_homes import home_with, servers_of
 

@@ -32,7 +32,8 @@ from tests.faults.test_kill import (
     ledger_of,
     store_of,
 )
-from tests.faults.victims import ROOT, Nursery, Trap, moved, pipes
+from tests.faults.victims import Nursery, Trap, moved, pipes
+from tests.faults.warm import ROOT
 from tests.finished import Finished
 from tests.steps.plain import plain_night
 

@@ -27,7 +27,7 @@ from tasks.release.manifest import blob_key
 from tasks.release.pointer import read_pointer
 from tasks.release.pointer_json import Pointer
 from tasks.release.publishing import read_manifest
-from tests.faults.publishers import PIPELINE, SMALLEST_PART, Cut, Outcome, Prepared, Publishers, prepared, publishers
+from tests.faults.publishers import PIPELINE, SMALLEST_PART, Cut, Outcome, Prepared, Publishers, prepared
 from tests.releases import Made, make_release, shared_graph
 from tests.s3_server import S3Server
 
@@ -118,7 +118,7 @@ def s3_parent(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.MonkeyPatch.context() as environment:
         for name, value in s3_server.environment().items():
             environment.setenv(name, value)
-        with publishers(tmp_path_factory.mktemp("publishers")) as parent:
+        with Publishers(tmp_path_factory.mktemp("publishers")) as parent:
             yield parent
 
 
@@ -130,7 +130,7 @@ def on_s3(s3_parent: Publishers, made: Made, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def on_disk(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
     folder = tmp_path_factory.mktemp("disk-line")
-    with publishers(tmp_path_factory.mktemp("publishers")) as parent:
+    with Publishers(tmp_path_factory.mktemp("publishers")) as parent:
         yield Line(open_store(str(folder / "store")), made, folder, parent)
 
 

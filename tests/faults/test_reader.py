@@ -27,7 +27,7 @@ from tasks.release.pointer import promote, read_pointer
 from tasks.release.publishing import publish_release
 from tasks.serving.ranker import Ranker
 from tests.faults.publisher import PIPELINE, numbered
-from tests.faults.victims import ROOT
+from tests.faults.warm import ROOT
 from tests.releases import NIGHT, Made, make_release, next_night, shared_graph, smuggle
 from tests.serving.test_ranker import CRAFTED, DAMAGE, OPENED, described_anew
 

@@ -1,10 +1,9 @@
 """Runs that die, or wait, exactly where they are told to: real processes, killed by SIGKILL.
 
-A nursery is one child process that has imported everything. For each run it forks a victim, which carries a night out
-by the plain step functions (`tests.steps.plain`). A trap is set on the writes to the store, by a pattern of keys: what
-is in the store at that moment is what a power cut would have left there. Nothing sleeps: a victim that has to wait
-says so by opening a named pipe, and goes on when the other end is closed. Strings have other hashes than in the tests'
-own process.
+A nursery is a warm parent. For each run it forks a victim, which carries a night out by the plain step functions
+(`tests.steps.plain`). A trap is set on the writes to the store, by a pattern of keys: what is in the store at that
+moment is what a power cut would have left there. Nothing sleeps: a victim that has to wait says so by opening a named
+pipe, and goes on when the other end is closed. Strings have other hashes than in the tests' own process.
 """
 
 import json
@@ -13,20 +12,18 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.faults.warm import ROOT, Ended, WarmParent, serve
+
 CHECKPOINT = "a checkpoint"
 """What a trap calls the write of a checkpoint, which goes to the scratch folder and has no key."""
 WRITES = ("put_if_absent", "put_file_if_absent", "swap")
@@ -47,16 +44,10 @@ class Trap:
 
 
 @dataclass
-class Outcome:
+class Outcome(Ended):
     """How a run ended, and what it told on the way."""
 
-    status: int
-    """Exit status, or minus the signal that killed it."""
     told: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def killed(self) -> bool:
-        return self.status == -signal.SIGKILL
 
     @property
     def worked(self) -> list[tuple[str, str]]:
@@ -73,32 +64,16 @@ class Outcome:
         return found[0]
 
 
-class Nursery:
-    """Starts victims."""
+class Nursery(WarmParent):
+    """Starts victims.
 
-    def __init__(self, log: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "4242"}
-        self._log = log.open("w")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.victims"],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-        self._count = 0
-        self._folder = log.parent
+    Args:
+        folder: for its log and their diaries.
+    """
 
-    def _ask(self, question: dict[str, Any]) -> int:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, f"the nursery died: {Path(self._log.name).read_text()[-2000:]}"
-        return int(answer)
+    def __init__(self, folder: Path) -> None:
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "4242"}
+        super().__init__("tests.faults.victims", folder / "nursery.log", environment)
 
     def start(
         self,
@@ -121,11 +96,9 @@ class Nursery:
             folder: its working directory.
             replayed: the last night and the output folder of a replay, which begins with `night`.
         """
-        self._count += 1
-        diary = self._folder / f"run-{self._count}.jsonl"
-        pid = self._ask(
+        pid, diary = self.begin(
             {
-                **{"config": config, "night": night.isoformat(), "promote": promote, "diary": str(diary)},
+                **{"config": config, "night": night.isoformat(), "promote": promote},
                 **{"trap": None if trap is None else vars(trap), "term": term, "folder": str(folder)},
                 "replayed": None if replayed is None else [replayed[0].isoformat(), str(replayed[1])],
             }
@@ -135,17 +108,6 @@ class Nursery:
     def run(self, *args: Any, **kwargs: Any) -> Outcome:
         """A whole run, to its end."""
         return self.start(*args, **kwargs).end()
-
-    def end_of(self, pid: int) -> int:
-        return self._ask({"wait": pid})
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-        self._process.stdout.close()
-        self._log.close()
 
 
 @dataclass
@@ -175,16 +137,6 @@ class Running:
     def end(self) -> Outcome:
         status = self.nursery.end_of(self.pid)
         return Outcome(status, [json.loads(line) for line in self.diary.read_text().splitlines()])
-
-
-@contextmanager
-def opened(folder: Path) -> Iterator[Nursery]:
-    """A nursery for the length of the block."""
-    made = Nursery(folder / "nursery.log")
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def pipes(folder: Path) -> str:
@@ -309,7 +261,7 @@ def command_line() -> None:
 
 
 def main() -> None:
-    """The nursery: a line in is a run to start, or one to wait for."""
+    """The nursery."""
     warnings.simplefilter("ignore")
     # Loaded once here, so that a victim costs milliseconds. A thread that runs would not come along into a fork.
     import great_expectations  # noqa: F401
@@ -323,24 +275,7 @@ def main() -> None:
 
     _registration.ONNXRegistry.from_torchlib()
     assert threading.active_count() == 1, threading.enumerate()
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if "wait" in asked:
-            print(os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1]), flush=True)
-            continue
-        if (pid := os.fork()) == 0:
-            status = 1
-            try:
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                os.dup2(2, 1)
-                _live(asked)
-                status = 0
-            except BaseException:  # noqa: BLE001  (nothing may come back to the nursery's own loop)
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        print(pid, flush=True)
+    serve(_live)
 
 
 if __name__ == "__main__":

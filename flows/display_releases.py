@@ -152,10 +152,11 @@ def show_fallback(console: Console, done: "FellBack") -> None:
     else:
         console.print(f"segment {escape(done.segment)} has its earlier weights, until the next night solves it anew")
     if done.variants:
+        _show_variants(console, done.variants)
+    if failed := [name for name, one in done.variants.items() if one.verdict == "failed"]:
         console.print(
-            f"variants  the new release has no {' or '.join(done.variants)}, which the one before had: rankers with "
-            'variant="auto" take fp32 until the next night; those that insist on one refuse '
-            "it and keep the release before",
+            f"rankers   that insist on {' or '.join(failed)} refuse the new release and keep the one before; with "
+            'variant="auto" they take fp32 until the next night',
             soft_wrap=True,
         )
     show_pointer(console, done.pointer)

@@ -8,7 +8,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from getpass import getuser
 from html import escape
@@ -29,12 +29,23 @@ from tasks.export import write_release
 from tasks.learning.base import DESCRIPTION, WEIGHTS, load_base
 from tasks.parents import release_file
 from tasks.references import Place
+from tasks.release import agreement
 from tasks.release.external import opened_by
+from tasks.release.golden import Parity
 from tasks.release.golden_read import read_requests
 from tasks.release.holds import JOINT, HeldSegment, change_holds, held_segments, segment_of
 from tasks.release.interface import Interface, read_interface
 from tasks.release.lookups import input_specs
-from tasks.release.manifest import BESIDE, LARGEST_MANIFEST, Manifest, Pointer, content_digest, describe
+from tasks.release.manifest import (
+    BESIDE,
+    LARGEST_MANIFEST,
+    Manifest,
+    Pointer,
+    Variant,
+    content_digest,
+    describe,
+    sha256_of,
+)
 from tasks.release.manifest_parts import LevelSegments
 from tasks.release.marks import names_of, spare
 from tasks.release.pointer import move, read_pointer
@@ -44,6 +55,7 @@ from tasks.release.requirements import requirements
 from tasks.release.segments_table import level_segments
 from tasks.release.strict_json import MANIFEST_VERSION, Reader
 from tasks.release.tables import ServingTables, read_tables
+from tasks.release.variants import JUDGED, PROVIDERS, parity_of
 from tasks.serving.hashing import Hasher
 from tasks.steps import hold, still_held, store_of
 
@@ -61,14 +73,14 @@ class FellBack:
         segment: who it is about.
         new: whether a release was made; False where the champion served the segment so already.
         held: whether nights to come keep it.
-        variants: smaller graphs that the champion had and the new release does not.
+        variants: smaller graphs of the new release, by name.
     """
 
     pointer: Pointer
     segment: str
     new: bool
     held: bool
-    variants: tuple[str, ...] = ()
+    variants: Mapping[str, Variant] = field(default_factory=dict)
 
 
 def fall_back(
@@ -135,7 +147,8 @@ def fall_back(
                 weights[slot] = _earlier(place, data, champion, to, held, Path(room) / "earlier", weights.shape)
             requests = read_requests(data, (known / "golden.json").read_bytes(), tables.history)
             folder, parity = write_release(
-                place, data, base, weights, tables, requests, champion.night, Path(room), lambda *_: None
+                *(place, data, base, weights, tables, requests, champion.night, Path(room), lambda *_: None),
+                variants=[name for name in PROVIDERS if name in champion.variants],
             )
             told = f"{held.told} by {'its parent' if to is None else f'its weights of release {to[:12]}'}"
             made = replace(
@@ -147,7 +160,7 @@ def fall_back(
                 provenance={**champion.provenance, "fallback": f"{told}, decided by {held.by}, because: {reason}"},
                 requires=requirements(sorted(folder.glob("*.onnx"))),
                 segments=_segments(champion, folder, data, beside.get(LIFT)),
-                variants={},  # they were judged with other weights
+                variants=_variants(champion, folder, parity),
                 beside=(),
                 graphs=opened_by(sorted(folder.glob("*.onnx"))),
                 schema_version=MANIFEST_VERSION,
@@ -155,7 +168,7 @@ def fall_back(
             if to is None:
                 change_holds(store, place.pipeline, lambda now: [*_without(now, held), held])
             moved = _publish(place, pointer, champion, made, beside, folder, told, held)
-    return FellBack(moved, held.told, new=True, held=to is None, variants=tuple(sorted(champion.variants)))
+    return FellBack(moved, held.told, new=True, held=to is None, variants=made.variants)
 
 
 def let_go(
@@ -338,6 +351,21 @@ def _segments(champion: Manifest, folder: Path, data: DataConfig, lifts: bytes |
         champion.segments[0].kind,
         max((level.lift.exams for level in champion.segments if level.lift is not None), default=0),
     )
+
+
+def _variants(champion: Manifest, folder: Path, parity: Parity) -> dict[str, Variant]:
+    """The smaller graphs in a folder, by the champion's verdicts where base and recipe are the same."""
+    was = {file.name: file.sha256 for file in champion.files}
+    return {
+        name: agreement.taken_over(
+            champion.variants[name],
+            champion.release,
+            parity_of(name, parity.variants[name]),
+            same=was.get(JUDGED.format(name)) == sha256_of(folder / JUDGED.format(name)),
+        )
+        for name in PROVIDERS
+        if name in parity.variants
+    }
 
 
 def _interface(path: Path) -> Interface:

@@ -50,9 +50,9 @@ from tasks.release.golden import cpu_session, difference
 from tasks.release.graphs import export as write_graphs
 from tasks.release.interface import InputSpec
 from tasks.release.lookups import Wires, input_specs, wires
-from tasks.release.manifest import LARGEST_DIFFERENCE, Variant
+from tasks.release.manifest import Variant
 from tasks.release.tables import ServingTables
-from tasks.release.variants import PROVIDERS, SLACK, build, built_from, files_of
+from tasks.release.variants import PROVIDERS, build, built_from, files_of, parity_of
 from tasks.serving.requests import read_request
 from tasks.steps import Product, Progress, carry_out, open_workspace, recalled, record_of, verb
 from tasks.validate import clean_file
@@ -154,13 +154,10 @@ def described(place: Place, data: DataConfig, settings: ExportConfig, done: Fini
             nights = [_compared(place, record, name, objective.name) for record in records]
             agreements.append((objective, agreement.agreement(objective, [one for one in nights if one is not None])))
         verdict, why = agreement.judged(settings, parity[name], agreements)
-        apart = parity[name]
-        said = {} if apart is None else {"largest": apart}
-        tolerance = min(LARGEST_DIFFERENCE, (apart or 0.0) + SLACK[name])
         found[name] = Variant(
             files=files_of(name),
             provider=PROVIDERS[name],
-            parity={**said, "tolerance": tolerance},
+            parity=parity_of(name, parity[name]),
             agreement={"nights": len(records), "objectives": [one.as_json() for _, one in agreements]},
             verdict=verdict,
             why=why,

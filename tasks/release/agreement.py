@@ -8,7 +8,7 @@ Shapes: N rows, U users, K objectives, R requests, M candidates.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,13 @@ from tasks.data.contract import ObjectiveConfig
 from tasks.learning.intervals import Interval, UserSums, paired_intervals, pool, sum_by_user
 from tasks.learning.metrics import auc_by_user, log_loss, squared_error
 from tasks.release.export_config import ExportConfig, VariantName
-from tasks.release.manifest_parts import LARGEST_DIFFERENCE
+from tasks.release.manifest_parts import LARGEST_DIFFERENCE, Variant
 
 F32 = npt.NDArray[np.float32]
 Outcome = Literal["passed", "failed"]
 LIST = 10
 """Length of the lists that are compared."""
+NOT_FINITE = "it gives scores that are not finite"
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def judged(
         found: what the held-out rows say, per objective.
     """
     if parity is None or any(not np.isfinite(one.largest) for _, one in found):
-        return "failed", "it gives scores that are not finite"
+        return "failed", NOT_FINITE
     if parity > LARGEST_DIFFERENCE:
         return "failed", f"a golden request is answered {parity:.3g} off, limit {LARGEST_DIFFERENCE:g}"
     for objective, one in found:
@@ -166,6 +167,36 @@ def judged(
     bounds = [f"log-loss rises by at most {max(one.log_loss.high for _, one in found):.5f}"]
     bounds += [f"AUC falls by at most {one.auc.high:.5f}" for objective, one in found if objective.kind == "binary"]
     return "passed", ", ".join(bounds)
+
+
+def taken_over(judged: Variant, release: str, parity: Mapping[str, float], same: bool) -> Variant:
+    """A variant of a release that another's weights of few segments were taken out of, by that other's verdict.
+
+    The rows that it was judged on are not asked again: base and recipe are the same, and a bank's rows are held one by
+    one. So the verdict stands while the golden requests are answered as closely as rankers hold the judged one to.
+
+    Args:
+        judged: the other's variant, or what was taken over for it.
+        release: id of the other.
+        parity: what the new one's answers to golden requests are, see `variants.parity_of`.
+        same: whether base and recipe are the same.
+    """
+    origin = str(judged.agreement.get("release", release))
+    limit, apart = judged.parity.get("tolerance", 0.0), parity.get("largest")
+    told = replace(judged, parity=parity, agreement={**judged.agreement, "release": origin})
+    if judged.verdict == "passed":
+        if not same:
+            return replace(told, verdict="failed", why=f"release {origin[:12]} was judged with another base or recipe")
+        if apart is None:
+            return replace(told, verdict="failed", why=NOT_FINITE)
+        if apart > limit:
+            why = f"a golden request is answered {apart:.3g} off, limit {limit:.3g}, which release {origin[:12]} keeps"
+            return replace(told, verdict="failed", why=why)
+    if "release" in judged.agreement:
+        return told
+    return replace(
+        told, why=f"as release {origin[:12]} was judged, but for segments that fell back since: {judged.why}"
+    )
 
 
 def save(found: Mapping[tuple[VariantName, str], Compared], path: Path) -> None:

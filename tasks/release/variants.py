@@ -25,6 +25,7 @@ from tasks.release.external import ALIGNMENT
 from tasks.release.graphs import EXTERNAL
 from tasks.release.half_graph import halves, to_half
 from tasks.release.int8_graph import bytes_of, gathered, quantise, scale_of, to_int8
+from tasks.release.manifest_parts import LARGEST_DIFFERENCE
 from tasks.release.scorer import PREFIX
 
 F32 = npt.NDArray[np.float32]
@@ -35,6 +36,8 @@ PROVIDERS: Mapping[VariantName, str] = {"fp16": "CUDAExecutionProvider", "int8":
 """What each is made for."""
 SLACK: Mapping[VariantName, float] = {"fp16": 2e-3, "int8": 1e-4}
 """How much further off than here a golden request may be answered elsewhere: a GPU adds up halves in another order."""
+JUDGED = "base_{}.bin"
+"""The file of a variant that is the same wherever base and recipe are the same, whatever the bank."""
 CHUNK = 2**20
 """About how many numbers of a table are held in memory at a time."""
 _FILES = (half_graph.__file__, int8_graph.__file__, __file__)
@@ -49,6 +52,17 @@ def files_of(name: VariantName) -> tuple[str, ...]:
     ('score_int8.onnx', 'base_int8.bin', 'bank_int8.bin')
     """
     return (f"score_{name}.onnx", *(_renamed(file, name) for file in EXTERNAL.values() if file not in SHARED))
+
+
+def parity_of(name: VariantName, apart: float | None) -> dict[str, float]:
+    """What a manifest tells of a variant's answers to golden requests.
+
+    Args:
+        name: which.
+        apart: its largest difference here; None where an answer is not finite.
+    """
+    said = {} if apart is None else {"largest": apart}
+    return {**said, "tolerance": min(LARGEST_DIFFERENCE, (apart or 0.0) + SLACK[name])}
 
 
 def built_from(names: tuple[VariantName, ...]) -> dict[str, object]:

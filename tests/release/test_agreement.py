@@ -9,6 +9,8 @@ from tasks.data.contract import ObjectiveConfig
 from tasks.release import agreement
 from tasks.release.agreement import LARGEST_DIFFERENCE, Agreement, compared, in_common, judged
 from tasks.release.export_config import ExportConfig
+from tasks.release.manifest_parts import Variant
+from tasks.release.variants import SLACK, parity_of
 
 LIKED = ObjectiveConfig(name="liked", column="liked", kind="binary")
 STARS = ObjectiveConfig(name="stars", column="stars", kind="rating")
@@ -116,3 +118,29 @@ def test_what_a_manifest_tells_is_json():
     assert set(json.loads(json.dumps(told.as_json(), allow_nan=False))) == {
         *("objective", "log_loss_rise", "auc_loss", "top_10_in_common", "largest_difference"),
     }
+
+
+def test_a_verdict_is_taken_over_while_the_golden_requests_are_answered_as_closely():
+    """Of whom it is, what was measured anew, and why it fails: limits by hand."""
+    first, second = "a" * 64, "b" * 64
+    judged_one = Variant(("score_int8.onnx",), "CPU", parity_of("int8", 0.003), {"nights": 4}, "passed", "close")
+    limit = 0.003 + SLACK["int8"]
+    assert judged_one.parity["tolerance"] == limit
+    near = agreement.taken_over(judged_one, first, parity_of("int8", limit), same=True)
+    assert (near.verdict, near.files, near.provider) == ("passed", ("score_int8.onnx",), "CPU")
+    assert near.why == "as release aaaaaaaaaaaa was judged, but for segments that fell back since: close"
+    assert near.agreement == {"nights": 4, "release": first}
+    assert near.parity == {"largest": limit, "tolerance": limit + SLACK["int8"]}
+    again = agreement.taken_over(near, second, parity_of("int8", 0.001), same=True)
+    assert (again.verdict, again.why, again.agreement) == (near.verdict, near.why, near.agreement)
+    for apart, same, why in (
+        (0.0032, True, "a golden request is answered 0.0032 off, limit 0.0031, which release aaaaaaaaaaaa keeps"),
+        (None, True, "it gives scores that are not finite"),
+        (0.001, False, "release aaaaaaaaaaaa was judged with another base or recipe"),
+    ):
+        failed = agreement.taken_over(judged_one, first, parity_of("int8", apart), same=same)
+        assert (failed.verdict, failed.why, failed.agreement["release"]) == ("failed", why, first)
+        assert agreement.taken_over(failed, second, parity_of("int8", 0.0), same=True).why == why
+    lost = Variant((), "CPU", {"tolerance": 0.01}, {}, "failed", "it lost too much")
+    found = agreement.taken_over(lost, first, parity_of("int8", 0.0), same=True)
+    assert (found.verdict, found.why.split(": ")[1]) == ("failed", "it lost too much")

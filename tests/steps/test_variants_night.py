@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from rich.console import Console
@@ -20,6 +21,7 @@ from tasks.learning.ladder import Ladder
 from tasks.learning.material import Material
 from tasks.learning.metrics import auc_by_user, log_loss
 from tasks.meta_train import rows_of, trained_base
+from tasks.parents import release_file
 from tasks.release.manifest import Manifest, manifest_key
 from tasks.release.pointer import promote
 from tasks.serving.loaded import load
@@ -28,6 +30,7 @@ from tasks.steps import open_workspace, recalled
 from tests.finished import Finished
 from tests.release.test_variants import rounded_to_bytes
 from tests.steps.plain import plain_night
+from tests.steps.test_fallback import request_of
 
 WIDE = {"variants": ["fp16", "int8"], "max_auc_loss": 0.1, "max_log_loss_rise": 0.1}
 """Limits that a night of a few hundred rows can tell."""
@@ -104,15 +107,66 @@ def test_a_night_tries_variants_on_rows_that_they_have_not_seen_and_rankers_take
         with pytest.raises(ReleaseRefused, match=match):
             load(folder, replace(manifest, variants={"int8": odd}), "cpu", variant="int8")
 
-    # A segment that falls back costs the variants, which were judged with other weights.
-    done = fall_back(place, config.data, config.segments.levels, {"user_id": "user-003"}, "complaints")
-    assert done.variants == ("fp16", "int8")
+    a_fallback_has_them_too(config, made, manifest, capsys)
+
+
+def a_fallback_has_them_too(
+    config: RetrainConfig, made: Finished, champion: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the champion's verdicts, and without one bit that is different for anybody else."""
+    place, who = config.place(), ["user-003", "user-004", "nobody"]
+    with Ranker(made.store, "tiny", "cpu", variant="int8") as ranker:
+        before = ranker.score(request_of(who))
+        done = fall_back(place, config.data, config.segments.levels, {"user_id": "user-003"}, "complaints")
+        assert ranker.refresh()
+        assert (ranker.release, ranker.variant) == (done.pointer.release, "int8")
+        after = ranker.score(request_of(who))
+        assert np.array_equal(before[1:], after[1:])
+        assert np.abs(before[0] - after[0]).max() > 1e-3
+    stored = made.store.get(manifest_key("tiny", done.pointer.release))
+    manifest = Manifest.parse(stored.data, "tiny", done.pointer.release)
+    assert manifest.variants == done.variants
+    for name, one in manifest.variants.items():
+        was = champion.variants[name]
+        assert (one.verdict, one.files) == ("passed", was.files)
+        assert (
+            one.why
+            == f"as release {champion.release[:12]} was judged, but for segments that fell back since: {was.why}"
+        )
+        assert one.agreement == {**was.agreement, "release": champion.release}
+        assert 0 < one.parity["largest"] < one.parity["tolerance"]
     show_fallback(Console(), done)
-    assert "the new release has no fp16 or int8, which the one before had" in capsys.readouterr().out
-    with Ranker(made.store, "tiny", "cpu") as ranker:
-        assert (ranker.release, ranker.variant) == (done.pointer.release, "fp32")
-    with pytest.raises(ReleaseRefused, match="no int8 that passed: it has none; set variant to auto"):
-        Ranker(made.store, "tiny", "cpu", variant="int8")
+    assert f"variant   int8 passed: as release {champion.release[:12]} was judged" in capsys.readouterr().out
+
+    # Bytes and scales of everybody else's weights are the champion's own: a row is held by itself.
+    def held(release: Manifest) -> dict[str, np.ndarray]:
+        folder = {name: release_file(place, release.release, name) for name in ("score_int8.onnx", "bank_int8.bin")}
+        tensors = onnx.load(folder["score_int8.onnx"], load_external_data=False).graph.initializer
+        found = {}
+        for one in tensors:
+            where = {entry.key: entry.value for entry in one.external_data}
+            if where.get("location") == "bank_int8.bin":
+                kind = np.int8 if one.data_type == onnx.TensorProto.INT8 else np.float32
+                values = np.frombuffer(
+                    folder["bank_int8.bin"].read_bytes(), kind, int(np.prod(one.dims)), int(where["offset"])
+                )
+                found[one.name] = values.reshape(one.dims)
+        return found
+
+    then, now = held(champion), held(manifest)
+    assert len(then) == 2
+    (gone,) = [
+        at
+        for at in range(len(next(iter(then.values()))))
+        if all(np.array_equal(np.delete(then[name], at, axis=0), now[name]) for name in then)
+    ]
+    assert gone > 0
+
+    # The night made anew under the hold has the same bytes, and its manifest is the one that is there.
+    again = plain_night(config, manifest.night)
+    assert again.published.release == manifest.release
+    with Ranker(made.store, "tiny", "cpu", variant="int8") as ranker:
+        assert np.array_equal(ranker.score(request_of(who)), after)
 
 
 def test_the_same_night_without_variants_is_made_as_before(finished: Finished) -> None:

@@ -13,6 +13,7 @@ stands for a day, then the blob is hashed again, so that a disk that rots is not
 
 import fcntl
 import os
+import re
 import shutil
 import time
 import uuid
@@ -25,6 +26,7 @@ from tasks.errors import NightrankError, ObjectCorrupt, ReleaseRefused
 from tasks.release.manifest import Manifest, ReleaseFile, blob_key, sha256_of
 from tasks.serving.variants import LayOut, Selection
 
+_RELEASE = re.compile(r"[0-9a-f]{64}")
 SMALL = 2**20
 """Bytes; smaller blobs are hashed at every load, larger ones are stamped."""
 STAMPED_S = 24 * 3600.0
@@ -34,8 +36,14 @@ STAMPED_S = 24 * 3600.0
 class ReleaseCache:
     """A folder of verified release files of one pipeline. Several processes may share it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, engines: Path | None = None) -> None:
+        """Use a folder.
+
+        Args:
+            folder: of the releases' files.
+            engines: where TensorRT's engines of the same releases lie, see `Engine.of`; None where there are none.
+        """
+        self._folder, self._engines = folder, engines
 
     @contextmanager
     def opened(
@@ -76,7 +84,7 @@ class ReleaseCache:
             try:
                 yield lay_out
             finally:
-                self._prune({manifest.release, *keep})
+                self._prune(pipeline, {manifest.release, *keep})
 
     def _lay_out(self, store: ObjectStore, pipeline: str, manifest: Manifest, selection: Selection) -> Path:
         folder = self._folder / "releases" / manifest.release / selection.name
@@ -127,8 +135,8 @@ class ReleaseCache:
         part.write_text(" ".join(map(str, [*_identity(blob), int(time.time())])))
         part.replace(stamp)
 
-    def _prune(self, keep: Collection[str]) -> None:
-        """Remove releases that are not to be kept, and blobs and stamps that only those had."""
+    def _prune(self, pipeline: str, keep: Collection[str]) -> None:
+        """Remove releases that are not to be kept, blobs and stamps that only those had, and their engines."""
         for kind in ("releases", "blobs", "verified"):
             if not (folder := self._folder / kind).is_dir():
                 continue
@@ -141,6 +149,12 @@ class ReleaseCache:
                         one.unlink()
                 elif not (self._folder / "blobs" / one.name).exists():
                     one.unlink()
+        if self._engines is None or not (built := self._engines / pipeline).is_dir():
+            return
+        for one in built.iterdir():
+            # The folder is the caller's: nothing goes but what is called as a release is.
+            if _RELEASE.fullmatch(one.name) and one.name not in keep:
+                shutil.rmtree(one, ignore_errors=True)
 
 
 def _identity(blob: Path) -> list[int]:

@@ -110,7 +110,7 @@ def load(
             f"release {manifest.release[:12]} of night {manifest.night} requires onnxruntime "
             f"{manifest.requires.onnxruntime}, this host has {onnxruntime.__version__}; update it, then refresh"
         )
-    engine = engine or Engine()
+    engine = (engine or Engine()).of(manifest.pipeline, manifest.release)
     lay_out = (lambda _: files) if isinstance(files, Path) else files
     if device == "cpu" and (engine.cuda_graphs or engine.tensorrt is not None):
         raise InvalidConfig("engine.cuda_graphs and engine.tensorrt need a GPU; set device to cuda or auto")

@@ -94,7 +94,8 @@ class Ranker:
         events = events or Events()
         one_core = engine is not None and engine.threads == 1
         lanes = len(os.sched_getaffinity(0)) if one_core else 1
-        self._source = ReleaseSource(opened, pipeline, ReleaseCache(self._folder), device, engine, variant, keys)
+        cached = ReleaseCache(self._folder, None if engine is None else engine.tensorrt)
+        self._source = ReleaseSource(opened, pipeline, cached, device, engine, variant, keys)
         try:
             self._follower = Follower(
                 self._source,

@@ -10,7 +10,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,8 @@ class Engine:
         threads: of the CPU per session; 0 takes one per core. A service that answers on many threads takes 1.
         cuda_graphs: replay a captured graph for shapes that repeat; on a GPU only.
         tensorrt: folder for TensorRT's engines, which it builds for minutes where there is none for the release yet;
-            None does without. On a GPU only.
+            None does without. On a GPU only. Those of releases that the cache keeps no longer are removed, so that
+            rankers share this folder only with those that share their cache.
     """
 
     threads: int = 0
@@ -46,6 +47,14 @@ class Engine:
         """
         if self.threads < 0:
             raise InvalidConfig(f"engine.threads is {self.threads}; 0 takes one per core, 1 or more that many")
+
+    def of(self, pipeline: str, release: str) -> "Engine":
+        """The same for one release: TensorRT's engines hold weights, so each release has a folder of its own.
+
+        >>> Engine(tensorrt=Path("engines")).of("shop", "1f3a").tensorrt.as_posix()
+        'engines/shop/1f3a'
+        """
+        return self if self.tensorrt is None else replace(self, tensorrt=self.tensorrt / pipeline / release)
 
 
 @dataclass(frozen=True)
@@ -80,22 +89,20 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    return onnxruntime.InferenceSession(path, options, providers=providers(engine, path) if on == "cuda" else [CPU])
+    return onnxruntime.InferenceSession(path, options, providers=providers(engine) if on == "cuda" else [CPU])
 
 
-def providers(engine: Engine, graph: Path) -> list[str | tuple[str, dict[str, str]]]:
+def providers(engine: Engine) -> list[str | tuple[str, dict[str, str]]]:
     """Providers of a session on the GPU with their options, the most wanted first.
 
     Args:
-        engine: how it runs.
-        graph: the graph's file; TensorRT's engines lie in a folder named like the release's, since they hold weights.
+        engine: how it runs; TensorRT's folder is the release's own.
     """
     graphs = {"enable_cuda_graph": "1"} if engine.cuda_graphs else {}
     wanted: list[str | tuple[str, dict[str, str]]] = [(CUDA, graphs), CPU]
     if engine.tensorrt is not None:
-        folder = engine.tensorrt / graph.parent.name
-        folder.mkdir(parents=True, exist_ok=True)
-        built = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
+        engine.tensorrt.mkdir(parents=True, exist_ok=True)
+        built = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(engine.tensorrt)}
         captured = {"trt_cuda_graph_enable": "1"} if engine.cuda_graphs else {}
         wanted.insert(0, (TENSORRT, built | captured))
     return wanted

@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 
 from tasks.clients.object_store import ObjectStore
 from tasks.errors import DeviceUnavailable, InvalidConfig, ReleaseRefused
+from tasks.release.pointer import promote
+from tasks.release.publishing import publish_release
 from tasks.serving import loaded, runners, sessions
 from tasks.serving.loaded import load
 from tasks.serving.ranker import Ranker
 from tasks.serving.runners import Halves
 from tasks.serving.sessions import CPU, CUDA, TENSORRT, Engine, Placement, open_session, providers, read_profile
-from tests.releases import PIPELINE, Made
+from tests.releases import NIGHT, PIPELINE, Made, next_night
 
 
 @pytest.fixture
@@ -128,18 +131,52 @@ def test_shapes_and_ids_may_be_the_processors_and_numbers_may_not():
 
 
 def test_providers_are_asked_for_in_order_with_their_options(tmp_path: Path):
-    graph = tmp_path / "a1b2" / "score.onnx"
-    assert providers(Engine(), graph) == [(CUDA, {}), CPU]
-    assert providers(Engine(cuda_graphs=True), graph) == [(CUDA, {"enable_cuda_graph": "1"}), CPU]
-    first, *rest = providers(Engine(cuda_graphs=True, tensorrt=tmp_path / "engines"), graph)
+    assert providers(Engine()) == [(CUDA, {}), CPU]
+    assert providers(Engine(cuda_graphs=True)) == [(CUDA, {"enable_cuda_graph": "1"}), CPU]
+    first, *rest = providers(Engine(cuda_graphs=True, tensorrt=tmp_path / "engines").of("shop", "a1b2"))
     assert rest == [(CUDA, {"enable_cuda_graph": "1"}), CPU]
     assert first[0] == TENSORRT
-    folder = tmp_path / "engines" / "a1b2"
+    folder = tmp_path / "engines/shop/a1b2"
     assert folder.is_dir()
     assert first[1] == {
         **{"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder), "trt_cuda_graph_enable": "1"},
     }
     assert {TENSORRT, CUDA} <= set(onnxruntime.get_all_providers())
+
+
+def test_engines_go_with_the_releases_that_they_were_built_for(
+    store: ObjectStore, tonight: Made, tomorrow: Made, stand_in: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """A ranker follows two nights and goes back, with TensorRT's part of writing a file played."""
+    real, engines = runners.proved, tmp_path / "engines"
+
+    def building(path: Path, engine: Engine, on: str, ask: object) -> object:
+        assert engine.tensorrt is not None
+        engine.tensorrt.mkdir(parents=True, exist_ok=True)
+        (engine.tensorrt / "score.engine").write_bytes(b"built")
+        return real(path, engine, on, ask)
+
+    monkeypatch.setattr(runners, "proved", building)
+    others = [engines / "films" / ("f" * 64) / "theirs.engine", engines / PIPELINE / "notes" / "mine.txt"]
+    for other in others:
+        other.parent.mkdir(parents=True)
+        other.write_bytes(b"not ours")
+    third = next_night(tonight, tmp_path / "third", NIGHT + timedelta(days=2), seed=5)
+    ids = [made.manifest.release for made in (tonight, tomorrow, third)]
+    gone = engines / PIPELINE / ("0" * 64)  # of a release from before this process
+    gone.mkdir()
+
+    def built() -> set[str]:
+        return {one.parent.name for one in (engines / PIPELINE).glob("*/score.engine")}
+
+    with Ranker(store, PIPELINE, "cuda", tmp_path / "cache", engine=Engine(tensorrt=engines)) as ranker:
+        assert (built(), gone.exists()) == ({ids[0]}, False)
+        for made, expected in ((tomorrow, ids[:2]), (third, ids[1:]), (tomorrow, ids[1:])):
+            publish_release(store, PIPELINE, made.folder, made.manifest, {})
+            promote(store, PIPELINE, made.manifest.release, made.manifest.night, token=1, force=True)
+            assert ranker.refresh()
+            assert built() == set(expected) == {one.name for one in (tmp_path / "cache/releases").iterdir()}
+    assert all(other.read_bytes() == b"not ours" for other in others)
 
 
 def test_what_only_a_gpu_has_is_refused_on_the_cpu(store: ObjectStore, tmp_path: Path):

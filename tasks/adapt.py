@@ -1,6 +1,7 @@
 """Adapt: the weights of every segment, all of them in batched passes; once for the exam, once to ship."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Literal
@@ -23,11 +24,11 @@ from tasks.learning.training import steady
 from tasks.meta_train import rows_of, trained_base
 from tasks.references import BankRef, BaseRef, ExamRef, Place, PrepareRef
 from tasks.release.cost import Spent
-from tasks.release.holds import HeldSegment
+from tasks.release.holds import HeldSegment, key_of
 from tasks.release.segment_gate import LevelHarm
 from tasks.steps import Product, Progress, carry_out, device_name, device_of, open_workspace, recalled, record_of, verb
 
-VERSION = 3
+VERSION = 4
 
 
 @verb
@@ -80,16 +81,18 @@ def adapt(
                 harmful=refuser(rows, vocabularies, proven, held) if proven or held else None,
                 milliseconds=milliseconds,
             )
+        filled, absent = with_held(filled, rows, vocabularies, held)
         filled.save(folder / "bank.safetensors")
         solved = sum(len(level.keys) for level in filled.levels)
         progress(solved, solved, "segments")
+        seen = [level.size + more for level, more in zip(rows.levels, absent, strict=True)]
         content = {
             "names": [level_name(level.columns) for level in rows.levels],
-            "seen": [level.size for level in rows.levels],
+            "seen": seen,
             "levels": [len(level.keys) for level in filled.levels],
             "refused": [len(level.refused) for level in filled.levels],
             "support": support_histogram(filled),
-            "segments": sum(level.size for level in rows.levels),
+            "segments": sum(seen),
             "adapted": solved,
         }
         cost = {"bytes": filled.bytes, "milliseconds": [round(one, 3) for one in milliseconds]}
@@ -101,6 +104,33 @@ def adapt(
         inputs["held"] = digest_of([[*one.columns, one.name] for one in held])
     record, shared = carry_out(place, f"adapt-{bank}", VERSION, date.fromisoformat(night), inputs, section, work)
     return BankRef(**shared, bank=bank, segments=record.content["segments"], adapted=record.content["adapted"])
+
+
+def with_held(
+    bank: Bank, rows: Rows, vocabularies: Vocabularies, held: Sequence[HeldSegment]
+) -> tuple[Bank, tuple[int, ...]]:
+    """A bank that names all held segments among those refused, also those without rows enough for weights.
+
+    Requests may bring rows of their own, and a graph that solves them has to know whose it is not to.
+
+    Args:
+        bank: none of the held segments has weights in it.
+        rows: what it was solved from.
+        vocabularies: of the rows.
+        held: segments that an operator holds at their parent's weights; one that no night of the chain knows is left
+            out.
+
+    Returns:
+        The bank, and by level how many held segments have no rows at all.
+    """
+    levels, absent = [], []
+    for whose, level in zip(rows.levels, bank.levels, strict=True):
+        names = [one.name for one in held if one.columns == whose.columns]
+        keys = [key_of(name, whose.columns, whose.radices, vocabularies) for name in names]
+        known = np.array([key for key in keys if key is not None], np.int64)
+        levels.append(replace(level, refused=np.union1d(level.refused, known)))
+        absent.append(int((~np.isin(known, whose.keys)).sum()))
+    return Bank(bank.weights, tuple(levels)), tuple(absent)
 
 
 def cost_of(bank: StepRecord) -> list[Spent]:

@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 from tasks.clients.workspace import canonical_json
 from tasks.data.contract import DataConfig
 from tasks.data.rules import HASHED
-from tasks.data.segments import mixed_radix
 from tasks.errors import InvalidConfig, NoRelease, ObjectMissing, PointerMoved, ReleaseRefused
 from tasks.export import write_release
 from tasks.learning.base import DESCRIPTION, WEIGHTS, load_base
@@ -33,7 +32,7 @@ from tasks.release import agreement
 from tasks.release.external import opened_by
 from tasks.release.golden import Parity
 from tasks.release.golden_read import read_requests
-from tasks.release.holds import JOINT, HeldSegment, change_holds, held_segments, segment_of
+from tasks.release.holds import HeldSegment, change_holds, held_segments, key_of, segment_of
 from tasks.release.interface import Interface, read_interface
 from tasks.release.lookups import input_specs
 from tasks.release.manifest import (
@@ -197,7 +196,7 @@ def let_go(
 def without(weights: F32, tables: ServingTables, at: int, slot: int) -> tuple[F32, ServingTables]:
     """Bank and slot tables without one segment's weights.
 
-    Requests of the segment are served by their own coarser segment then, as those of a segment that never had weights.
+    Requests of the segment are served by their own coarser segment then, also those that bring feedback.
 
     Args:
         weights: the bank [slots, K, D].
@@ -208,14 +207,15 @@ def without(weights: F32, tables: ServingTables, at: int, slot: int) -> tuple[F3
     levels = []
     for number, level in enumerate(tables.levels):
         stays = (level.slots != slot) if number == at else np.ones(len(level.slots), bool)
-        slots, back = level.slots[stays], level.rolled_back
+        slots = level.slots[stays]
+        back = np.zeros(0, np.int64) if level.rolled_back is None else level.rolled_back
         levels.append(
             replace(
                 level,
                 keys=level.keys[stays],
                 slots=np.where(slots > slot, slots - 1, slots),
                 support=None if level.support is None else level.support[stays],
-                rolled_back=None if back is None else np.sort(np.concatenate([back, level.keys[~stays]])),
+                rolled_back=np.sort(np.concatenate([back, level.keys[~stays]])),
             )
         )
     return np.delete(weights, slot, axis=0), replace(tables, levels=tuple(levels))
@@ -232,19 +232,10 @@ def _hashed(data: DataConfig, named: Mapping[str, str]) -> dict[str, str]:
 def _own_slot(tables: ServingTables, at: int, name: str) -> int | None:
     """Slot of a segment's own weights; None where it has none."""
     level = tables.levels[at]
-    keys = name.split(JOINT) if len(level.columns) > 1 else [name]
-    if len(keys) != len(level.columns):
+    key = key_of(name, level.columns, level.radices, tables.vocabularies)
+    if key is None:
         return None
-    ids = []
-    for column, key in zip(level.columns, keys, strict=True):
-        kind = tables.vocabularies[column].keys.type
-        try:
-            ids.append(tables.ids(column, pa.array([key]).cast(kind).to_numpy(zero_copy_only=False)))
-        except pa.ArrowInvalid:  # an integer column has no such key
-            return None
-    if any(int(one[0]) == 0 or int(one[0]) >= radix for one, radix in zip(ids, level.radices, strict=True)):
-        return None
-    found = np.flatnonzero(level.keys == mixed_radix(ids, list(level.radices), "slot table")[0])
+    found = np.flatnonzero(level.keys == key)
     return int(level.slots[found[0]]) if len(found) else None
 
 

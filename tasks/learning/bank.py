@@ -36,7 +36,8 @@ class BankLevel:
         slots: rows of the bank.
         support: rows that the weights were solved from.
         parent: slot of the parent's weights.
-        refused: keys of the segments that had the rows, but whose own weights are proven to do harm.
+        refused: keys of the segments that get no weights of their own, whatever rows they have: those are proven to do
+            harm, or an operator holds the segment. Ascending.
     """
 
     radices: I64

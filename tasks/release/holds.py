@@ -3,11 +3,14 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
 from tasks.clients.object_store import ObjectStore
 from tasks.clients.workspace import canonical_json
 from tasks.data.contract import Section
+from tasks.data.segments import mixed_radix
+from tasks.data.vocabulary import Vocabulary
 from tasks.errors import Conflict, InvalidConfig, ObjectCorrupt
 
 JOINT = " | "
@@ -97,6 +100,32 @@ def segment_of(levels: Sequence[Sequence[str]], named: Mapping[str, str]) -> tup
     if len(columns) > 1 and (odd := [key for key in named.values() if JOINT in key]):
         raise InvalidConfig(f"key {odd[0]!r} holds {JOINT!r}, by which keys are joined: it cannot be held by name")
     return columns, JOINT.join(named[column] for column in columns)
+
+
+def key_of(
+    name: str, columns: Sequence[str], radices: Sequence[int], vocabularies: Mapping[str, Vocabulary]
+) -> int | None:
+    """The mixed-radix key of a segment; None where the vocabularies do not know it.
+
+    Args:
+        name: as a hold has it.
+        columns: of its level.
+        radices: of the level's keys.
+        vocabularies: by column.
+    """
+    keys = name.split(JOINT) if len(columns) > 1 else [name]
+    if len(keys) != len(columns):
+        return None
+    ids = []
+    for column, key in zip(columns, keys, strict=True):
+        known = vocabularies[column]
+        try:
+            ids.append(known.encode(pa.array([key]).cast(known.keys.type)))
+        except pa.ArrowInvalid:  # an integer column has no such key
+            return None
+    if any(int(one[0]) == 0 or int(one[0]) >= radix for one, radix in zip(ids, radices, strict=True)):
+        return None
+    return int(mixed_radix(ids, list(radices), "held segments")[0])
 
 
 def _read(store: ObjectStore, pipeline: str) -> tuple[tuple[HeldSegment, ...], str | None]:

@@ -174,7 +174,8 @@ def objectives(data: DataConfig) -> tuple[Objective, ...]:
 def encode(data: DataConfig, tables: ServingTables, request: Request) -> dict[str, npt.NDArray[np.generic]]:
     """The look-up in numpy: role (a field of `Wires`) to array. Absent roles are absent here, too.
 
-    A request that holds feedback is looked up as `lookup_feedback.onnx` does.
+    A request that holds feedback is looked up as `lookup_feedback.onnx` does: a user who is refused weights of his own
+    has no labels.
     """
     brings = tables.feedback > 0 and feedback_labels(data)[0] in request
     labels = labels_of(data, request) if brings else None
@@ -200,7 +201,8 @@ def encode(data: DataConfig, tables: ServingTables, request: Request) -> dict[st
         parent, slot = slot, np.where(own >= 0, own, slot)
     encoded["slot"] = slot
     if labels is not None:
-        encoded |= {"parent_slot": parent, "feedback_labels": labels}
+        held = np.isin(key, tables.refused)[:, None, None]
+        encoded |= {"parent_slot": parent, "feedback_labels": np.where(held, np.float32(np.nan), labels)}
     statistics = tables.statistics
     if statistics.cohort_columns:
         cohort = [np.broadcast_to(ids[name][:, None], item.shape) for name in statistics.cohort_columns]
@@ -240,7 +242,7 @@ def lookup_graph(
 
     Args:
         data: the contract: the inputs.
-        tables: vocabularies, cohort keys and slots; few keys become attributes of LabelEncoder nodes.
+        tables: vocabularies, cohort keys, slots and refused users; few keys become attributes of LabelEncoder nodes.
         names: what the outputs are called.
         files: get tables of many keys, cut by how often they change; None keeps all in the graph.
         encoder_keys: many are more than these.
@@ -280,7 +282,12 @@ def lookup_graph(
     between = names.between(feedback)
     if feedback:
         graph.node("Identity", [parent], between["parent_slot"])
-        graph.stack(feedback_labels(data), between["feedback_labels"])
+        given = "lookup/labels" if len(tables.refused) else between["feedback_labels"]
+        graph.stack(feedback_labels(data), given)
+        if len(tables.refused):
+            one = np.ones(len(tables.refused), np.int64)
+            refused = graph.look_up(key, "lookup/refused", tables.refused, one, 0, SEGMENTS, "refused")
+            graph.without(given, refused, between["feedback_labels"])
     statistics = tables.statistics
     if names.cohort_item_row:
         cohort = graph.mixed_radix(

@@ -65,6 +65,15 @@ class Graph:
             key = self.node("Add", [scaled, column], f"{output}/key{position}")
         return key
 
+    def without(self, values: str, refused: str, output: str) -> str:
+        """Numbers [R, F, K], NaN throughout where an integer [R] is not 0."""
+        axis = self.number(-1, axis=True)
+        whole = self.node(
+            "Unsqueeze", [self.node("Unsqueeze", [refused, axis], f"{refused}/column"), axis], f"{refused}/all"
+        )
+        hit = self.node("Cast", [whole], f"{refused}/hit", to=onnx.TensorProto.BOOL)
+        return self.node("Where", [hit, self._constant("nan", np.array(np.nan, np.float32)), values], output)
+
     def keys_of(self, tables: ServingTables, name: str, column: str, output: str, listed: bool) -> str:
         """The ids of a column's keys.
 

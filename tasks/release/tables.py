@@ -29,8 +29,8 @@ F32 = npt.NDArray[np.float32]
 
 
 OWN, ROLLED_BACK = "own", "rolled_back"
-"""Whose weights serve a segment: its own, or its parent's because its own are proven to do harm. A segment that is not
-listed is served by its parent's for want of rows."""
+"""Whose weights serve a segment: its own, or its parent's because its own are proven to do harm or an operator
+holds it. A segment that is not listed is served by its parent's for want of rows."""
 NO_SLOT = -1
 """Slot of a segment that the request's own coarser segment serves."""
 SEGMENTS = pa.schema(
@@ -50,7 +50,8 @@ class LevelTable:
         slots: slot of each key, int64 [G]; a segment without an adapter of its own names its parent's slot or is
             left out, and then the request's own coarser segment serves it.
         support: rows that the weights of each key were solved from, int64 [G]; None where nobody says.
-        rolled_back: further keys, whose own weights are proven to do harm; no graph knows them, int64 [H].
+        rolled_back: further keys, which are refused weights of their own: they are proven to do harm, or an operator
+            holds the segment. Only a graph with feedback knows those of users: it solves none for them. int64 [H].
     """
 
     columns: tuple[str, ...]
@@ -86,6 +87,12 @@ class ServingTables:
             return keys, ids
         marker = MISSING["string" if pa.types.is_string(keys.type) else "int64"]
         return pa.concat_arrays([keys, pa.array([marker], keys.type)]), np.append(ids, NOTHING)
+
+    @property
+    def refused(self) -> I64:
+        """Keys of the finest level's segments that get no weights of their own, whatever requests bring."""
+        back = self.levels[0].rolled_back if self.levels else None
+        return np.zeros(0, np.int64) if back is None else back
 
     def ids(self, name: str, values: npt.NDArray[np.generic]) -> I64:
         """Ids of a column's raw values, in their shape; 0 where they are unknown or missing."""

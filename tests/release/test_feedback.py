@@ -12,11 +12,12 @@ from tasks.errors import ParityBroken
 from tasks.learning.solvers import solve
 from tasks.release import golden as golden_requests
 from tasks.release.feedback_inputs import feedback_columns, feedback_labels
-from tasks.release.golden import check_parity, draw_requests
+from tasks.release.golden import check_parity, draw_requests, make_golden
 from tasks.release.graphs import EXTERNAL, export
 from tasks.release.lookups import encode, input_specs, lookup_graph, wires
+from tasks.release.nodes import ENCODER_KEYS
 from tasks.release.scorer import Scorer, Solving
-from tasks.release.tables import read_tables, write_tables
+from tasks.release.tables import ServingTables, read_tables, write_tables
 from tests.release.test_lookups import run
 from tests.releases import FEEDBACK, Made, make_parts, make_release, record_answers, shared_feedback_graph, shared_graph
 
@@ -33,9 +34,10 @@ def session(made: Made, name: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(made.folder / name, providers=["CPUExecutionProvider"])
 
 
-def asked(made: Made) -> dict[str, np.ndarray]:
-    """A request with feedback in all of its rows."""
-    request = next(dict(one.inputs) for one in made.golden if feedback_labels(made.data)[0] in one.inputs)
+def asked(made: Made, requests: int = 1) -> dict[str, np.ndarray]:
+    """A golden request of so many, with feedback in all of its rows."""
+    first = feedback_labels(made.data)[0]
+    request = next(dict(one.inputs) for one in made.golden if len(one.inputs.get(first, ())) == requests)
     for name in feedback_labels(made.data):
         request[name] = np.nan_to_num(request[name], nan=1.0)
     return request
@@ -55,10 +57,12 @@ def test_the_inputs_are_those_of_a_candidate_and_a_label_for_each_objective(made
     assert not [spec for spec in input_specs(made.data) if spec.optional]
 
 
+@pytest.mark.parametrize("refused", [(), (2, 4, 6, 8, 10)])
 @pytest.mark.parametrize("kind", ["full", "lean", "clashing"])
-def test_the_look_up_equals_its_oracle(kind):
+def test_the_look_up_equals_its_oracle(kind, refused):
     data, _, _, tables, rows = make_parts(kind)
-    tables = replace(tables, feedback=FEEDBACK)
+    levels = (replace(tables.levels[0], rolled_back=np.array(refused, np.int64)), *tables.levels[1:])
+    tables = replace(tables, levels=levels, feedback=FEEDBACK)
     names = wires(data, tables)
     graph = lookup_graph(data, tables, names, feedback=True).SerializeToString()
     brought = 0
@@ -70,9 +74,12 @@ def test_the_look_up_equals_its_oracle(kind):
         assert names.between(True).keys() == expected.keys()
         for role, name in names.between(True).items():
             np.testing.assert_array_equal(found[name], expected[role], err_msg=role)
-        labels = expected["feedback_labels"]
-        brought += (~np.isnan(labels)).any(axis=(1, 2)).sum()
-    assert brought > 2
+        said = np.stack([request[name] for name in feedback_labels(data)], axis=-1)
+        hit = np.isin(tables.ids(data.user, request[data.user]), refused)
+        np.testing.assert_array_equal(expected["feedback_labels"][~hit], said[~hit])
+        assert np.isnan(expected["feedback_labels"][hit]).all()
+        brought += (~np.isnan(said)).any(axis=(1, 2))[hit if refused else ~hit].sum()
+    assert brought
 
 
 def test_the_slot_above_is_that_of_the_coarser_segment(made):
@@ -122,6 +129,57 @@ def by_hand(made: Made, request: dict[str, np.ndarray]) -> np.ndarray:
     values = asked_logits + asked_features @ torch.where(brought, parent + solution, own).mT
     binary = torch.tensor([kind == "binary" for kind in kinds])
     return torch.where(binary, torch.sigmoid(values), values).numpy()
+
+
+def refusing(made: Made) -> ServingTables:
+    """The tables of the release, with every user refused who has no weights of his own."""
+    users, *coarser = made.tables.levels
+    others = np.setdiff1d(np.arange(1, made.tables.vocabularies[made.data.user].rows), users.keys)
+    return replace(made.tables, levels=(replace(users, rolled_back=others), *coarser))
+
+
+@pytest.mark.parametrize("encoder_keys", [ENCODER_KEYS, 0])
+def test_a_user_who_is_refused_weights_is_solved_none_and_nobody_else_notices(
+    made, tmp_path, tmp_path_factory, encoder_keys
+):
+    """Against the release that refuses nobody, asked with his labels and without; to the bit."""
+    data, tables = made.data, refusing(made)
+    traced = {False: made.graph, True: shared_feedback_graph(tmp_path_factory, "full")}
+    graphs = (made.network, made.bank, tables, data, tmp_path)
+    export(*graphs, lambda *layers: traced[layers[-1] is not None], encoder_keys, made.solving)
+    known, request = tables.vocabularies["user"].keys.to_pylist(), asked(made, requests=4)
+    request["user"] = np.array([known[1], known[0], "nobody", known[3]], object)
+    hit = np.array([True, False, False, True])
+    np.testing.assert_array_equal(np.isin(tables.ids("user", request["user"]), tables.refused), hit)
+    bare = {spec.name: request[spec.name] for spec in input_specs(data)}
+    silent = request | {
+        name: np.where(hit[:, None], np.float32(np.nan), request[name]) for name in feedback_labels(data)
+    }
+    held = replace(made, folder=tmp_path)
+    before, after = (session(one, "model_feedback.onnx").run(None, request)[0] for one in (made, held))
+    np.testing.assert_array_equal(after[~hit], before[~hit])
+    assert (np.abs(after - before)[hit].max(axis=(1, 2)) > 1e-2).all()
+    np.testing.assert_array_equal(after, session(made, "model_feedback.onnx").run(None, silent)[0])
+    for one in range(4):
+        alone = {name: values[one : one + 1] for name, values in request.items()}
+        np.testing.assert_allclose(
+            session(held, "model_feedback.onnx").run(None, alone)[0], after[one : one + 1], atol=1e-6, rtol=1e-6
+        )
+    # Other shapes multiply in another order: the graph without feedback may differ in the last bits.
+    plain = session(held, "model.onnx").run(None, bare)[0]
+    np.testing.assert_allclose(after[hit], plain[hit], atol=1e-6, rtol=1e-6)
+    assert np.abs(after[~hit] - plain[~hit]).max() > 1e-2
+    golden = make_golden(made.network, made.bank, tables, data, [request, bare], made.solving)
+    np.testing.assert_allclose(golden[0].scores[hit], golden[1].scores[hit], atol=1e-6, rtol=1e-6)
+    parity = check_parity(data, tables, golden, tmp_path)
+    assert parity.feedback is not None
+    assert parity.feedback < 1e-5
+    drawn = make_golden(made.network, made.bank, tables, data, [one.inputs for one in made.golden], made.solving)
+    assert check_parity(data, tables, drawn, tmp_path).requests == 14
+    with pytest.raises(ParityBroken, match=r"model_feedback.onnx differs from the network"):
+        check_parity(
+            data, made.tables, make_golden(*graphs[:2], made.tables, data, [bare, request], made.solving), tmp_path
+        )
 
 
 @pytest.mark.parametrize("count", [0, 1, FEEDBACK])

@@ -59,6 +59,7 @@ from tasks.serving.hashing import Hasher
 from tasks.steps import hold, still_held, store_of
 
 F32 = npt.NDArray[np.float32]
+BY_PARENT = "by its parent"
 LIFT = "lift.parquet"
 """Beside a release: what each segment gains from weights of its own."""
 
@@ -130,8 +131,10 @@ def fall_back(
             tables = read_tables(data, known)
             at = [level.columns for level in tables.levels].index(columns)
             slot = _own_slot(tables, at, name)
-            there = any((one.columns, one.name) == (columns, name) for one in held_segments(store, place.pipeline))
-            if slot is None and to is None and there:
+            kept = [one for one in held_segments(store, place.pipeline) if (one.columns, one.name) == (columns, name)]
+            if slot is None and to is None and kept:
+                why = f"{held.told} {BY_PARENT}: {kept[0].reason}"
+                pointer = move(store, place.pipeline, lambda one: one, why, "fallback")  # the ledger may lack it
                 return FellBack(pointer, held.told, new=False, held=True)
             if slot is None:
                 raise ObjectMissing(
@@ -149,7 +152,7 @@ def fall_back(
                 *(place, data, base, weights, tables, requests, champion.night, Path(room), lambda *_: None),
                 variants=[name for name in PROVIDERS if name in champion.variants],
             )
-            told = f"{held.told} by {'its parent' if to is None else f'its weights of release {to[:12]}'}"
+            told = f"{held.told} {BY_PARENT if to is None else f'by its weights of release {to[:12]}'}"
             made = replace(
                 champion,
                 release=content_digest(describe(folder)),

@@ -134,7 +134,7 @@ def move(
         move_id: as for `promote`.
 
     Returns:
-        The pointer as it now stands; untouched where the change changes nothing.
+        The pointer as it now stands; untouched where the change changes nothing. The ledger has the move then, too.
 
     Raises:
         NoRelease: nothing was promoted yet.
@@ -149,6 +149,8 @@ def move(
     _expected(store, pointer_key(pipeline), current, expected)
     meant = change(current)
     if meant == current:
+        if current.reason == reason:  # asked again by a caller that died behind the swap: its entry may be lacking
+            _enter(store, pipeline, current, what)
         return current
     if meant.release != current.release:
         found = read_manifest(store, pipeline, meant.release)

@@ -84,6 +84,7 @@ class Nursery(WarmParent):
         term: float | None = None,
         folder: Path = ROOT,
         replayed: tuple[date, Path] | None = None,
+        fallback: tuple[dict[str, str], str | None] | None = None,
     ) -> "Running":
         """Begin a run.
 
@@ -95,11 +96,13 @@ class Nursery(WarmParent):
             term: seconds of its lease, where they are not the usual ones.
             folder: its working directory.
             replayed: the last night and the output folder of a replay, which begins with `night`.
+            fallback: the segment that falls back, and the release whose weights it gets; no night is run then.
         """
         pid, diary = self.begin(
             {
                 **{"config": config, "night": night.isoformat(), "promote": promote},
                 **{"trap": None if trap is None else vars(trap), "term": term, "folder": str(folder)},
+                "fallback": fallback,
                 "replayed": None if replayed is None else [replayed[0].isoformat(), str(replayed[1])],
             }
         )
@@ -215,6 +218,7 @@ def _live(asked: dict[str, Any]) -> None:
     from tasks.clients.lease import Lease
     from tasks.clients.workspace import Workspace
     from tasks.errors import NightrankError
+    from tasks.fallback import fall_back
     from tests.steps.plain import plain_night, plain_replay
 
     os.chdir(asked["folder"])
@@ -234,6 +238,11 @@ def _live(asked: dict[str, Any]) -> None:
         spring(Trap(**asked["trap"]))
     config, night = RetrainConfig.model_validate(asked["config"]), date.fromisoformat(asked["night"])
     try:
+        if asked["fallback"] is not None:
+            named, to = asked["fallback"]
+            done = fall_back(config.place(), config.data, config.segments.levels, named, "complaints", to)
+            diary.tell("result", release=done.pointer.release, new=done.new)
+            return
         if asked["replayed"] is not None:
             end, out = asked["replayed"]
             plain_replay(config, night, date.fromisoformat(end), out=out)

@@ -147,6 +147,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> "Finished":
 
 
 @pytest.fixture(scope="session")
+def fed(tmp_path_factory: pytest.TempPathFactory, finished: "Finished") -> "Finished":
+    """They, and the last of them done anew with feedback in requests; read only."""
+    from tests.finished import fed_nights
+
+    return fed_nights(tmp_path_factory, finished)
+
+
+@pytest.fixture(scope="session")
 def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty database of Prefect with its tables, to be copied into a home as `prefect.db`."""
     from tests.prefect_homes import migrate

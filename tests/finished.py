@@ -23,6 +23,8 @@ from tests.world import LATE_NIGHT, World, write_world
 
 DONE = (LATE_NIGHT - 1, LATE_NIGHT)
 """The nights that are done, counted from 0; the second has a row in quarantine."""
+FEEDBACK = 3
+"""Rows of feedback that requests may bring to the nights with feedback."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,20 @@ class Finished:
         places = {"store": str(folder / "store"), "scratch": str(folder / "scratch")}
         changed: dict[str, Any] = {**tree, **places, "data": {**tree["data"], "source": str(folder / "lake")}}
         return replace(self, world=replace(self.world, config=changed))
+
+
+def fed_nights(factory: pytest.TempPathFactory, finished: Finished) -> Finished:
+    """The same, and the last of them done anew with feedback."""
+
+    def make(folder: Path) -> None:
+        world = finished.copy(folder / "world")
+        config = world.world.config | {"export": {"feedback": FEEDBACK}}
+        world = replace(world, world=replace(world.world, config=config))
+        done = replace(world, results=(*world.results, plain_night(world.config, world.results[-1].night)))
+        (folder / "finished.pickle").write_bytes(pickle.dumps(done))
+
+    found: Finished = pickle.loads((made_once(factory, "fed", make) / "finished.pickle").read_bytes())
+    return found
 
 
 def finished_nights(factory: pytest.TempPathFactory) -> Finished:

@@ -1,7 +1,6 @@
 """A night whose release takes feedback: from the config to a ranker that is told what its users have just done."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,18 +19,9 @@ from tasks.release.holds import HeldSegment, change_holds
 from tasks.release.manifest import OPTIONAL
 from tasks.release.publishing import read_manifest
 from tasks.serving.ranker import Ranker
+from tests.finished import FEEDBACK as ROWS
 from tests.finished import Finished
 from tests.steps.plain import plain_night
-
-ROWS = 3
-
-
-@pytest.fixture(scope="module")
-def fed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The finished nights, and the last of them done anew with feedback; read only."""
-    world = finished.copy(tmp_path_factory.mktemp("fed") / "world")
-    world = replace(world, world=replace(world.world, config=world.world.config | {"export": {"feedback": ROWS}}))
-    return replace(world, results=(*world.results, plain_night(world.config, world.results[-1].night)))
 
 
 def test_a_night_is_published_with_graphs_that_solve_feedback(fed: Finished):

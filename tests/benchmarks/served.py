@@ -48,8 +48,11 @@ class Served:
         return drawn
 
 
-def make_served(folder: Path, users: int = 2_000, items: int = 3_000) -> Served:
-    """A release with two objectives, two levels and the default network; every other user has weights of his own."""
+def served_parts(users: int = 2_000, items: int = 3_000, config: RankerConfig | None = None) -> tuple[Any, ...]:
+    """Contract, network, bank, tables and rows with two objectives and two levels, by default of the default network.
+
+    Every other user has weights of his own.
+    """
     data = contract("full")
     rows = make_rows(data, 40_000)
     random = np.random.default_rng(7)
@@ -57,7 +60,12 @@ def make_served(folder: Path, users: int = 2_000, items: int = 3_000) -> Served:
         drawn = random.permutation(np.arange(len(rows)) % count)
         keys = pa.array([f"user {one} é" for one in drawn]) if name == data.user else pa.array(drawn * 1_000_003)
         rows = rows.set_column(rows.column_names.index(name), name, keys)
-    parts = make_parts("full", rows=rows, config=RankerConfig())
+    return make_parts("full", rows=rows, config=config or RankerConfig())
+
+
+def make_served(folder: Path, users: int = 2_000, items: int = 3_000) -> Served:
+    """A release of these parts."""
+    parts = served_parts(users, items)
     data, network, bank, tables, rows = parts
     folder.mkdir(parents=True)
     export(network, bank, tables, data, folder, lambda *_: trace(network.shape, network.config, wires(data, tables)))

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from tasks.clients.object_store import ObjectStore
-from tasks.data.contract import DataConfig
+from tasks.data.contract import LISTS, ColumnConfig, DataConfig
+from tasks.data.lists import is_list, values_of
 from tasks.data.statistics import StatisticsTables
 from tasks.data.vocabulary import Vocabulary
 from tasks.learning.adapters import AdapterConfig, Precisions
@@ -146,6 +147,9 @@ def make_rows(data: DataConfig, count: int = 60, seed: int = 0) -> pa.Table:
             hours = np.arange(count, dtype=np.int64) * 7_200_000_000  # two of them
             arrays[column.name] = pa.array(1_772_000_000_000_000 + hours, pa.timestamp("us", "UTC"))
             continue
+        if column.kind in LISTS:
+            arrays[column.name] = _lists(column, random, count)
+            continue
         drawn = random.integers(12, size=count)
         absent = (random.random(count) < 1 / 8) & column.nullable
         if column.dtype == "string":
@@ -159,6 +163,19 @@ def make_rows(data: DataConfig, count: int = 60, seed: int = 0) -> pa.Table:
         else:
             arrays[column.name] = pa.array(drawn / 7, pa.float64(), mask=absent)
     return pa.table(arrays)
+
+
+def _lists(column: ColumnConfig, random: np.random.Generator, count: int) -> pa.Array:
+    """Lists of up to as many values as there may be, some twice, or vectors; about every eighth is missing."""
+    absent = random.random(count) < 1 / 8
+    if column.kind == "dense":
+        drawn = random.normal(size=(count, column.width))
+        return pa.array([None if gone else one for gone, one in zip(absent, drawn.tolist(), strict=True)])
+    lengths = np.where(absent, 0, random.integers(column.width + 1, size=count))
+    drawn = random.integers(8, size=int(lengths.sum()))
+    values = pa.array([f"{column.name} {one} é" for one in drawn] if column.dtype == "string" else drawn * 1_000_003)
+    offsets = pa.array(np.r_[0, np.cumsum(lengths)], pa.int32(), mask=np.r_[absent, False])
+    return pa.ListArray.from_arrays(offsets, values)
 
 
 def make_parts(
@@ -177,7 +194,8 @@ def make_parts(
     rows = make_rows(data, seed=seed) if rows is None else rows
     vocabularies = {}
     for name in data.vocabularies:
-        keys = rows[name].combine_chunks().drop_null().unique()
+        given = rows[name].combine_chunks()
+        keys = (values_of(given)[0] if is_list(given.type) else given).drop_null().unique()
         vocabularies[name] = Vocabulary(name, keys[: len(keys) - 2])  # two keys of the rows are unknown
     kinds = tuple(objective.kind for objective in data.objectives)
     width = len(kinds) + 1
@@ -222,6 +240,7 @@ def make_parts(
         joint_statistics=tuple(positions[2 * width :].tolist()),
         offsets=tuple(range(len(kinds))),
         kinds=kinds,
+        **_lists_of(data, vocabularies),
     )
     torch.manual_seed(seed)
     config = config or RankerConfig(
@@ -237,6 +256,17 @@ def make_parts(
     bank = random.normal(size=(slots, len(kinds), network.width)).astype(np.float32)
     bank[0] = 0.0
     return data, network, bank, ServingTables(vocabularies, statistics, tuple(levels), config.history), rows
+
+
+def _lists_of(data: DataConfig, vocabularies: Mapping[str, Vocabulary]) -> dict[str, tuple[int, ...]]:
+    """What the layers of list columns are sized by; of each vocabulary the exam knew one key less."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for side in ("request", "candidate"):
+        multi, dense = data.named(side, "multi"), data.named(side, "dense")  # type: ignore[arg-type]
+        sizes[f"{side}_value_vocabularies"] = tuple(vocabularies[name].rows - 1 for name in multi)
+        sizes[f"{side}_values"] = tuple(data.column(name).width for name in multi)
+        sizes[f"{side}_vectors"] = tuple(data.column(name).width for name in dense)
+    return sizes
 
 
 def describe(data: DataConfig, tables: ServingTables, golden: tuple[Golden, ...], night: date = NIGHT) -> Interface:

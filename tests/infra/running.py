@@ -87,13 +87,13 @@ def running(
             process.wait()
 
 
-def as_json(made: Made, number: int) -> bytes:
-    """A golden request as a caller sends it."""
+def as_json(made: Made, number: int, times: int = 1) -> bytes:
+    """A golden request as a caller sends it, so many times in one call."""
     listed: dict[str, Any] = {}
     for spec in made.manifest.interface.inputs:
         flat = made.golden[number].inputs[spec.name].astype(object)
         flat[(flat != flat) if spec.missing is None else (flat == spec.missing)] = None
-        listed[spec.name] = flat.tolist()
+        listed[spec.name] = flat.tolist() * times
     return json.dumps(listed).encode()
 
 
@@ -109,9 +109,14 @@ def told_apart(nights: Sequence[Made], count: int = 2) -> list[int]:
     return sorted(numbers, key=lambda number: nights[0].golden[number].scores.size)[:count]
 
 
-def answered_by(nights: Sequence[Made], numbers: Sequence[int], seen: list[str]) -> Callable[[int, bytes], str]:
+def answered_by(
+    nights: Sequence[Made], numbers: Sequence[int], seen: list[str], times: int = 1
+) -> Callable[[int, bytes], str]:
     """A judge: every score is the named release's own."""
-    expected = {made.manifest.release: [made.golden[number].scores for number in numbers] for made in nights}
+    expected = {
+        made.manifest.release: [np.tile(made.golden[number].scores, (times, 1, 1)) for number in numbers]
+        for made in nights
+    }
 
     def judge(at: int, body: bytes) -> str:
         found = json.loads(body)
@@ -126,14 +131,19 @@ def answered_by(nights: Sequence[Made], numbers: Sequence[int], seen: list[str])
 
 
 async def under_traffic(
-    service: Running, nights: Sequence[Made], rate: float, swap: Callable[[Made], None], between: float = 0.0
+    service: Running,
+    nights: Sequence[Made],
+    rate: float,
+    swap: Callable[[Made], None],
+    between: float = 0.0,
+    times: int = 1,
 ) -> tuple[Report, list[tuple[float, float]]]:
     """Traffic from the first night's release to the last one's; each swap from its promotion to its first answer."""
     numbers, seen, done = told_apart(nights), list[str](), asyncio.Event()
     began, swaps = time.perf_counter(), []
-    bodies = [as_json(nights[0], number) for number in numbers]
+    bodies = [as_json(nights[0], number, times) for number in numbers]
     url = f"http://127.0.0.1:{service.port}/score"
-    judge = answered_by(nights, numbers, seen)
+    judge = answered_by(nights, numbers, seen, times)
     traffic = asyncio.create_task(offer(url, bodies, rate, 3600, judge, connections=32, until=done))
     try:
         for made in nights:

@@ -66,11 +66,22 @@ class LoadedRelease:
         Raises:
             ReleaseRefused: it answers with another type or shape than its manifest says.
         """
-        expected = (*shape, len(self.manifest.interface.objectives))
         if 0 in shape:
-            return np.zeros(expected, np.float32)
-        brings = self.feedback is not None and any(spec.name in inputs for spec in _feedback(self.manifest))
-        scores = self.feedback.run(inputs) if self.feedback is not None and brings else self.runner.run(inputs)
+            return np.zeros((*shape, len(self.binary)), np.float32)
+        plain, brings = _without_feedback(self.manifest, inputs), _brings(self.manifest, inputs, shape[0])
+        if self.feedback is None or not brings.any():
+            return self._scores(self.runner, plain, shape)
+        if brings.all():
+            return self._scores(self.feedback, inputs, shape)
+        # Nobody's answer is another's business: who brings none is asked as if he were alone.
+        scores = np.empty((*shape, len(self.binary)), np.float32)
+        for these, runner, own in ((brings, self.feedback, inputs), (~brings, self.runner, plain)):
+            some = {name: values[these] for name, values in own.items()}
+            scores[these] = self._scores(runner, some, (int(these.sum()), shape[1]))
+        return scores
+
+    def _scores(self, runner: Runner, inputs: Arrays, shape: tuple[int, int]) -> F32:
+        scores, expected = runner.run(inputs), (*shape, len(self.binary))
         if scores.shape != expected or scores.dtype != np.float32:
             raise ReleaseRefused(
                 f"release {self.manifest.release[:12]} answers {scores.dtype} {list(scores.shape)}, its manifest says "
@@ -176,6 +187,21 @@ def _feedback(manifest: Manifest) -> list[InputSpec]:
     return [spec for spec in manifest.interface.inputs if spec.per == "feedback"]
 
 
+def _brings(manifest: Manifest, inputs: Arrays, requests: int) -> npt.NDArray[np.bool_]:
+    """Which requests bring a row of feedback with a label [R]."""
+    labels = [spec.name for spec in _feedback(manifest)][-len(manifest.interface.objectives) :]
+    brings = np.zeros(requests, bool)
+    for name in labels:
+        if name in inputs:
+            brings |= ~np.isnan(inputs[name].astype(np.float32)).all(axis=1)
+    return brings
+
+
+def _without_feedback(manifest: Manifest, inputs: Arrays) -> Arrays:
+    names = {spec.name for spec in _feedback(manifest)}
+    return {name: values for name, values in inputs.items() if name not in names} if names else inputs
+
+
 def _runner(
     folder: Path,
     manifest: Manifest,
@@ -230,8 +256,10 @@ def _asked(
     except Exception as error:  # as above
         raise ReleaseRefused(_about(manifest, f"golden request {position} fails: {error}")) from error
     scale = np.where(ratings, 1.0 + np.abs(expected), 1.0)
-    difference = float(np.max(np.abs(answer - expected) / scale))
-    limit = FEEDBACK_TOLERANCE if any(spec.name in inputs for spec in _feedback(manifest)) else tolerance
+    limits = np.where(_brings(manifest, inputs, shape[0]), FEEDBACK_TOLERANCE, tolerance)
+    differences = np.max(np.abs(answer - expected) / scale, axis=(1, 2))
+    worst = int(np.argmax(differences / limits))  # the first that is not a number, if there is one
+    difference, limit = float(differences[worst]), float(limits[worst])
     if not difference <= limit:  # also where it is not a number
         raise ReleaseRefused(
             _about(

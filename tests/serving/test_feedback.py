@@ -18,7 +18,17 @@ from tasks.serving import loaded
 from tasks.serving.loaded import load
 from tasks.serving.ranker import Ranker
 from tasks.serving.requests import read_request
-from tests.releases import FEEDBACK, NIGHT, PIPELINE, Made, make_release, shared_feedback_graph, shared_graph
+from tasks.serving.sessions import Engine
+from tests.releases import (
+    FEEDBACK,
+    NIGHT,
+    PIPELINE,
+    Made,
+    make_release,
+    shared_feedback_graph,
+    shared_graph,
+    with_variants,
+)
 
 LEAST = -(2**63)
 
@@ -151,6 +161,26 @@ def test_requests_with_and_without_feedback_share_a_batch(made, ranker):
     # The last brings none: what he is told is what he would be told without.
     plain = {name: values[3:] for name, values in one.inputs.items() if "feedback" not in name}
     np.testing.assert_allclose(ranker.score(plain)[0], whole[3], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
+def test_whoever_brings_no_feedback_is_answered_as_if_he_were_alone(made, tmp_path: Path, variant):
+    """To the bit, also where the smaller graph serves, which takes no feedback; who brings some is solved by fp32."""
+    smaller = with_variants(made, tmp_path / "files")
+    release = load(smaller.folder, smaller.manifest, "cpu", Engine(threads=1), variant)
+    one = next(one for one in made.golden if one.scores.shape[0] == 4 and "feedback_item" in one.inputs)
+    inputs, shape = dict(one.inputs), one.scores.shape[:2]
+    whole = release.run(inputs, shape)
+    plain = {name: values for name, values in inputs.items() if "feedback" not in name}
+    (silent,) = np.flatnonzero(
+        np.isnan(inputs["feedback_liked"]).all(axis=1) & np.isnan(inputs["feedback_stars"]).all(axis=1)
+    )
+    alone = {name: values[[silent]] for name, values in plain.items()}
+    np.testing.assert_array_equal(whole[silent], release.run(alone, (1, shape[1]))[0])
+    solved = load(smaller.folder, smaller.manifest, "cpu", Engine(threads=1)).run(inputs, shape)
+    brings = np.arange(len(whole)) != silent
+    np.testing.assert_allclose(whole[brings], solved[brings], atol=1e-6, rtol=1e-6)
+    assert (np.abs(whole[silent] - solved[silent]).max() > 1e-5) == (variant == "int8")
 
 
 def test_who_has_liked_a_genre_is_told_of_more_of_it(made, ranker):

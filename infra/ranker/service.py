@@ -36,6 +36,8 @@ log = logging.getLogger("nightrank.service")
 KEEP_ALIVE = 75
 """Seconds that an idle connection stays open: longer than balancers and pools keep theirs (60), or a call now and then
 meets a connection that is just being closed."""
+PASSED_OVER = 8
+"""Times the longest body that is read to its end, to be refused."""
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -48,6 +50,7 @@ class Limits:
         body_seconds: until it has come.
         requests: ranking requests (R) in one call.
         candidates: candidates of each (M).
+        connections: open ones; calls on more are told to come back.
         in_flight: calls that are answered at the same time; more are told to come back.
         threads: calls that compute at the same time.
     """
@@ -56,6 +59,7 @@ class Limits:
     body_seconds: int = 10
     requests: int = 64
     candidates: int = 2000
+    connections: int = 1024
     in_flight: int = 256
     threads: int = 4
 
@@ -76,11 +80,12 @@ class Refused(Exception):
     Attributes:
         status: HTTP status.
         kind: a stable word for programs.
+        closes: whether the connection ends with it: what is left of the body is not waited for.
     """
 
-    def __init__(self, status: int, kind: str, message: str) -> None:
+    def __init__(self, status: int, kind: str, message: str, closes: bool = False) -> None:
         super().__init__(message)
-        self.status, self.kind = status, kind
+        self.status, self.kind, self.closes = status, kind, closes
 
 
 class Service:
@@ -136,7 +141,7 @@ class Service:
                 return response
             except Refused as refused:
                 status = refused.status
-                return _error(status, refused.kind, str(refused))
+                return _error(status, refused.kind, str(refused), refused.closes)
             finally:
                 self._calls.labels(path, str(status)).inc()
                 self._seconds.labels(path).observe(time.perf_counter() - began)
@@ -212,25 +217,33 @@ class Service:
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
-    """The body, of which no more than the limit is ever kept."""
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Refused(415, "not_json", f"the content type is {kind!r}; send application/json")
-    told = request.headers.get("content-length", "0")
-    too_large = Refused(413, "too_large", f"the body has more than {limits.body} bytes; ask in parts")
-    if told.isdecimal() and int(told) > limits.body:
+    """The body, of which no more than the limit is ever kept.
+
+    A caller who is still sending would not read an answer, so what is a little too long is let come, and passed over.
+    """
+    told, most = request.headers.get("content-length", "0"), PASSED_OVER * limits.body
+    too_large = Refused(413, "too_large", f"the body has more than {limits.body} bytes; ask in parts", closes=True)
+    if told.isdecimal() and int(told) > most:
         raise too_large
-    body = bytearray()
+    body, come = bytearray(), 0
     try:
         with anyio.fail_after(limits.body_seconds):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.body:
+                come += len(chunk)
+                if come > most:
                     raise too_large
+                if come <= limits.body:
+                    body += chunk
     except ClientDisconnect as error:
         raise Refused(400, "incomplete", "the connection was closed before the body was complete") from error
     except TimeoutError as error:
-        raise Refused(408, "incomplete", f"the body did not come within {limits.body_seconds} s") from error
+        message = f"the body did not come within {limits.body_seconds} s"
+        raise Refused(408, "incomplete", message, closes=True) from error
+    if come > limits.body:
+        raise too_large
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refused(415, "not_json", f"the content type is {kind!r}; send application/json")
     return bytes(body)
 
 
@@ -268,8 +281,9 @@ def _json(status: int, content: Mapping[str, object], headers: Mapping[str, str]
     return Response(data, status, headers, media_type="application/json")
 
 
-def _error(status: int, kind: str, message: str) -> Response:
-    headers = {"Retry-After": "1"} if status == 503 else None
+def _error(status: int, kind: str, message: str, closes: bool = False) -> Response:
+    headers = {"Retry-After": "1"} if status == 503 else {}
+    headers |= {"Connection": "close"} if closes else {}
     return _json(status, {"error": kind, "message": message}, headers)
 
 
@@ -309,6 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         access_log=False,
         log_config=None,
         timeout_keep_alive=KEEP_ALIVE,
+        limit_concurrency=limits.connections,
         timeout_graceful_shutdown=20,
     )
 

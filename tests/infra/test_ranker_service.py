@@ -125,6 +125,23 @@ def refused(service: Running, made: Made) -> None:
     assert service.call("/score", as_json(made, 8))[0] == 200
 
 
+def lets_go(service: Running, made: Made) -> None:
+    """A connection whose body is too slow or too long is answered and closed."""
+    with service.half(as_json(made, 8)) as connection:
+        assert read_to_its_end(connection).startswith(b"HTTP/1.1 408 ")
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
+        head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {2**40}\r\n\r\n"
+        connection.sendall(head.encode())
+        assert read_to_its_end(connection).startswith(b"HTTP/1.1 413 ")
+
+
+def read_to_its_end(connection: socket.socket) -> bytes:
+    parts = []
+    while part := connection.recv(2**16):
+        parts.append(part)
+    return b"".join(parts)
+
+
 def ends_on_term(service: Running, made: Made, folder: Path) -> None:
     """While a call is in flight others are told to come back; it is answered, and nothing is left on the disk."""
     body = as_json(made, 8)
@@ -192,7 +209,7 @@ def test_two_nights_come_in_under_traffic_and_no_call_fails_or_is_answered_by_tw
 
 
 def test_a_refused_night_shows_and_the_last_good_one_serves(store: ObjectStore, nights: list[Made], tmp_path: Path):
-    with running(store, tmp_path, "--poll", "0.1") as service:
+    with running(store, tmp_path, "--poll", "0.1", "--max-body-seconds", "1") as service:
         bad = nights[2].manifest
         store.delete(blob_key(PIPELINE, next(file.sha256 for file in bad.files if file.name == "bank.bin")))
         promote(store, PIPELINE, bad.release, bad.night, token=1)
@@ -203,6 +220,7 @@ def test_a_refused_night_shows_and_the_last_good_one_serves(store: ObjectStore, 
         assert told[1]["refusal"].startswith("ReleaseRefused: ")
         assert f'nightrank_refused{{pipeline="{PIPELINE}"}} 1.0' in service.text("/metrics")
         assert service.call("/score", as_json(nights[0], 8))[0] == 200
+        lets_go(service, nights[0])
 
 
 @pytest.mark.soak

@@ -82,7 +82,8 @@ class Reader:
     ) -> dict[str, object]:
         """The value, if it is an object with exactly these fields (and one of the schema versions)."""
         found = self.mapping(value, what)
-        if versioned and (version := found.get("schema_version")) not in versions:
+        version = found.get("schema_version")
+        if versioned and (type(version) is not int or version not in versions):
             known = ", ".join(map(str, versions))
             self.refuse(f"its schema version is {version!r}, this reader knows {known}: update the reader")
         expected = {*names, "schema_version"} if versioned else set(names)

@@ -21,7 +21,7 @@ ONLY_THE_READER = {
     "schema version of lists without any", "another pipeline", "another release", "files out of order",
     "another digest", "another size", "oversize", "doubled input", "another shape", "segments that do not add up",
     "segments of another ladder", "segments of more levels", "a variant of files that are not there",
-    "size is a float", "no word of what a graph opens", "a graph that is not there",
+    "size is a float", "a float as schema version", "no word of what a graph opens", "a graph that is not there",
     "a graph that opens what is not there", "a graph that opens files in disorder",
 }  # fmt: skip
 """Oddities that follow from other fields, from the place of the document, or from sums; 1.0 is an integer there."""

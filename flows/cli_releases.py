@@ -75,10 +75,8 @@ def add_releases(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     down = action("fallback", _fallback, "serve a segment by its parent's weights, at once and on nights to come", True)
     down.add_argument("segment", nargs="+", type=_column, metavar="COLUMN=KEY", help="the segment, such as user_id=ann")
     instead = down.add_mutually_exclusive_group()
-    instead.add_argument("--to", metavar="RELEASE", help="by its own weights of an earlier release of the same base")
-    instead.add_argument(
-        "--undo", action="store_true", help="let it have weights of its own again, from the next night"
-    )
+    instead.add_argument("--to", metavar="RELEASE", help="its own weights of a release of the same base; ends a hold")
+    instead.add_argument("--undo", action="store_true", help="let it have weights of its own from the next night on")
     down.add_argument("--reason", default="", help="why; it is kept with the release, the pointer and the ledger")
     sign = action("sign", _sign, "sign releases and the pointer with this host's key, as after a new one took over")
     sign.add_argument("release", nargs="*", help=f"{NAMES} (default: every release, and the pointer)")
@@ -251,10 +249,14 @@ def _challenger(options: argparse.Namespace, console: "Console") -> None:
 def _fallback(options: argparse.Namespace, console: "Console") -> None:
     from flows.config import load_config
     from flows.display_releases import show_fallback, show_let_go
+    from tasks.errors import InvalidConfig
     from tasks.fallback import fall_back, let_go
     from tasks.release.published import resolve
     from tasks.steps import store_of
 
+    columns = [column for column, _ in options.segment]
+    if twice := sorted({column for column in columns if columns.count(column) > 1}):
+        raise InvalidConfig(f"{', '.join(twice)} is named twice; a fallback is of one segment: give one a command")
     config, named = load_config(options.config), dict(options.segment)
     place, levels = config.place(), config.segments.levels
     if options.undo:

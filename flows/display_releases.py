@@ -143,14 +143,16 @@ def show_pointer(console: Console, pointer: "Pointer") -> None:
 
 def show_fallback(console: Console, done: "FellBack") -> None:
     """What became of a segment."""
-    if not done.new:
-        console.print(
-            f"segment {escape(done.segment)} is held already, and the champion has no weights of its own for it"
-        )
-    elif done.held:
-        console.print(f"segment {escape(done.segment)} is served by its parent's weights, on nights to come as well")
+    if done.held:
+        told = "is served by its parent's weights, on nights to come as well"
+        again = "is held already, and the champion has no weights of its own for it"
     else:
-        console.print(f"segment {escape(done.segment)} has its earlier weights, until the next night solves it anew")
+        told = "has its earlier weights, until the next night solves it anew"
+        again = "has these very weights in the champion: no release was made, and the pointer stays"
+    console.print(f"segment {escape(done.segment)} {told if done.new else again}", soft_wrap=True)
+    if done.ended is not None:
+        since = f"{done.ended.since[:16]} by {escape(done.ended.by)}: {escape(done.ended.reason)}"
+        console.print(f"its hold  ends, so that nights to come solve it; it was held since {since}", soft_wrap=True)
     if done.variants:
         _show_variants(console, done.variants)
     if failed := [name for name, one in done.variants.items() if one.verdict == "failed"]:

@@ -53,7 +53,7 @@ from tasks.release.publishing import publish_release, read_manifest
 from tasks.release.requirements import requirements
 from tasks.release.segments_table import level_segments
 from tasks.release.strict_json import MANIFEST_VERSION, Reader
-from tasks.release.tables import ServingTables, read_tables
+from tasks.release.tables import read_tables, with_own, without
 from tasks.release.variants import JUDGED, PROVIDERS, parity_of
 from tasks.serving.hashing import Hasher
 from tasks.steps import hold, still_held, store_of
@@ -71,9 +71,10 @@ class FellBack:
     Attributes:
         pointer: as it stands now.
         segment: who it is about.
-        new: whether a release was made; False where the champion served the segment so already.
+        new: whether there is another champion; False where the champion served the segment so already.
         held: whether nights to come keep it.
-        variants: smaller graphs of the new release, by name.
+        variants: smaller graphs of the champion, by name; empty where it is no other one.
+        ended: the hold that ended, because the segment has weights of its own again.
     """
 
     pointer: Pointer
@@ -81,6 +82,7 @@ class FellBack:
     new: bool
     held: bool
     variants: Mapping[str, Variant] = field(default_factory=dict)
+    ended: HeldSegment | None = None
 
 
 def fall_back(
@@ -100,13 +102,15 @@ def fall_back(
         named: the segment: column to raw key; of a personal column the digest will do.
         reason: why; kept in the manifest's provenance, the pointer, the ledger and with the hold.
         to: id of the earlier release; None: the parent's weights, and nights to come keep it so. A base that is trained
-            anew knows nothing of earlier weights, so with a release the next night solves the segment as ever.
+            anew knows nothing of earlier weights, so with a release the next night solves the segment as ever: where it
+            was held, the hold ends, as the last of all that is written.
 
     Raises:
         NoRelease: there is no champion.
         InvalidConfig: no level has these columns, there is no reason, or a personal column's key is not in the
             environment.
-        ObjectMissing: the segment has no weights of its own in one of the releases.
+        ObjectMissing: the segment has no weights of its own in the release that they are taken from, or the champion
+            does not know it.
         ObjectCorrupt: a file of the champion, or what lies beside it, is not what its manifest says.
         ReleaseRefused: the earlier release has another base: its weights mean nothing here.
         PointerMoved: somebody else moved the pointer meanwhile; nothing serves the new release.
@@ -130,13 +134,15 @@ def fall_back(
             known = _laid_out(place, champion, Path(room) / "champion")
             tables = read_tables(data, known)
             at = [level.columns for level in tables.levels].index(columns)
-            slot = _own_slot(tables, at, name)
-            kept = [one for one in held_segments(store, place.pipeline) if (one.columns, one.name) == (columns, name)]
-            if slot is None and to is None and kept:
-                why = f"{held.told} {BY_PARENT}: {kept[0].reason}"
-                pointer = move(store, place.pipeline, lambda one: one, why, "fallback")  # the ledger may lack it
+            key = key_of(name, columns, tables.levels[at].radices, tables.vocabularies)
+            slot = None if key is None else tables.levels[at].slot_of(key)
+            standing = held_segments(store, place.pipeline)
+            kept = next((one for one in standing if (one.columns, one.name) == (columns, name)), None)
+            told = f"{held.told} {BY_PARENT if to is None else f'by its weights of release {to[:12]}'}"
+            if slot is None and to is None and kept is not None:
+                pointer = _told_again(place, f"{told}: {kept.reason}")
                 return FellBack(pointer, held.told, new=False, held=True)
-            if slot is None:
+            if key is None or (slot is None and to is None):
                 raise ObjectMissing(
                     f"segment {held.told} has no weights of its own in release {champion.release[:12]}: its parent's "
                     f"serve it already; look at its spelling"
@@ -144,15 +150,18 @@ def fall_back(
             base = load_base({file: known / file for file in (WEIGHTS, DESCRIPTION)})
             weights = _weights(known / "bank.bin", base.network.width, len(data.objectives))
             if to is None:
-                weights, tables = without(weights, tables, at, slot)
+                weights, tables = without(weights, tables, at, key)
             else:
-                weights[slot] = _earlier(place, data, champion, to, held, Path(room) / "earlier", weights.shape)
+                own, support = _earlier(place, data, champion, to, held, Path(room) / "earlier", weights.shape)
+                if slot is not None and np.array_equal(weights[slot], own):
+                    pointer = _told_again(place, f"{told}: {reason}")
+                    return FellBack(pointer, held.told, new=False, held=False, ended=_ended(place, kept))
+                weights, tables = with_own(weights, tables, at, key, own, support)
             requests = read_requests(data, (known / "golden.json").read_bytes(), tables.history)
             folder, parity = write_release(
                 *(place, data, base, weights, tables, requests, champion.night, Path(room), lambda *_: None),
                 variants=[name for name in PROVIDERS if name in champion.variants],
             )
-            told = f"{held.told} {BY_PARENT if to is None else f'by its weights of release {to[:12]}'}"
             made = replace(
                 champion,
                 release=content_digest(describe(folder)),
@@ -170,7 +179,10 @@ def fall_back(
             if to is None:
                 change_holds(store, place.pipeline, lambda now: [*_without(now, held), held])
             moved = _publish(place, pointer, champion, made, beside, folder, told, held)
-    return FellBack(moved, held.told, new=True, held=to is None, variants=made.variants)
+            # Where these very bytes were published before, their own manifest has the word.
+            variants = read_manifest(store, place.pipeline, moved.release).variants
+            ended = None if to is None else _ended(place, kept)
+    return FellBack(moved, held.told, new=True, held=to is None, variants=variants, ended=ended)
 
 
 def let_go(
@@ -196,50 +208,12 @@ def let_go(
     return found, change_holds(store, place.pipeline, lambda before: _without(before, found))
 
 
-def without(weights: F32, tables: ServingTables, at: int, slot: int) -> tuple[F32, ServingTables]:
-    """Bank and slot tables without one segment's weights.
-
-    Requests of the segment are served by their own coarser segment then, also those that bring feedback.
-
-    Args:
-        weights: the bank [slots, K, D].
-        tables: whose levels name slots.
-        at: number of the segment's level.
-        slot: of the segment.
-    """
-    levels = []
-    for number, level in enumerate(tables.levels):
-        stays = (level.slots != slot) if number == at else np.ones(len(level.slots), bool)
-        slots = level.slots[stays]
-        back = np.zeros(0, np.int64) if level.rolled_back is None else level.rolled_back
-        levels.append(
-            replace(
-                level,
-                keys=level.keys[stays],
-                slots=np.where(slots > slot, slots - 1, slots),
-                support=None if level.support is None else level.support[stays],
-                rolled_back=np.sort(np.concatenate([back, level.keys[~stays]])),
-            )
-        )
-    return np.delete(weights, slot, axis=0), replace(tables, levels=tuple(levels))
-
-
 def _hashed(data: DataConfig, named: Mapping[str, str]) -> dict[str, str]:
     """A segment's keys as the lake has them: raw values of personal columns become their digests."""
     raw = {column for column, key in named.items() if not re.fullmatch(HASHED, key)}
     specs = [spec for spec in input_specs(data) if spec.name in raw]
     hasher = Hasher.of(specs)
     return {**named, **{one.name: str(hasher.hashed(one, np.array([named[one.name]], object))[0]) for one in specs}}
-
-
-def _own_slot(tables: ServingTables, at: int, name: str) -> int | None:
-    """Slot of a segment's own weights; None where it has none."""
-    level = tables.levels[at]
-    key = key_of(name, level.columns, level.radices, tables.vocabularies)
-    if key is None:
-        return None
-    found = np.flatnonzero(level.keys == key)
-    return int(level.slots[found[0]]) if len(found) else None
 
 
 def _earlier(
@@ -250,8 +224,8 @@ def _earlier(
     segment: HeldSegment,
     folder: Path,
     shape: tuple[int, ...],
-) -> F32:
-    """A segment's own weights [K, D] in an earlier release of the same base.
+) -> tuple[F32, int | None]:
+    """A segment's own weights [K, D] in an earlier release of the same base, and the rows they were solved from.
 
     Raises:
         ReleaseRefused: it has another base.
@@ -267,14 +241,16 @@ def _earlier(
         )
     known = _laid_out(place, manifest, folder)
     tables = read_tables(data, known)
-    slot = _own_slot(tables, [level.columns for level in tables.levels].index(segment.columns), segment.name)
+    level = next(one for one in tables.levels if one.columns == segment.columns)
+    key = key_of(segment.name, level.columns, level.radices, tables.vocabularies)
+    slot = None if key is None else level.slot_of(key)
     if slot is None:
         raise ObjectMissing(
             f"segment {segment.told} has no weights of its own in release {release[:12]} of night {manifest.night}; "
             f"hold it at its parent's (without --to)"
         )
-    weights: F32 = _weights(known / "bank.bin", shape[2], shape[1])[slot]
-    return weights
+    support = None if level.support is None else int(level.support[level.keys == key][0])
+    return _weights(known / "bank.bin", shape[2], shape[1])[slot], support
 
 
 def _publish(
@@ -292,7 +268,8 @@ def _publish(
     # A manifest of an earlier version has no digests of what lies beside it, and then that is not taken over.
     run: dict[str, Any] = {"night": champion.night.isoformat(), "parent": None, "config": ""}
     run |= json.loads(beside.get("run.json", b"{}"))
-    run |= {"created": held.since, "go": True, "decided_by": "operator", "fallback": told}
+    through = {"go": True, "override": held.reason}  # whatever the gate said of the night, an operator lets it through
+    run |= {"created": held.since, "decided_by": "operator", "fallback": told, **through}
     # The night's report is about the exams, in which nothing changes; what was shipped, the head says.
     head, body, rest = beside.get("report.html", b"<main>").decode().partition("<main>")
     note = (
@@ -316,7 +293,7 @@ def _publish(
     state: dict[str, Any] = {} if noted is None else json.loads(noted.data)
     if noted is not None and state["release"] == champion.release:
         # Later nights start from it: its base and its vocabulary are the same files.
-        store.swap(key, canonical_json(state | {"release": made.release, "override": held.reason}), noted.etag)
+        store.swap(key, canonical_json(state | {"release": made.release, **through}), noted.etag)
     return move(
         *(store, pipeline, lambda one: replace(one, release=made.release, night=made.night), f"{told}: {held.reason}"),
         "fallback",
@@ -336,12 +313,14 @@ def _segments(champion: Manifest, folder: Path, data: DataConfig, lifts: bytes |
     """Who is served by what in the release in a folder, by the champion's exams; nothing where that does not tell."""
     if not champion.segments or lifts is None:
         return ()
+    listed = pq.read_table(folder / "segments.parquet")["level"].to_numpy()
     return level_segments(
         folder / "segments.parquet",
         pq.read_table(pa.BufferReader(lifts)),
         data.objectives[0].name,
         [level.columns for level in champion.segments],
-        [level.segments for level in champion.segments],
+        # One that is given weights of an earlier release need not be among those that the champion's nights have seen.
+        [max(level.segments, int((listed == at).sum())) for at, level in enumerate(champion.segments)],
         champion.segments[0].kind,
         max((level.lift.exams for level in champion.segments if level.lift is not None), default=0),
     )
@@ -369,6 +348,18 @@ def _interface(path: Path) -> Interface:
 
 def _weights(path: Path, width: int, objectives: int) -> F32:
     return np.fromfile(path, "<f4").reshape(-1, objectives, width).astype(np.float32)
+
+
+def _told_again(place: Place, why: str) -> Pointer:
+    """The pointer as it stands; the ledger may lack the move, where its caller was killed behind the swap."""
+    return move(store_of(place), place.pipeline, lambda one: one, why, "fallback")
+
+
+def _ended(place: Place, kept: HeldSegment | None) -> HeldSegment | None:
+    """The hold of a segment, which ends here; None where there is none."""
+    if kept is not None:
+        change_holds(store_of(place), place.pipeline, lambda now: _without(now, kept))
+    return kept
 
 
 def _without(now: Any, held: HeldSegment) -> list[HeldSegment]:

@@ -3,12 +3,12 @@
 The graphs carry the same numbers for rankers; these files carry them for people, for the next night's warm start and
 for a replay. Equal tables give equal bytes.
 
-Shapes: G segments of a level, S statistics, K objectives.
+Shapes: G segments of a level, S statistics, K objectives, D numbers of an adapter.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,16 @@ class LevelTable:
     support: I64 | None = None
     rolled_back: I64 | None = None
 
+    def slot_of(self, key: int) -> int | None:
+        """Slot of a key; None where the table does not list it.
+
+        >>> table = LevelTable(("user",), (9,), np.array([2, 5]), np.array([7, 8]))
+        >>> table.slot_of(5), table.slot_of(4)
+        (8, None)
+        """
+        found = np.flatnonzero(self.keys == key)
+        return int(self.slots[found[0]]) if len(found) else None
+
 
 @dataclass(frozen=True)
 class ServingTables:
@@ -98,6 +108,71 @@ class ServingTables:
         """Ids of a column's raw values, in their shape; 0 where they are unknown or missing."""
         keys = self.vocabularies[name]
         return keys.encode(pa.array(values.ravel(), keys.keys.type)).reshape(values.shape)
+
+
+def without(weights: F32, tables: ServingTables, at: int, key: int) -> tuple[F32, ServingTables]:
+    """Bank and slot tables without one segment's weights.
+
+    Requests of the segment are served by their own coarser segment then, also those that bring feedback.
+
+    Args:
+        weights: the bank [slots, K, D].
+        tables: whose levels name slots, each for one segment.
+        at: number of the segment's level.
+        key: of the segment, which has a slot.
+    """
+    mine = tables.levels[at]
+    slot, stays = int(mine.slots[mine.keys == key][0]), mine.keys != key
+    back = np.zeros(0, np.int64) if mine.rolled_back is None else mine.rolled_back
+    levels = list(tables.levels)
+    levels[at] = replace(
+        mine,
+        keys=mine.keys[stays],
+        slots=mine.slots[stays],
+        support=None if mine.support is None else mine.support[stays],
+        rolled_back=np.union1d(back, [key]),
+    )
+    moved = (replace(level, slots=np.where(level.slots > slot, level.slots - 1, level.slots)) for level in levels)
+    return np.delete(weights, slot, axis=0), replace(tables, levels=tuple(moved))
+
+
+def with_own(
+    weights: F32, tables: ServingTables, at: int, key: int, own: F32, support: int | None
+) -> tuple[F32, ServingTables]:
+    """Bank and slot tables with one segment's own weights, in place of those that it has or as a further slot.
+
+    A further slot is where a bank that was solved with the segment would have it (by level, the coarsest first, and by
+    key), so that weights which were taken out and are put back give the same bytes.
+
+    Args:
+        weights: the bank [slots, K, D].
+        tables: whose levels name slots, each for one segment.
+        at: number of the segment's level.
+        key: of the segment.
+        own: its weights [K, D].
+        support: rows that they were solved from; where None, the level tells no segment's support any more.
+    """
+    levels, weights = list(tables.levels), weights.copy()
+    mine = levels[at]
+    place = int(np.searchsorted(mine.keys, key))
+    slot = mine.slot_of(key)
+    if slot is None:
+        behind = 1 + max(int(level.slots.max(initial=0)) for level in levels[at:])
+        slot = int(mine.slots[place]) if place < len(mine.keys) else behind
+        weights = np.insert(weights, slot, own, axis=0)
+        levels = [replace(level, slots=np.where(level.slots >= slot, level.slots + 1, level.slots)) for level in levels]
+        mine = levels[at]
+        mine = replace(
+            mine,
+            keys=np.insert(mine.keys, place, key),
+            slots=np.insert(mine.slots, place, slot),
+            support=None if mine.support is None else np.insert(mine.support, place, 0),
+        )
+    weights[slot] = own
+    rows = None if mine.support is None or support is None else np.where(mine.keys == key, support, mine.support)
+    back = None if mine.rolled_back is None else mine.rolled_back[mine.rolled_back != key]
+    levels[at] = replace(mine, support=rows, rolled_back=back)
+    return weights, replace(tables, levels=tuple(levels))
 
 
 def write_tables(tables: ServingTables, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A fallback that is killed, anywhere, changes nothing that serves, and is finished by doing it again."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -38,6 +39,10 @@ class Undisturbed:
 
     done: FellBack
     scores: np.ndarray
+
+
+def read(world: Finished, key: str) -> bytes:
+    return world.store.get(key).data
 
 
 def said(world: Finished) -> np.ndarray:
@@ -96,6 +101,28 @@ def test_every_other_write_of_a_fallback_may_be_the_last(
     damageable: Finished, nursery: Nursery, undisturbed: Undisturbed, trap: Trap
 ) -> None:
     killed_then_finished(damageable, nursery, undisturbed, trap)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_one_that_gives_weights_back_keeps_the_hold_while_it_is_killed_and_ends_it_by_the_next_call(
+    damageable: Finished, nursery: Nursery, when: Literal["before", "after"]
+) -> None:
+    """The hold is the last that is written: whoever dies around the pointer's swap leaves the segment held."""
+    world, good, scores = damageable, damageable.pointer.release, said(damageable)
+    held = fell(world).pointer
+    trap = Trap(when, "^tiny/current.json$")
+    assert nursery.run(world.world.config, held.night, trap, fallback=(WHO, good)).killed
+    assert [one.told for one in held_segments(world.store, "tiny")] == ["user_id=user-003"]
+    assert (world.pointer == held) == (when == "before")
+    done = fell(world, to=good)
+    assert (done.new, done.ended is not None) == (when == "before", True)
+    assert (world.pointer.release, world.pointer.generation) == (good, held.generation + 1)
+    assert held_segments(world.store, "tiny") == ()
+    assert np.array_equal(said(world), scores)
+    (entry,) = (key for key in world.store.list("tiny/ledger/") if done.pointer.moved_at.encode() in read(world, key))
+    assert b'"what":"fallback"' in read(world, entry)
+    last = world.published()
+    assert (fell(world, to=good).ended, world.published()) == (None, last)
 
 
 def test_one_to_earlier_weights_that_is_killed_behind_the_swap_is_told_in_the_ledger_by_the_next_call(

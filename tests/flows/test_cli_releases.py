@@ -157,6 +157,11 @@ def test_the_pointer_is_moved_by_hand_and_says_how_it_stands(damageable: Finishe
         (["challenger", "champion", "--share", "5", "--reason", "x"], "InvalidConfig", "is its champion"),
         (["fallback", "user_id=nobody", "--reason", "x"], "ObjectMissing", "has no weights of its own"),
         (["fallback", "user_id=user-003"], "InvalidConfig", "needs a reason"),
+        (
+            ["fallback", "user_id=user-003", "user_id=user-004", "--reason", "x"],
+            "InvalidConfig",
+            "user_id is named twice; a fallback is of one segment: give one a command",
+        ),
         (["fallback", "user_id=user-003", "--undo"], "ObjectMissing", "is not held; held: none"),
     ],
 )
@@ -191,6 +196,7 @@ def test_words_that_cannot_be_meant_are_refused_before_anything_is_read(
 
 
 def test_a_fallback_and_its_end_are_told(damageable: Finished, say: Say) -> None:
+    first = damageable.pointer.release
     shown = say("fallback", "user_id=user-003", "--reason", "complaints")
     assert "segment user_id=user-003 is served by its parent's weights, on nights to come as well" in shown
     assert damageable.pointer.release in shown
@@ -198,6 +204,16 @@ def test_a_fallback_and_its_end_are_told(damageable: Finished, say: Say) -> None
     told = json.loads(say("show", "--json"))
     assert (told["decided_by"], told["override"]) == ("operator", "complaints")
     assert "has weights of its own again from the next night on" in say("fallback", "user_id=user-003", "--undo")
+    say("fallback", "user_id=user-004", "--reason", "so has he")
+    back = say("fallback", "user_id=user-003", "--to", first, "--reason", "better now")
+    assert "segment user_id=user-003 has its earlier weights, until the next night solves it anew" in back
+    assert "its hold" not in back
+    back = say("fallback", "user_id=user-004", "--to", first, "--reason", "he as well")
+    assert "its hold  ends, so that nights to come solve it; it was held since 20" in back
+    assert ": so has he" in back
+    again = say("fallback", "user_id=user-004", "--to", first, "--reason", "he as well")
+    assert "has these very weights in the champion: no release was made, and the pointer stays" in again
+    assert f"champion  {first}" in again
 
 
 def test_gc_says_what_it_would_do_what_it_did_and_when_it_goes_on(damageable: Finished, say: Say) -> None:

@@ -1,5 +1,6 @@
 """Who is served by what: `segments.parquet`, and what a manifest tells of it."""
 
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from tasks.release import lift
 from tasks.release.manifest_parts import LevelSegments, Lift, Support
 from tasks.release.segments_table import level_segments
-from tasks.release.tables import LevelTable, ServingTables, read_tables, write_tables
+from tasks.release.tables import LevelTable, ServingTables, read_tables, with_own, without, write_tables
 from tests.releases import contract, make_parts
 
 
@@ -39,6 +40,37 @@ def test_segments_that_were_rolled_back_are_listed_and_no_graph_gets_them(tables
         assert (wrote.columns, wrote.radices) == (read.columns, read.radices)
         for name in ("keys", "slots", "support", "rolled_back"):
             np.testing.assert_array_equal(getattr(wrote, name), getattr(read, name))
+
+
+@pytest.mark.parametrize(("at", "key"), [(0, 1), (0, 4), (0, 9), (1, 5), (1, 7), (2, 3)])
+def test_weights_that_are_taken_out_and_put_back_are_where_they_were(tables: ServingTables, at: int, key: int):
+    """Of first, middle, last and only segments of a level; of everybody else, the weights that his slot names stay."""
+    none = np.zeros(0, np.int64)
+    levels = (
+        LevelTable(("user",), (20,), np.array([1, 4, 9]), np.array([4, 5, 6]), np.array([3, 2, 8]), np.array([6])),
+        LevelTable(("job",), (9,), np.array([5, 7]), np.array([2, 3]), np.array([30, 20]), none),
+        LevelTable(("zone",), (9,), np.array([3]), np.array([1]), np.array([50]), none),
+    )
+    first, bank = replace(tables, levels=levels), np.arange(14, dtype=np.float32).reshape(7, 1, 2)
+    slot = levels[at].slot_of(key)
+    assert slot is not None
+    fewer, less = without(bank, first, at, key)
+    assert less.levels[at].slot_of(key) is None
+    assert (less.levels[at].rolled_back == key).sum() == 1
+    for level, now in zip(levels, less.levels, strict=True):
+        stay = [
+            (int(one), bank[level.slot_of(one)].tolist()) for one in level.keys if (one, level) != (key, levels[at])
+        ]
+        assert [(int(one), fewer[now.slot_of(one)].tolist()) for one in now.keys] == stay
+    support = int(levels[at].support[levels[at].keys == key][0])  # type: ignore[index]
+    for start in ((fewer, less), (bank * np.float32(2), first)):  # a slot of its own again, or other weights in it
+        weights, back = with_own(*start, at, key, bank[slot], support)
+        np.testing.assert_array_equal(weights[slot], bank[slot])
+        for level, now in zip(levels, back.levels, strict=True):
+            for name in ("keys", "slots", "support", "rolled_back"):
+                np.testing.assert_array_equal(getattr(level, name), getattr(now, name))
+    assert np.array_equal(with_own(fewer, less, at, key, bank[slot], support)[0], bank)
+    assert with_own(fewer, less, at, key, bank[slot], None)[1].levels[at].support is None
 
 
 def test_tables_of_an_older_release_say_nothing_of_support(tables: ServingTables, tmp_path: Path):

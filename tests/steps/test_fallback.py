@@ -18,14 +18,16 @@ from tasks.export import write_release
 from tasks.fallback import FellBack, fall_back, let_go
 from tasks.learning.base import DESCRIPTION, WEIGHTS, load_base
 from tasks.parents import release_file
+from tasks.release.about import about
 from tasks.release.golden_read import read_requests
 from tasks.release.holds import HeldSegment, change_holds, held_segments, holds_key
 from tasks.release.manifest import Pointer, blob_key, content_digest, describe, pointer_key
 from tasks.release.moves import hold as hold_pointer
 from tasks.release.moves import promote, rollback
-from tasks.release.published import check_whole, stored_manifest
+from tasks.release.published import check_whole, night_key, stored_manifest
 from tasks.release.publishing import publish_release
 from tasks.release.tables import read_tables
+from tasks.releases import releases
 from tasks.serving.ranker import Ranker
 from tasks.steps import hold
 from tests.finished import Finished
@@ -163,6 +165,75 @@ def test_weights_of_an_earlier_release_of_the_same_base_give_its_very_bytes_back
     assert (done.pointer.release, done.held) == (good.release, False)
     assert held_segments(damageable.store, "tiny") == ()
     assert np.array_equal(then, scores(damageable, ["user-003", "user-004"]))
+
+
+def test_who_fell_back_gets_his_weights_back_and_is_held_no_longer(damageable: Finished) -> None:
+    """The release between is the champion's without the other one; the last is the very one that was there first."""
+    world, who, first = damageable, ["user-003", "user-004", "nobody"], damageable.pointer.release
+    then = scores(world, who)
+    fell(world)
+    one_less = fell(world, {"user_id": "user-004"}).pointer.release
+    neither = scores(world, who)
+    done = fell(world, to=first)
+    assert (done.new, done.held) == (True, False)
+    assert done.ended is not None
+    assert (done.ended.told, done.ended.reason) == ("user_id=user-003", "complaints")
+    assert [one.told for one in held_segments(world.store, "tiny")] == ["user_id=user-004"]
+    assert done.pointer.release not in (first, one_less)
+    assert np.array_equal(scores(world, who), np.stack([then[0], neither[1], then[2]]))
+    assert np.abs(then - neither).max(axis=(1, 2))[:2].min() > 1e-3
+    made, was = (stored_manifest(world.store, "tiny", one).segments for one in (done.pointer.release, first))
+    assert (made[0].own, made[0].rolled_back) == (was[0].own - 1, was[0].rolled_back + 1)
+    assert made[0].segments == was[0].segments
+    assert made[1] == was[1]
+    back = fell(world, {"user_id": "user-004"}, to=first)
+    assert back.pointer.release == first
+    assert held_segments(world.store, "tiny") == ()
+    assert np.array_equal(scores(world, who), then)
+
+
+def test_a_market_that_fell_back_gets_its_weights_back_and_no_user_notices(damageable: Finished) -> None:
+    """Slots of users come behind those of markets, so all of theirs move, there and back."""
+    first, who = damageable.pointer.release, ["user-003", "user-004", "nobody"]
+    then = scores(damageable, who)
+    fell(damageable, {"market": "north"})
+    assert fell(damageable, {"market": "north"}, to=first).pointer.release == first
+    assert np.array_equal(scores(damageable, who), then)
+
+
+def test_weights_that_the_champion_has_already_make_no_release_and_end_a_hold(damageable: Finished) -> None:
+    world, before, published = damageable, damageable.pointer, damageable.published()
+    done = fell(world, to=before.release)
+    assert (done.new, done.held, done.ended, done.pointer) == (False, False, None, before)
+    held = HeldSegment(columns=("user_id",), name="user-003", reason="r", by="b", since="s")
+    change_holds(world.store, "tiny", lambda _: [held])
+    assert fell(world, to=before.release).ended == held
+    assert held_segments(world.store, "tiny") == ()
+    assert world.published() == published
+
+
+def test_a_fallback_of_a_night_that_the_gate_held_is_let_through_by_an_operator_wherever_it_is_told(
+    damageable: Finished,
+) -> None:
+    world, place, key = damageable, damageable.config.place(), night_key("tiny", damageable.pointer.night)
+    noted = world.store.get(key)
+    gates = json.loads(noted.data) | {"go": False}
+    world.store.swap(key, json.dumps(gates).encode(), noted.etag)
+
+    def told(release: str) -> tuple[bool, bool, str, str | None]:
+        found = about(world.store, "tiny", release)
+        (row,) = (one for one in releases(place) if one.release == release)
+        return row.go, found.go, found.decided_by, found.override
+
+    through = (True, True, "operator", "complaints")
+    first = fell(world).pointer.release
+    run = json.loads(world.store.get(f"tiny/releases/{first}/run.json").data)
+    state = json.loads(world.store.get(key).data)
+    assert state == gates | {"release": first, "go": True, "override": "complaints"}
+    assert (run["go"], run["decided_by"], run["override"]) == (True, "operator", "complaints")
+    assert told(first) == through
+    second = fell(world, {"user_id": "user-004"}).pointer.release
+    assert (told(first), told(second)) == (through, through)
 
 
 def test_weights_of_another_base_are_refused_by_name(damageable: Finished) -> None:

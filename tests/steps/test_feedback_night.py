@@ -79,6 +79,11 @@ def test_feedback_of_a_held_user_changes_nothing_at_once_and_in_nights_to_come(f
     np.testing.assert_allclose(alone[1:], bare[1:], atol=1e-6, rtol=0)
     again = plain_night(config, night)
     assert again.published.release == told.pointer.release
+    # Given his own weights back, he is solved from feedback as before.
+    back = (config.place(), config.data, config.segments.levels, {"user_id": "user-003"}, "better now")
+    assert fall_back(*back, first.published.release).pointer.release == first.published.release
+    with Ranker(store, config.pipeline, device="cpu") as ranker:
+        np.testing.assert_array_equal(ranker.score(request | brought), before)
 
 
 def test_who_is_held_is_named_in_the_bank_whatever_rows_he_has():

@@ -167,6 +167,13 @@ def a_fallback_has_them_too(
     assert again.published.release == manifest.release
     with Ranker(made.store, "tiny", "cpu", variant="int8") as ranker:
         assert np.array_equal(ranker.score(request_of(who)), after)
+        back = fall_back(
+            *(place, config.data, config.segments.levels, {"user_id": "user-003"}, "better now", champion.release)
+        )
+        assert (back.pointer.release, back.variants) == (champion.release, champion.variants)
+        assert ranker.refresh()
+        assert (ranker.release, ranker.variant) == (champion.release, "int8")
+        assert np.array_equal(ranker.score(request_of(who)), before)
 
 
 def test_the_same_night_without_variants_is_made_as_before(finished: Finished) -> None:

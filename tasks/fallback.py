@@ -126,6 +126,7 @@ def fall_back(
         if pointer is None:
             raise NoRelease(f"{store.url} has no champion for pipeline {place.pipeline!r}; promote a release first")
         champion = read_manifest(store, place.pipeline, pointer.release)
+        _require_level(champion, columns)
         beside = {one: read for one in sorted(BESIDE) if (read := beside_of(store, champion, one)) is not None}
         held = HeldSegment(
             columns=columns, name=name, reason=reason, by=_operator(), since=datetime.now(UTC).isoformat("T", "seconds")
@@ -216,6 +217,21 @@ def _hashed(data: DataConfig, named: Mapping[str, str]) -> dict[str, str]:
     return {**named, **{one.name: str(hasher.hashed(one, np.array([named[one.name]], object))[0]) for one in specs}}
 
 
+def _require_level(manifest: Manifest, columns: tuple[str, ...]) -> None:
+    """Refuse a release whose ladder has no such level.
+
+    Raises:
+        InvalidConfig: it has none.
+    """
+    levels = [level.columns for level in manifest.interface.levels]
+    if columns not in levels:
+        ladder = "; ".join(" x ".join(level) for level in levels)
+        raise InvalidConfig(
+            f"release {manifest.release[:12]} of night {manifest.night} has no level {' x '.join(columns)}, its ladder "
+            f"is {ladder}: it was made with another config; give that one, or run a night with this one first"
+        )
+
+
 def _earlier(
     place: Place,
     data: DataConfig,
@@ -239,6 +255,7 @@ def _earlier(
             f"{champion.release[:12]} of night {champion.night} ({', '.join(odd)} differ): its weights mean nothing "
             f"here; hold the segment at its parent's (without --to), or roll back to the whole release"
         )
+    _require_level(manifest, segment.columns)
     known = _laid_out(place, manifest, folder)
     tables = read_tables(data, known)
     level = next(one for one in tables.levels if one.columns == segment.columns)

@@ -263,6 +263,13 @@ def test_a_segment_that_is_not_there_is_told_before_anything_changes(
     assert not damageable.store.exists(holds_key("tiny"))
 
 
+def test_a_ladder_that_the_champion_does_not_have_is_told_before_anything_changes(damageable: Finished) -> None:
+    before, config = damageable.published(), damageable.config
+    with pytest.raises(InvalidConfig, match="has no level age, its ladder is user_id; market"):
+        fall_back(config.place(), config.data, (("user_id",), ("age",)), {"age": "40"}, "complaints")
+    assert damageable.published() == before
+
+
 def test_a_fallback_waits_for_no_night_and_overtakes_no_operator(
     damageable: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:

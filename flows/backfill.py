@@ -79,7 +79,7 @@ def plan(config: RetrainConfig, start: date, end: date, promote: bool) -> tuple[
     found = nights_by_lake(config.data, lake(config.data))
     done = [row for row in releases(config.place()) if row.config == config.digest()]
     finished = {row.night: row for row in done}
-    champion = max((row.night for row in done if row.champion), default=date.min)
+    champion = max((row.night for row in done if row.champion and row.night is not None), default=date.min)
     removed = collected(config.place(), config.digest())
 
     def look_at(night: date) -> PlannedNight:

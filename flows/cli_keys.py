@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,4 +84,6 @@ def _say_made(console: "Console", options: argparse.Namespace, key_id: str) -> N
 
     console.print(f"key     {key_id}: {options.key} signs; keep it on the host that publishes", soft_wrap=True)
     console.print(f"keyring {_ring(options)}: no secret, for publisher and rankers", soft_wrap=True)
-    console.print(f"export {KEY_VARIABLE}={options.key} {KEYS_VARIABLE}={_ring(options)}", soft_wrap=True, markup=False)
+    # Absolute: a nightly run starts in another directory.
+    key, ring = (shlex.quote(str(path.absolute())) for path in (options.key, _ring(options)))
+    console.print(f"export {KEY_VARIABLE}={key} {KEYS_VARIABLE}={ring}", soft_wrap=True, markup=False)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 NAMES = "an id or its first digits, a night (YYYY-MM-DD), champion, previous or challenger"
 GRACE = 24
+_NAMED = 4
+"""Releases that a message names one by one."""
 
 
 def add_releases(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -114,17 +117,34 @@ def store_and_pipeline(options: argparse.Namespace, command: str) -> tuple[str, 
     return store, pipeline
 
 
-def _opened(options: argparse.Namespace) -> "tuple[ObjectStore, str]":
+def opened(options: argparse.Namespace, command: str = "nightrank releases") -> "tuple[ObjectStore, str]":
+    """The store and the pipeline that a command is about.
+
+    Raises:
+        InvalidConfig: nothing says which.
+        ObjectMissing: the store is a directory that does not exist: a name that was mistyped, or no night ran yet.
+    """
     from tasks.clients.object_store import open_store
 
-    url, pipeline = store_and_pipeline(options, "nightrank releases")
-    return open_store(url), pipeline
+    url, pipeline = store_and_pipeline(options, command)
+    return _made(open_store(url)), pipeline
+
+
+def _made(store: "ObjectStore") -> "ObjectStore":
+    from tasks.errors import ObjectMissing
+
+    if not store.is_made():
+        raise ObjectMissing(
+            f"store {store.url}: there is no such directory; look how it is spelt (--store, or the config's), or run a "
+            f"first night (`nightrank run`), which makes it"
+        )
+    return store
 
 
 def _named(options: argparse.Namespace, name: str) -> "tuple[ObjectStore, str, str]":
     from tasks.release.published import resolve
 
-    store, pipeline = _opened(options)
+    store, pipeline = opened(options)
     return store, pipeline, resolve(store, pipeline, name)
 
 
@@ -147,11 +167,15 @@ def _as_json(console: "Console", told: object) -> None:
 
 def _list(options: argparse.Namespace, console: "Console") -> None:
     from flows.display_releases import show_releases
+    from tasks.release.published import no_releases
     from tasks.releases import releases
 
+    where = opened(options)
     rows = releases(_place(options))
     if options.json:
         _as_json(console, [row.model_dump(mode="json") for row in rows])
+    elif not rows:
+        console.print(no_releases(*where), markup=False, soft_wrap=True)
     else:
         show_releases(console, rows)
 
@@ -173,7 +197,7 @@ def _diff(options: argparse.Namespace, console: "Console") -> None:
     from tasks.release.about import about, difference
     from tasks.release.published import resolve
 
-    store, pipeline = _opened(options)
+    store, pipeline = opened(options)
     before, after = (about(store, pipeline, resolve(store, pipeline, one)) for one in (options.before, options.after))
     found = difference(before, after)
     if options.json:
@@ -184,12 +208,14 @@ def _diff(options: argparse.Namespace, console: "Console") -> None:
 
 def _verify(options: argparse.Namespace, console: "Console") -> None:
     from flows.display_releases import show_checks
-    from tasks.errors import ReleaseRefused
-    from tasks.release.published import folders, resolve
+    from tasks.errors import NoRelease, ReleaseRefused
+    from tasks.release.published import folders, no_releases, resolve
     from tasks.verify import verify
 
-    store, pipeline = _opened(options)
+    store, pipeline = opened(options)
     every = folders(store, pipeline).visible if options.all else ()
+    if options.all and not every:
+        raise NoRelease(no_releases(store, pipeline))
     asked = every or [resolve(store, pipeline, name) for name in options.release]
     found = {release: verify(store, pipeline, release) for release in dict.fromkeys(asked)}
     if options.json:
@@ -214,7 +240,7 @@ def _rollback(options: argparse.Namespace, console: "Console") -> None:
     from tasks.release.moves import rollback
     from tasks.release.published import resolve
 
-    store, pipeline = _opened(options)
+    store, pipeline = opened(options)
     to = None if options.to is None else resolve(store, pipeline, options.to)
     _show_pointer(console, rollback(store, pipeline, to, options.reason, options.hold))
 
@@ -222,13 +248,13 @@ def _rollback(options: argparse.Namespace, console: "Console") -> None:
 def _hold(options: argparse.Namespace, console: "Console") -> None:
     from tasks.release.moves import hold
 
-    _show_pointer(console, hold(*_opened(options), options.reason))
+    _show_pointer(console, hold(*opened(options), options.reason))
 
 
 def _unhold(options: argparse.Namespace, console: "Console") -> None:
     from tasks.release.moves import unhold
 
-    _show_pointer(console, unhold(*_opened(options), options.reason))
+    _show_pointer(console, unhold(*opened(options), options.reason))
 
 
 def _challenger(options: argparse.Namespace, console: "Console") -> None:
@@ -236,7 +262,7 @@ def _challenger(options: argparse.Namespace, console: "Console") -> None:
     from tasks.release.moves import challenge
     from tasks.release.published import resolve
 
-    store, pipeline = _opened(options)
+    store, pipeline = opened(options)
     if options.none:
         _show_pointer(console, challenge(store, pipeline, None, 0, options.reason))
         return
@@ -280,7 +306,7 @@ def _gc(options: argparse.Namespace, console: "Console") -> None:
         "grace": timedelta(hours=options.grace),
         "now": datetime.now(UTC),
     }
-    where = (store_of(place), place.pipeline, Path(place.scratch))
+    where = (_made(store_of(place)), place.pipeline, Path(place.scratch))
     if options.dry_run:
         show_collected(console, collect(*where, **given, held=lambda: None, dry_run=True), dry_run=True)
         return
@@ -295,7 +321,7 @@ def _sign(options: argparse.Namespace, console: "Console") -> None:
     from tasks.release.resigning import sign_releases
     from tasks.release.signing import KEY_VARIABLE, KEYS_VARIABLE, Keyring, signer
 
-    store, pipeline = _opened(options)
+    store, pipeline = opened(options)
     key, keyring = signer(), Keyring.from_environment()
     if key is None:
         raise InvalidConfig(f"there is no key to sign with; name it by {KEY_VARIABLE}, see `nightrank keys create`")
@@ -309,12 +335,15 @@ def _sign(options: argparse.Namespace, console: "Console") -> None:
     show_signed(console, done)
     if options.unsigned and done.pointer_refused:
         raise ReleaseRefused(done.pointer_refused)
-    if done.refused or done.pointer_refused:
+    if done.refused:
+        shown = " ".join(release[:12] for release in done.refused) if len(done.refused) <= _NAMED else "--all"
         raise ReleaseRefused(
             f"{len(done.refused)} releases{' and the pointer' if done.pointer_refused else ''} were left as they are: "
-            f"no trusted key vouches for them; look at them (`nightrank releases verify`), then sign them with "
+            f"no trusted key vouches for them; look at them (`nightrank releases verify {shown}`), then sign them with "
             f"--unsigned if they are good"
         )
+    if done.pointer_refused:
+        raise ReleaseRefused(f"the pointer was left as it is: {done.pointer_refused}")
 
 
 def _show_pointer(console: "Console", pointer: "Pointer") -> None:
@@ -336,13 +365,12 @@ def _share(text: str) -> int:
     >>> _share("0.25"), _share("100")
     (25, 10000)
     """
-    from decimal import Decimal, InvalidOperation
+    from fractions import Fraction
 
-    try:
-        points = Decimal(text) * 100
-    except InvalidOperation as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share; give percent, such as 5 or 0.25") from error
-    if not 1 <= points <= 10_000 or points != int(points):
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no share; give percent in digits, such as 5 or 0.25")
+    points = Fraction(text) * 100
+    if not 1 <= points <= 10_000 or points.denominator != 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no share; give percent from 0.01 to 100, by hundredths")
     return int(points)
 

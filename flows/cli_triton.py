@@ -26,14 +26,12 @@ def add_triton(action: Callable[..., argparse.ArgumentParser], names: str) -> No
 
 
 def _triton(options: argparse.Namespace, console: "Console") -> None:
-    from flows.cli_releases import store_and_pipeline
-    from tasks.clients.object_store import open_store
+    from flows.cli_releases import opened
     from tasks.release.published import resolve
     from tasks.release.publishing import read_manifest
     from tasks.release.triton import Served, write_repository
 
-    url, pipeline = store_and_pipeline(options, "nightrank releases triton")
-    store = open_store(url)
+    store, pipeline = opened(options, "nightrank releases triton")
     served = Served(options.name or pipeline, options.device, options.max_batch, options.instances)
     manifest = read_manifest(store, pipeline, resolve(store, pipeline, options.release))
     for made in write_repository(store, manifest, options.out, served):

@@ -28,37 +28,47 @@ def show_releases(console: Console, rows: Sequence["ReleaseRow"]) -> None:
     table = table_of(None, ("night", "release", "gate", "is", "parent", "created"), folds="is")
     for row in rows:
         table.add_row(
-            str(row.night),
+            "unknown" if row.night is None else str(row.night),
             row.release[:12],
-            "go" if row.go else "hold",
+            _gate(row.go),
             ", ".join(row.roles),
-            (row.parent or "none")[:12],
-            f"{row.created:%Y-%m-%d %H:%M}",
+            "unknown" if row.created is None else (row.parent or "none")[:12],
+            "damaged" if row.created is None else f"{row.created:%Y-%m-%d %H:%M}",
         )
     console.print(table)
+    for row in rows:
+        for why in row.damaged:
+            console.print(f"[bold yellow]damaged[/bold yellow] {row.release[:12]}: {escape(why)}", soft_wrap=True)
     if rows:
         console.print(f"the newest report: {escape(rows[-1].report)}", soft_wrap=True)
 
 
+def _gate(go: bool | None) -> str:
+    return "unknown" if go is None else "go" if go else "hold"
+
+
 def show_release(console: Console, found: "About", store: str) -> None:
     """One release."""
-    decided = f"{'go' if found.go else 'hold'}, {found.decided_by}"
+    alone = "beside no champion" if found.created else "unknown"  # without a time there is no `run.json` to tell
+    decided = ", ".join(filter(None, (_gate(found.go), found.decided_by)))
     _lines(
         console,
         {
             "release": found.release,
-            "night": f"{found.night}, made {found.created}",
+            "night": f"{found.night}, made {found.created or 'at a time that nothing tells'}",
             "is": ", ".join(found.roles) or "named by no pointer",
             "gate": decided if found.override is None else f"{decided}: {found.override}",
-            "parent": found.parent or "none: it started cold",
-            "examined": f"beside release {found.compared_with}" if found.compared_with else "beside no champion",
-            "config": found.config,
+            "parent": found.parent or ("none: it started cold" if found.created else "unknown"),
+            "examined": f"beside release {found.compared_with}" if found.compared_with else alone,
+            "config": found.config or "unknown",
             "manifest": f"schema version {found.schema_version}",
             "requires": _required(found.requires),
             "signed": found.signed.told,
             "report": f"{store.rstrip('/')}/{found.report}",
         },
     )
+    for why in found.damaged:
+        console.print(f"[bold yellow]damaged[/bold yellow]   {escape(why)}", soft_wrap=True)
     for move in found.moves:
         when = f"{move.what}, generation {move.generation}, {move.moved_at[:19]}"
         console.print(f"moved     {when}: {escape(move.reason)}", soft_wrap=True)

@@ -18,6 +18,7 @@ from tasks.references import IngestRef, ParentRef, Place
 from tasks.release.gate import GateConfig
 from tasks.release.holds import HeldSegment, held_segments
 from tasks.release.manifest import Pointer
+from tasks.release.notes import read_night
 from tasks.release.pointer import read_pointer
 from tasks.release.published import nights_prefix
 from tasks.release.signing import signer
@@ -40,6 +41,7 @@ def ingest(place: Place, data: DataConfig, gate: GateConfig, night: date, config
     Raises:
         DataRejected: the night is missing, changes while it is copied, is corrupt, or breaks the contract's schema.
         InvalidConfig: personal columns are hashed otherwise than in the release that the night starts from.
+        ObjectCorrupt: the note of an earlier night is damaged.
     """
     record, shared = freeze_night(place, data, night)
     frozen = thawed(record.content)
@@ -94,6 +96,7 @@ def released_before(place: Place, gate: GateConfig, night: date) -> tuple[Parent
 
     Raises:
         ReleaseRefused: the release's manifest is damaged.
+        ObjectCorrupt: the note of an earlier night is.
     """
     found = _released_before(store_of(place), place, gate, night)
     return None if found.parent is None else released_parent(place, found.parent), tuple(found.exams)
@@ -263,12 +266,12 @@ def _released_before(store: ObjectStore, place: Place, gate: GateConfig, night: 
         then = key.rsplit("night=", 1)[-1].removesuffix(".json")
         if then >= night.isoformat():
             continue
-        made = json.loads(store.get(key).data)
+        made = read_night(store, key)
         if len(exams) < gate.pool_nights - 1:
-            exams.append(made["exam"])
-            verdicts.append(made["verdict"])
-        if parent is None and made["go"]:
-            parent, parent_night = made["release"], then
+            exams.append(made.exam)
+            verdicts.append(made.verdict)
+        if parent is None and made.go:
+            parent, parent_night = made.release, then
         if parent is not None and len(exams) >= gate.pool_nights - 1:
             break
     return _Earlier(parent, parent_night, exams, verdicts)

@@ -23,6 +23,7 @@ from tasks.release.interface import Interface, read_interface
 from tasks.release.manifest import Manifest, describe, manifest_key
 from tasks.release.manifest_parts import LevelSegments
 from tasks.release.marks import names_of, spare
+from tasks.release.notes import find_night
 from tasks.release.pointer import promote as move_pointer
 from tasks.release.pointer import read_pointer
 from tasks.release.publishing import publish_release
@@ -64,6 +65,7 @@ def publish(
 
     Raises:
         PointerMoved: somebody else moved the pointer since the night began.
+        ObjectCorrupt: the gate holds the night, and its note, where an override would stand, is damaged.
         StoreError: the store refused; publishing again is safe.
     """
     store, workspace = store_of(place), open_workspace(place)
@@ -266,10 +268,8 @@ def _note_released(
 
 def _standing_override(place: Place, night: date, release: str) -> str | None:
     """The reason with which an operator has released this very release of the night before: his word stands."""
-    found = store_of(place).find(_released_key(place, night))
-    noted = {} if found is None else json.loads(found.data)
-    reason: str | None = noted.get("override") if noted.get("release") == release else None
-    return reason
+    noted = find_night(store_of(place), _released_key(place, night))
+    return noted.override if noted is not None and noted.release == release else None
 
 
 def _released_key(place: Place, night: date) -> str:

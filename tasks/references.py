@@ -268,16 +268,20 @@ class ReleaseRow(Section):
     """One release of a pipeline, as `nightrank releases list` shows it."""
 
     release: str
-    night: date
-    created: datetime
-    go: bool
-    """Whether the gate let it through."""
+    night: date | None
+    """Its night; None where nothing that can be read says so."""
+    created: datetime | None
+    """When it was made; None where its `run.json` is gone or damaged."""
+    go: bool | None
+    """Whether the gate let it through; None where nothing that can be read says so."""
     roles: tuple[str, ...]
     """What the pointer names it as: `champion`, `previous`, `challenger`."""
     parent: str | None
-    config: str
-    """Digest of the config that made it, without the places it ran in."""
+    config: str | None
+    """Digest of the config that made it, without the places it ran in; None where nothing that can be read says so."""
     report: str
+    damaged: tuple[str, ...] = ()
+    """What could not be read of this, one sentence each."""
 
     @property
     def champion(self) -> bool:

@@ -145,6 +145,11 @@ class DirectoryStore(ObjectStore):
             raise self._missing(key)
         return self._path(key)
 
+    def is_made(self) -> bool:
+        """Whether there is the directory."""
+        with self._reading("its directory"):
+            return self._root.is_dir()
+
     def _written_before(self, prefix: str, moment: float) -> Iterator[str]:
         for key in self.list(prefix):
             with self._reading(key), suppress(FileNotFoundError):  # another has just removed it

@@ -162,6 +162,10 @@ class ObjectStore(ABC):
     def _stream(self, key: str) -> Iterator[bytes]:
         """The object's content in chunks; `ObjectMissing` when there is none."""
 
+    def is_made(self) -> bool:
+        """Whether the place of the objects is there; of one that is remote, each answer tells."""
+        return True
+
     def exists(self, key: str) -> bool:
         """Whether there is an object under the key."""
         return self.size(key) is not None

@@ -1,15 +1,15 @@
 """One release as an operator reads it, and two of them side by side."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tasks.clients.object_store import ObjectStore
-from tasks.errors import InvalidConfig, ReleaseRefused
+from tasks.errors import InvalidConfig, ObjectCorrupt, ObjectMissing, ReleaseRefused
 from tasks.release.manifest import InputSpec, Manifest, ReleaseFile
 from tasks.release.manifest_parts import LevelSegments, Requires, Variant
+from tasks.release.notes import NightNote, Run, find_night, ledger_keys, read_entry, read_run
 from tasks.release.pointer import read_pointer
 from tasks.release.published import night_key, releases_prefix, roles
 from tasks.release.signature import signatures_prefix
@@ -58,7 +58,7 @@ class About:
         night: its night, ISO 8601.
         created: when it was made; empty where nobody wrote it down.
         roles: what the pointer names it as.
-        go: whether the gate, or an operator, let it through.
+        go: whether the gate, or an operator, let it through; None where nothing that can be read says so.
         decided_by: the gate's word, or `operator`.
         override: an operator's reason, where there is one.
         parent: the release that its night started from.
@@ -79,13 +79,14 @@ class About:
         provenance: commit, package versions, what training did.
         moves: of the pointer to it, oldest first.
         report: key of its report.
+        damaged: what could not be read of all this, one sentence each; then what it would have told is empty here.
     """
 
     release: str
     night: str
     created: str
     roles: tuple[str, ...]
-    go: bool
+    go: bool | None
     decided_by: str
     override: str | None
     parent: str | None
@@ -106,6 +107,7 @@ class About:
     provenance: Mapping[str, object]
     moves: tuple[Move, ...]
     report: str
+    damaged: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For machines."""
@@ -127,25 +129,33 @@ def about(store: ObjectStore, pipeline: str, release: str) -> About:
     data = manifest_bytes(store, pipeline, release)
     manifest = Manifest.parse(data, pipeline, release)
     folder = f"{releases_prefix(pipeline)}{release}"
-    told = store.find(f"{folder}/run.json")
-    run: dict[str, Any] = {} if told is None else json.loads(told.data)
-    noted = store.find(night_key(pipeline, manifest.night))
-    state: dict[str, Any] = {} if noted is None else json.loads(noted.data)
+    damaged: list[str] = []
+    run: Run | None = None
+    noted: NightNote | None = None
+    try:
+        run = read_run(store, pipeline, release)
+    except (ObjectCorrupt, ObjectMissing) as error:
+        damaged.append(str(error))
+    try:
+        noted = find_night(store, night_key(pipeline, manifest.night))
+    except ObjectCorrupt as error:
+        damaged.append(str(error))
     # `run.json` keeps the first word; an override since, which made the same bytes, stands in the state of the night.
-    last = state if state.get("release") == release else run
-    override = last.get("override")
+    last = noted if noted is not None and noted.release == release else run
+    override = last.override if isinstance(last, NightNote) else None
+    moves, unreadable = ledger(store, pipeline)
     metrics: Mapping[str, Any] = manifest.metrics
     return About(
         release=release,
         night=manifest.night.isoformat(),
-        created=run.get("created", ""),
+        created="" if run is None else run.created,
         roles=roles(read_pointer(store, pipeline)).get(release, ()),
-        go=bool(last.get("go", False)),
-        decided_by="operator" if override is not None else str(run.get("decided_by", "")),
+        go=None if last is None else last.go,
+        decided_by="operator" if override is not None else "" if run is None else run.decided_by,
         override=override,
-        parent=run.get("parent"),
-        compared_with=run.get("champion"),
-        config=str(last.get("config", "")),
+        parent=None if run is None else run.parent,
+        compared_with=None if run is None else run.champion,
+        config="" if last is None else last.config,
         schema_version=manifest.schema_version,
         bytes=manifest.size,
         files=manifest.files,
@@ -159,8 +169,9 @@ def about(store: ObjectStore, pipeline: str, release: str) -> About:
         metrics=metrics if all(isinstance(one, Mapping) for one in metrics.values()) else {},
         parity=manifest.parity,
         provenance=manifest.provenance,
-        moves=tuple(one for named, one in ledger(store, pipeline) if named == release),
+        moves=tuple(one for named, one in moves if named == release),
         report=f"{folder}/report.html",
+        damaged=(*damaged, *unreadable),
     )
 
 
@@ -199,12 +210,19 @@ def _needs(spec: InputSpec) -> str:
     return ", ".join(told)
 
 
-def ledger(store: ObjectStore, pipeline: str) -> Iterator[tuple[str, Move]]:
-    """Every move of the pointer, oldest first, with the release that it named afterwards."""
-    for key in store.list(f"{pipeline}/ledger/"):
-        entry = json.loads(store.get(key).data)
-        moved = json.loads(entry["pointer"])
-        yield moved["release"], Move(entry["what"], moved["generation"], moved["moved_at"], moved["reason"])
+def ledger(store: ObjectStore, pipeline: str) -> tuple[tuple[tuple[str, Move], ...], tuple[str, ...]]:
+    """Every move of the pointer, oldest first, with the release that it named afterwards; and what cannot be read."""
+    found: list[tuple[str, Move]] = []
+    damaged: list[str] = []
+    for key in ledger_keys(store, pipeline):
+        try:
+            entry = read_entry(store, key)
+        except ObjectCorrupt as error:
+            damaged.append(str(error))
+            continue
+        moved = entry.pointer
+        found.append((moved.release, Move(entry.what, moved.generation, moved.moved_at, moved.reason)))
+    return tuple(found), tuple(damaged)
 
 
 @dataclass(frozen=True)

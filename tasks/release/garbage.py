@@ -5,18 +5,17 @@ that the gate let through, and as the parent of one that is kept. A release goes
 readers before any of its bytes are.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from tasks.clients.object_store import ObjectStore
 from tasks.clients.workspace import Workspace
 from tasks.errors import Conflict, OutcomeUnknown, StoreUnwritable
 from tasks.release.manifest import manifest_key
 from tasks.release.marks import Marks, blob_name, change_marks, marks_key, read_marks, release_name
+from tasks.release.notes import NightNote, read_night, read_resolved, read_run
 from tasks.release.pointer import read_pointer
 from tasks.release.published import (
     blobs_prefix,
@@ -100,17 +99,15 @@ def intents(store: ObjectStore, pipeline: str, scratch: Path) -> Iterator[Intent
     """Every night's intent, as publish leaves it."""
     nights = _nights(store, pipeline)
     published = {str(one.content["release"]) for one in Workspace(store, pipeline, scratch).records("publish")}
-    published |= {str(one["release"]) for one in nights.values()}
+    published |= {one.release for one in nights.values()}
     prefix = f"{pipeline}/work/intent/"
     for key in store.list(prefix):
-        noted: dict[str, Any] = json.loads(store.get(key).data)
-        named = (noted.get(name) for name in ("parent", "champion", "replaces"))
-        release = noted["release"]
-        names = frozenset(str(one) for one in named if one is not None)
+        noted = read_resolved(store, key)
+        release = noted.release
         night = key.removeprefix(prefix).partition("/")[0]
         # One that had no release yet died before it moved anything; the night has been delivered by another since.
         done = night_key(pipeline, date.fromisoformat(night)) in nights if release is None else release in published
-        yield Intent(key, night, release, names, done)
+        yield Intent(key, night, release, noted.names, done)
 
 
 def find(store: ObjectStore, pipeline: str, scratch: Path, keep: int) -> Found:
@@ -124,15 +121,16 @@ def find(store: ObjectStore, pipeline: str, scratch: Path, keep: int) -> Found:
 
     Raises:
         ReleaseRefused: a manifest cannot be read: nobody knows what it names.
+        ObjectCorrupt, ObjectMissing: the same of a `run.json`, of a night's note or of its intent.
     """
     present = folders(store, pipeline)
     manifests = {release: stored_manifest(store, pipeline, release) for release in present.visible}
-    runs = {release: _run(store, pipeline, release) for release in manifests}
-    by_age = sorted(manifests, key=lambda one: (manifests[one].night, str(runs[one].get("created", "")), one))
+    runs = {release: read_run(store, pipeline, release) for release in manifests}
+    by_age = sorted(manifests, key=lambda one: (manifests[one].night, runs[one].created, one))
     noted = tuple(intents(store, pipeline, scratch))
     kept = _kept(store, pipeline, noted, by_age, keep)
     for release in [one for one in kept if one in runs]:
-        parent = runs[release].get("parent")
+        parent = runs[release].parent
         if parent is not None and parent not in kept:
             kept[parent] = (f"parent of {release[:12]}",)
     gone = tuple(release for release in by_age if release not in kept)
@@ -176,7 +174,7 @@ def collect(
 
     Raises:
         OutcomeUnknown: of a night it is not known whether it promoted its release.
-        ReleaseRefused: a manifest cannot be read.
+        ReleaseRefused, ObjectCorrupt, ObjectMissing: as for `find`; nothing is marked or removed.
         StoreUnwritable: nothing may be removed; what is marked stays marked, and can still be counted on.
         LeaseLost, StoreError: what is marked stays marked.
     """
@@ -246,7 +244,7 @@ def _kept(
     for release, named in roles(read_pointer(store, pipeline)).items():
         for role in named:
             because(release, role)
-    passed = [one["release"] for _, one in sorted(_nights(store, pipeline).items()) if one["go"]]
+    passed = [one.release for _, one in sorted(_nights(store, pipeline).items()) if one.go]
     because(passed[-1] if passed else None, "newest that the gate let through")
     for intent in noted:
         if not intent.done:
@@ -255,12 +253,6 @@ def _kept(
     return kept
 
 
-def _nights(store: ObjectStore, pipeline: str) -> dict[str, dict[str, Any]]:
+def _nights(store: ObjectStore, pipeline: str) -> dict[str, NightNote]:
     """Each night's newest release, as publish noted it."""
-    return {key: json.loads(store.get(key).data) for key in store.list(nights_prefix(pipeline))}
-
-
-def _run(store: ObjectStore, pipeline: str, release: str) -> dict[str, Any]:
-    """A release's `run.json`; it is laid down before the manifest is, and is not needed to know what that names."""
-    found = store.find(f"{releases_prefix(pipeline)}{release}/run.json")
-    return {} if found is None else json.loads(found.data)
+    return {key: read_night(store, key) for key in store.list(nights_prefix(pipeline))}

@@ -4,7 +4,6 @@ A night promotes its release under its lease; an operator's moves need none. Eac
 that began before refuses its own move.
 """
 
-import json
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +11,7 @@ from datetime import UTC, date, datetime
 
 from tasks.clients.object_store import ObjectStore, Stored
 from tasks.errors import Conflict, InvalidConfig, NoRelease, OutcomeUnknown, PointerMoved, ReleaseRefused
+from tasks.release.notes import ledger_keys, read_entry
 from tasks.release.pointer_json import LARGEST_REASON, Pointer, pointer_key
 from tasks.release.publishing import read_manifest
 from tasks.release.signing import (
@@ -180,6 +180,7 @@ def sign_pointer(
 
     Raises:
         ReleaseRefused: it is damaged, no key of the keyring vouches for it, or it is not what the ledger says.
+        ObjectCorrupt: an entry of the ledger that it is held against cannot be read.
         PointerMoved: it changed while this call was at it.
     """
     stored = find_pointer(store, pipeline)
@@ -229,8 +230,8 @@ def _told(pointer: Pointer) -> str:
 def _newest_entry(store: ObjectStore, pipeline: str) -> tuple[str, Pointer | None]:
     """The entry of the ledger with the highest generation, the later one of two, and its key."""
     best, found = "", None
-    for key in sorted(store.list(f"{pipeline}/ledger/")):
-        entry = Pointer.parse((json.loads(store.get(key).data)["pointer"] + "\n").encode())
+    for key in ledger_keys(store, pipeline):
+        entry = read_entry(store, key).pointer
         if found is None or entry.generation >= found.generation:
             best, found = key, entry
     return best, found

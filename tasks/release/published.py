@@ -1,15 +1,15 @@
 """What stands in a store: releases by the names that people give them, who names them, and whether they are whole."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 
 from tasks.clients.object_store import ObjectStore
-from tasks.errors import ObjectCorrupt, ObjectMissing
+from tasks.errors import NoRelease, ObjectCorrupt, ObjectMissing
 from tasks.release.manifest import Manifest, Pointer, blob_key
+from tasks.release.notes import find_night
 from tasks.release.pointer import read_pointer
 from tasks.release.signing import manifest_bytes
 
@@ -70,6 +70,17 @@ def roles(pointer: Pointer | None) -> Mapping[str, tuple[str, ...]]:
     return found
 
 
+def no_releases(store: ObjectStore, pipeline: str) -> str:
+    """What is said where a pipeline has none.
+
+    Another name in the command or the config looks the same as a pipeline whose first night is to come.
+    """
+    return (
+        f"no releases of pipeline {pipeline!r} in {store.url}: the first night publishes one (`nightrank run`); where "
+        f"there should be some, look at --store and --pipeline, or at the config's"
+    )
+
+
 def resolve(store: ObjectStore, pipeline: str, name: str) -> str:
     """The id of the release that a person means.
 
@@ -80,26 +91,27 @@ def resolve(store: ObjectStore, pipeline: str, name: str) -> str:
             (YYYY-MM-DD) for the newest release that was made of it.
 
     Raises:
+        NoRelease: the pipeline has no release at all.
         ObjectMissing: there is no such release, or the name fits several.
+        ObjectCorrupt: it is a night, whose note cannot be read.
     """
     where = f"{store.url} of pipeline {pipeline!r}"
     if name in ROLES:
         held = [release for release, given in roles(read_pointer(store, pipeline)).items() if name in given]
         if not held:
+            _visible(store, pipeline)
             raise ObjectMissing(f"the pointer in {where} names no {name}; give an id: see `nightrank releases list`")
         return held[0]
     try:
         night = date.fromisoformat(name) if len(name) == 10 else None
     except ValueError:
         night = None
-    visible = folders(store, pipeline).visible
+    visible = _visible(store, pipeline)
     if night is not None:
-        noted = store.find(night_key(pipeline, night))
-        release = None if noted is None else str(json.loads(noted.data)["release"])
-        if release not in visible:
+        noted = find_night(store, night_key(pipeline, night))
+        if noted is None or noted.release not in visible:
             raise ObjectMissing(f"night {night} has no release in {where}; see `nightrank releases list`")
-        assert release is not None
-        return release
+        return noted.release
     if not _PREFIX.fullmatch(name):
         raise ObjectMissing(
             f"{name!r} names no release; give an id or its first digits (at least 4), a night (YYYY-MM-DD), "
@@ -110,6 +122,13 @@ def resolve(store: ObjectStore, pipeline: str, name: str) -> str:
         found = f"{len(fitting)} releases, {', '.join(one[:12] for one in fitting[:4])}" if fitting else "no release"
         raise ObjectMissing(f"{name!r} fits {found} in {where}; see `nightrank releases list`")
     return fitting[0]
+
+
+def _visible(store: ObjectStore, pipeline: str) -> tuple[str, ...]:
+    """Ids of the releases, of which there must be one for a remedy to name it."""
+    if found := folders(store, pipeline).visible:
+        return found
+    raise NoRelease(no_releases(store, pipeline))
 
 
 def stored_manifest(store: ObjectStore, pipeline: str, release: str) -> Manifest:

@@ -26,7 +26,7 @@ from tasks.release.signature import (
     signature_key,
     signed_bytes,
 )
-from tasks.release.strict_json import SCHEMA_VERSION, Reader, canonical
+from tasks.release.strict_json import REMEDY, SCHEMA_VERSION, Reader, canonical
 
 KEY_VARIABLE = "NIGHTRANK_SIGNING_KEY"
 """Environment variable: path of the private key that signs."""
@@ -84,7 +84,7 @@ class Keyring:
             if len({key.key_id for key in keys}) != len(keys):
                 read.refuse("a key is doubled")
         except ReleaseRefused as refused:
-            reason = str(refused).removesuffix("; publish the release again")
+            reason = str(refused).removesuffix(f"; {REMEDY}")
             raise InvalidConfig(
                 f"{reason}; `nightrank keys list` reads it, or take the one of a host it works on"
             ) from refused
@@ -319,8 +319,12 @@ def check_pointer(keyring: Keyring | None, pipeline: str, data: bytes) -> Pointe
     if keyring is not None:
         read = Reader(f"pointer {pointer_key(pipeline)}")
         if pointer.signature is None:
+            named = pointer.release[:12]
             _refuse(
-                read, "it is not signed, and keys are named: `nightrank releases sign` signs what is known to be good"
+                read,
+                f"it is not signed, and keys are named: look at release {named}, which it names (`nightrank releases "
+                f"verify {named}`); if it is good, `nightrank releases sign {named} --pointer --unsigned` signs both "
+                f"(champion, previous and challenger are names that only a signed pointer gives)",
             )
         message = signed_bytes("pointer", pipeline, pointer.unsigned())
         keyring.verify(pointer.signature, message, lambda why: _refuse(read, why))

@@ -22,6 +22,8 @@ MANIFEST_VERSION = 5
 POINTER_VERSION = 2
 """Of a pointer that is signed, or names a challenger or a hold; every other one keeps the number that older readers
 know."""
+REMEDY = "publish the release again"
+"""What helps where nothing else is said."""
 _DIGITS = re.compile(r"[0-9a-f]+")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -38,9 +40,9 @@ class Reader:
         """Read a document that messages call ``what``."""
         self.what = what
 
-    def refuse(self, why: str) -> NoReturn:
-        """Raise `ReleaseRefused` with a reason."""
-        raise ReleaseRefused(f"{self.what} is refused: {why}"[:500] + "; publish the release again")
+    def refuse(self, why: str, remedy: str | None = None) -> NoReturn:
+        """Raise `ReleaseRefused` with a reason, and what to do where that is not `REMEDY`."""
+        raise ReleaseRefused(f"{self.what} is refused: {why}"[:500] + f"; {remedy or REMEDY}")
 
     def document(self, data: bytes, limit: int) -> object:
         """Parse JSON of at most ``limit`` bytes."""
@@ -85,7 +87,9 @@ class Reader:
         version = found.get("schema_version")
         if versioned and (type(version) is not int or version not in versions):
             known = ", ".join(map(str, versions))
-            self.refuse(f"its schema version is {version!r}, this reader knows {known}: update the reader")
+            newer = type(version) is int and version > max(versions)
+            told = f"its schema version is {version!r:.80}, this reader knows {known}"
+            self.refuse(told, "update nightrank on this host" if newer else None)
         expected = {*names, "schema_version"} if versioned else set(names)
         if odd := sorted(expected ^ set(found)):
             self.refuse(f"{what} has missing or unknown fields: {', '.join(odd)}")

@@ -1,6 +1,7 @@
 """`nightrank keys`: what an operator types, and what the files are afterwards."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,19 @@ def test_rotating_signs_nothing_for_rankers_do_not_know_the_new_key_yet(
         cli.main([*words, "--config", "config.yaml"])
     assert "unrecognized arguments: --config" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_line_to_export_holds_from_any_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, elsewhere = tmp_path / "my keys", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(home)
+    cli.main(["keys", "create", "--keys", "ring.json", "--key", "k1.pem"])
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("export ")]
+    told = subprocess.run(
+        ["sh", "-c", f'{line}; cat "$NIGHTRANK_SIGNING_KEY" "$NIGHTRANK_TRUSTED_KEYS"'],
+        cwd=elsewhere, capture_output=True, check=True,
+    )  # fmt: skip
+    assert told.stdout == (home / "k1.pem").read_bytes() + (home / "ring.json").read_bytes()

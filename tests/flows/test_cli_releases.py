@@ -18,6 +18,7 @@ from tests.finished import Finished
 ROOT = Path(__file__).parent.parent.parent
 RUNBOOK = (ROOT / "infra" / "runbook.md").read_text(encoding="utf-8")
 Say = Callable[..., str]
+ODD_SHARES = ("some", "nan", "inf", "1_0", "1e1", "", "-0", "-5", " 5", "5\n", ".", "1.2.3", "\u0665", "9" * 5000)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,38 @@ def test_the_list_says_what_the_pointer_names(damageable: Finished, say: Say) ->
         (first, ["previous"], None),
         (second, ["champion"], first),
     ]
+
+
+def test_one_damaged_release_hides_no_other_and_stops_the_collector_in_one_block(
+    damageable: Finished, say: Say
+) -> None:
+    first, second = ids(damageable)
+    key = f"tiny/releases/{first}/run.json"
+    damageable.store.delete(key)
+    damageable.store.put_if_absent(key, b"{")
+    shown = say("list")
+    rows = [line.split() for line in shown.splitlines()]
+    lines = [row for row in rows if row and row[0].startswith("2026-")]
+    assert lines == [
+        ["2026-03-05", first[:12], "go", "previous", "unknown", "damaged"],
+        ["2026-03-06", second[:12], "go", "champion", first[:12], *lines[1][5:]],
+    ]
+    assert f"damaged {first[:12]}: {damageable.store.url}/{key} is damaged: it is not JSON" in shown
+    told = json.loads(say("list", "--json"))
+    assert [(one["release"], len(one["damaged"])) for one in told] == [(first, 1), (second, 0)]
+    before = damageable.published()
+    for words in (["gc", "--dry-run"], ["gc"]):
+        block = say(*words, fails=True)
+        assert block.startswith("ObjectCorrupt\n")
+        assert f"{key} is damaged" in block
+        assert "from a copy" in block
+    assert damageable.published() == before
+    shown = say("show", "previous")
+    assert f"damaged   {damageable.store.url}/{key} is damaged" in shown
+    assert "gate      go" in shown
+    assert "parent    unknown" in shown
+    damageable.store.delete(f"tiny/releases/{second}/report.html")
+    assert second[:12] in say("list")
 
 
 def test_show_tells_where_a_release_is_from_and_what_it_holds(damageable: Finished, say: Say) -> None:
@@ -180,7 +213,12 @@ def test_what_cannot_be_done_is_told_in_one_block_and_changes_nothing(
     [
         (["challenger", "ab12", "--share", "0", "--reason", "x"], "percent from 0.01 to 100"),
         (["challenger", "ab12", "--share", "0.001", "--reason", "x"], "percent from 0.01 to 100"),
-        (["challenger", "ab12", "--share", "some", "--reason", "x"], "give percent"),
+        *(
+            (["challenger", "ab12", "--share", share, "--reason", "x"], "is no share; give percent")
+            for share in ODD_SHARES
+        ),
+        (["challenger", "ab12", "--share", "5.000000001", "--reason", "x"], "by hundredths"),
+        (["challenger", "ab12", "--share", "100.01", "--reason", "x"], "percent from 0.01 to 100"),
         (["gc", "--config", "C", "--grace", "0"], "give a whole number from 1 on"),
         (["fallback", "--config", "C", "ann"], "give COLUMN=KEY"),
         (["rollback"], "--reason"),
@@ -254,6 +292,40 @@ def test_a_place_that_nobody_names_is_asked_for(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         cli.main(["releases", "list", "--store", "somewhere"])
     assert "give --config, or --store and --pipeline" in capsys.readouterr().err
+
+
+def test_a_store_that_is_not_there_and_a_pipeline_without_releases_are_told_apart(
+    damageable: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "no" / "such"
+    for words in (
+        ["list"],
+        ["list", "--json"],
+        ["verify", "--all"],
+        ["show"],
+        ["triton", "--out", str(tmp_path / "t")],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["releases", *words, "--store", str(missing), "--pipeline", "tiny"])
+        assert ended.value.code == 2
+        block = capsys.readouterr().err
+        assert block.startswith("ObjectMissing\n")
+        assert f"store {missing}: there is no such directory" in block
+    assert not missing.parent.exists()
+    where = ["--store", damageable.config.store, "--pipeline", "tin"]
+    said = f"no releases of pipeline 'tin' in {damageable.store.url}: "
+    cli.main(["releases", "list", *where])
+    assert said in capsys.readouterr().out
+    cli.main(["releases", "list", "--json", *where])
+    assert json.loads(capsys.readouterr().out) == []
+    for words in (["verify", "--all"], ["verify"], ["show", "2026-03-05"], ["show", "previous"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["releases", *words, *where])
+        assert ended.value.code == 2
+        block = " ".join(capsys.readouterr().err.split())
+        assert block.startswith("NoRelease ")
+        assert said in block
+        assert "releases list" not in block
 
 
 def test_a_pipeline_without_releases_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

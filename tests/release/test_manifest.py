@@ -310,3 +310,21 @@ def test_sizes_and_digests_are_those_of_the_files(tmp_path: Path):
     a, b = describe(tmp_path)
     assert (a.name, a.bytes, a.sha256[:8]) == ("a", 3, "ba7816bf")
     assert (b.name, b.bytes, b.sha256[:8]) == ("b", 0, "e3b0c442")
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [
+        (6, "update nightrank on this host"),
+        (2**70, "update nightrank on this host"),
+        *((odd, "publish the release again") for odd in (0, -1, "6", None, 6.0, True, "x" * 999)),
+    ],
+)
+def test_a_newer_schema_version_asks_for_a_newer_reader_and_an_odd_one_for_another_manifest(
+    manifest: Manifest, version: object, remedy: str
+) -> None:
+    data = json.dumps(json.loads(manifest.serialise()) | {"schema_version": version}).encode()
+    with pytest.raises(ReleaseRefused) as refused:
+        Manifest.parse(data, manifest.pipeline, manifest.release)
+    assert str(refused.value).endswith(f"; {remedy}")
+    assert "update the reader" not in str(refused.value)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from flows import cli
 from tasks.clients.object_store import ObjectStore, open_store
 from tasks.errors import InvalidConfig, ObjectCorrupt, ReleaseRefused
 from tasks.release import moves
@@ -248,8 +250,11 @@ def test_an_unsigned_pointer_is_refused_until_an_operator_signs_it(
     publish_release(store, PIPELINE, full.folder, full.manifest, {})
     before = promote(store, PIPELINE, full.manifest.release, NIGHT, token=1)
     use(monkeypatch, tmp_path, key, trusted(key))
-    with pytest.raises(ReleaseRefused, match=r"not signed, and keys are named.*releases sign"):
+    with pytest.raises(ReleaseRefused, match="not signed, and keys are named") as refused:
         read_pointer(store, PIPELINE)
+    named = before.release[:12]
+    assert f"`nightrank releases verify {named}`" in str(refused.value)
+    assert f"`nightrank releases sign {named} --pointer --unsigned`" in str(refused.value)
     ring = Keyring((trusted(key),))
     with pytest.raises(ReleaseRefused, match="not signed"):
         sign_pointer(store, PIPELINE, key, ring)
@@ -390,3 +395,33 @@ def test_a_key_is_never_overwritten_and_an_unknown_one_not_revoked(tmp_path: Pat
 def test_a_key_id_is_of_its_key(key: SigningKey) -> None:
     assert key_id_of(key.public_key) == key.key_id
     assert key.key_id not in repr(key)
+
+
+def test_the_command_that_an_unsigned_store_is_told_to_run_signs_it(
+    store: ObjectStore, full: Made, key: SigningKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What each refusal says is run as it stands, from the name `champion` to a store that rankers follow."""
+    publish_release(store, PIPELINE, full.folder, full.manifest, {})
+    promote(store, PIPELINE, full.manifest.release, NIGHT, token=1)
+    use(monkeypatch, tmp_path, key, trusted(key))
+    where = ["--store", store.url, "--pipeline", PIPELINE]
+
+    def refused(*words: str) -> list[list[str]]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["releases", *words, *where])
+        assert ended.value.code == 2
+        block = " ".join(capsys.readouterr().err.split())
+        assert block.startswith("ReleaseRefused ")
+        return [told.split()[1:] for told in re.findall("`(nightrank [^`]+)`", block)]
+
+    look, sign = refused("sign", "champion", "--unsigned")
+    assert refused("sign") == [look]  # the release is what is looked at, and not the pointer that is refused
+    with pytest.raises(SystemExit):  # it is not signed yet, and all else is told
+        cli.main([*look, *where])
+    assert "answer the golden requests" in capsys.readouterr().out
+    cli.main([*sign, *where])
+    assert read_manifest(store, PIPELINE, full.manifest.release) == full.manifest
+    pointer = read_pointer(store, PIPELINE)
+    assert pointer is not None
+    assert pointer.release == full.manifest.release

@@ -46,7 +46,7 @@ from tasks.release.variants import build, built_from, files_of
 from tasks.steps import Product, Progress, carry_out, open_workspace, quietly, recalled, record_of, verb
 from tasks.validate import clean_file
 
-VERSION = 6
+VERSION = 7
 GRAPH_VERSION = 3
 GRAPH = "score.onnx"
 

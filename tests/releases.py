@@ -406,6 +406,27 @@ def with_variants(
     return replace(made, bank=bank, golden=golden, folder=folder, manifest=manifest)
 
 
+def bounded(made: Made, folder: Path, minimum: float, maximum: float) -> Made:
+    """The release as it is of a contract that bounds its ratings."""
+    shutil.copytree(made.folder, folder)
+    objectives = tuple(
+        one if one.kind == "binary" else replace(one, minimum=minimum, maximum=maximum)
+        for one in made.manifest.interface.objectives
+    )
+    return replace(
+        made, folder=folder, manifest=manifest_of(folder, replace(made.manifest.interface, objectives=objectives))
+    )
+
+
+UNSOLVABLE = {
+    "user": ["x1"], "job": [None], "zone": [None], "age": [1.0], "member": [1.0],
+    "item": [[1000003, 2000006]], "genre": [["genre 1 é", "genre 2 é"]], "year": [[1.0, 2.0]],
+    "feedback_item": [[1000003] * 5], "feedback_genre": [["genre 1 é"] * 5], "feedback_year": [[1.0] * 5],
+    "feedback_liked": [[1] * 5], "feedback_stars": [[3.4e38, -3.4e38, 3.4e38, -3.4e38, 3.4e38]],
+}  # fmt: skip
+"""A request whose feedback has no solution in float32; of the release `full`."""
+
+
 def described_anew(made: Made, folder: Path) -> Manifest:
     """The manifest of a folder that somebody changed, with digests that fit: what an attacker would write."""
     files = describe_files(folder)

@@ -84,10 +84,28 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Objective:
-    """One position of the scores' last axis: a probability (binary) or an expected value (rating)."""
+    """One position of the scores' last axis: a probability (binary) or an expected value (rating).
+
+    Attributes:
+        name: of the objective.
+        kind: of the outcome.
+        minimum: the smallest label of a rating that the contract allows; None where it names none.
+        maximum: the largest.
+    """
 
     name: str
     kind: Literal["binary", "rating"]
+    minimum: float | None = None
+    maximum: float | None = None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it names a bound."""
+        return self.minimum is not None or self.maximum is not None
+
+    def as_json(self) -> Json:
+        """The objective as an interface tells it: a bound that is not named is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -130,7 +148,7 @@ class Interface:
             "night": self.night.isoformat(),
             "inputs": inputs,
             "output": {"name": self.output, "dtype": "float32", "shape": ["requests", "candidates", "objectives"]},
-            "objectives": [asdict(objective) for objective in self.objectives],
+            "objectives": [objective.as_json() for objective in self.objectives],
             "wires": dict(self.wires),
             "levels": levels,
         }
@@ -151,13 +169,7 @@ def read_interface(read: Reader, value: object) -> Interface:
     }:
         read.refuse("its inputs are doubled, or lack the user or the item")
     output = read.fields(values["output"], "output", ("name", "dtype", "shape"), versioned=False)
-    objectives = []
-    for one in read.sequence(values["objectives"], "objectives"):
-        said = read.fields(one, "objective", ("name", "kind"), versioned=False)
-        kind: Literal["binary", "rating"] = "binary" if said["kind"] == "binary" else "rating"
-        if said["kind"] != kind:
-            read.refuse(f"objective kind {said['kind']!r} is unknown")
-        objectives.append(Objective(read.name(said["name"]), kind))
+    objectives = [_objective(read, one) for one in read.sequence(values["objectives"], "objectives")]
     if not objectives:
         read.refuse("it has no objective")
     _feedback_fits(read, inputs, objectives)
@@ -172,6 +184,21 @@ def read_interface(read: Reader, value: object) -> Interface:
     if canonical(interface.as_json()) != canonical(value):
         read.refuse("its interface does not follow from its parts")
     return interface
+
+
+def _objective(read: Reader, value: object) -> Objective:
+    bounds = [name for name in ("minimum", "maximum") if isinstance(value, Mapping) and name in value]
+    said = read.fields(value, "objective", ("name", "kind", *bounds), versioned=False)
+    kind: Literal["binary", "rating"] = "binary" if said["kind"] == "binary" else "rating"
+    if said["kind"] != kind:
+        read.refuse(f"objective kind {said['kind']!r} is unknown")
+    name = read.name(said["name"])
+    if bounds and kind == "binary":
+        read.refuse(f"objective {name!r} is binary and has a {bounds[0]}: its labels are 0 and 1")
+    low, high = (read.number(said[one], f"{one} of {name}") if one in said else None for one in ("minimum", "maximum"))
+    if low is not None and high is not None and low > high:
+        read.refuse(f"objective {name!r} has minimum {low:g}, which is above maximum {high:g}")
+    return Objective(name, kind, low, high)
 
 
 def _input(read: Reader, value: object) -> InputSpec:

@@ -7,6 +7,7 @@ Shapes: R requests, M candidates per request, Cr/Cc categorical request/candidat
 of a list.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -17,7 +18,7 @@ import onnx
 import pyarrow as pa
 from onnx import TensorProto, helper
 
-from tasks.data.contract import LISTS, DataConfig
+from tasks.data.contract import LISTS, ColumnConfig, DataConfig, ObjectiveConfig
 from tasks.data.lists import NOTHING
 from tasks.data.segments import mixed_radix
 from tasks.data.vocabulary import MISSING
@@ -167,8 +168,19 @@ def _hashed(data: DataConfig, spec: InputSpec) -> InputSpec:
 
 
 def objectives(data: DataConfig) -> tuple[Objective, ...]:
-    """The last axis of the scores."""
-    return tuple(Objective(objective.name, objective.kind) for objective in data.objectives)
+    """The last axis of the scores; ratings with the bounds that the contract sets to their labels."""
+    return tuple(_objective(one, data.column(one.column)) for one in data.objectives)
+
+
+def _objective(objective: ObjectiveConfig, label: ColumnConfig) -> Objective:
+    if objective.kind == "binary":
+        return Objective(objective.name, objective.kind)
+    return Objective(objective.name, objective.kind, _finite(label.minimum), _finite(label.maximum))
+
+
+def _finite(bound: float | None) -> float | None:
+    """The bound; None for infinity, which bounds nothing and is no JSON."""
+    return bound if bound is not None and math.isfinite(bound) else None
 
 
 def encode(data: DataConfig, tables: ServingTables, request: Request) -> dict[str, npt.NDArray[np.generic]]:

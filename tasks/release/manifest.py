@@ -16,6 +16,7 @@ from pathlib import Path
 from tasks.errors import ReleaseRefused
 from tasks.release.interface import InputSpec as InputSpec  # serving imports from here alone
 from tasks.release.interface import Interface, Json, read_interface
+from tasks.release.interface import Objective as Objective
 from tasks.release.interface import Personal as Personal
 from tasks.release.manifest_parts import GRAPH as GRAPH
 from tasks.release.manifest_parts import LARGEST_DIFFERENCE as LARGEST_DIFFERENCE
@@ -183,6 +184,8 @@ class Manifest:
         manifest = cls(pipeline, release, files, interface, parity, metrics, provenance)
         if any(spec.per == "feedback" for spec in interface.inputs) != (not OPTIONAL["feedback"].isdisjoint(named)):
             read.refuse("its inputs and its graphs do not agree whether requests bring feedback")
+        if version != MANIFEST_VERSION and any(objective.bounded for objective in interface.objectives):
+            read.refuse("an objective has bounds, which its schema version does not have")
         if not newer:
             if any(spec.optional or spec.personal is not None for spec in interface.inputs):
                 read.refuse("an input is optional or hashed, which its schema version does not have")

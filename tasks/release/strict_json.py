@@ -18,7 +18,7 @@ HISTORY_VERSION = 3
 VARIANTS_VERSION = 4
 """Of an older manifest that says what a release requires, its segments, its variants, what lies beside it."""
 MANIFEST_VERSION = 5
-"""Of the manifests that are written: also which files each graph opens."""
+"""Of the manifests that are written: also which files each graph opens, and within which bounds ratings lie."""
 POINTER_VERSION = 2
 """Of a pointer that is signed, or names a challenger or a hold; every other one keeps the number that older readers
 know."""

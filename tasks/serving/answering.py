@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,8 @@ from tasks.errors import NightrankError, ReleaseRefused, RequestRejected
 from tasks.release.manifest import Manifest
 from tasks.serving.batcher import Batcher
 from tasks.serving.events import Events, Role
-from tasks.serving.guards import ConstantWatch, require_finite
+from tasks.serving.feedback import bounds_of
+from tasks.serving.guards import ConstantWatch, constant, require_finite
 from tasks.serving.loaded import LoadedRelease
 from tasks.serving.requests import Arrays, read_request
 from tasks.serving.split import challenged
@@ -79,53 +81,101 @@ class Champion:
         self.release = release
         self.watch = watch or ConstantWatch()
         self._events, self._batcher = events, batcher
+        self._bounds = [bounds_of(objective) for objective in release.manifest.interface.objectives]
 
     def answer(self, request: Mapping[str, object]) -> Answer:
         """Score a request.
 
         Raises:
-            RequestRejected: it does not fit the release's inputs.
+            RequestRejected: it does not fit the release's inputs, or its feedback cannot be solved.
             ReleaseRefused: the release gives something that is no answer.
         """
+        release = self.release
+        specs = release.manifest.interface.inputs
         try:
-            release = self.release
-            inputs, shape = read_request(release.manifest.interface.inputs, request, release.hasher, release.binary)
+            inputs, shape = read_request(specs, request, release.hasher, release.binary, self._bounds)
+            return self._score(inputs, shape)
         except RequestRejected:
             self._events.rejected()
             raise
-        return self._score(inputs, shape)
 
     def _score(self, inputs: Arrays, shape: tuple[int, int]) -> Answer:
-        scores = self._run("champion", self.release, self.watch, inputs, shape)
+        scores = self._run("champion", self.release, self.watch, inputs, shape, self._rival())
         manifest = self.release.manifest
         return Answer(manifest, inputs[self.release.item], scores, (manifest.release,) * shape[0])
 
+    def _rival(self) -> LoadedRelease | None:
+        """Another release that the champion's answers may be compared with."""
+        return None
+
     def _run(
-        self, role: Role, release: LoadedRelease, watch: ConstantWatch, inputs: Arrays, shape: tuple[int, int]
+        self,
+        role: Role,
+        release: LoadedRelease,
+        watch: ConstantWatch,
+        inputs: Arrays,
+        shape: tuple[int, int],
+        rival: LoadedRelease | None,
     ) -> F32:
+        """Scores that are numbers, told to whoever listens; a constant one counts where the rival's is none."""
         began = time.perf_counter()
         try:
-            run = release.run if self._batcher is None else lambda *asked: self._batched(release, *asked)
-            scores = run(inputs, shape)
-            require_finite(release.manifest, scores)
+            scores = self._numbers(release, inputs, shape)
+        except RequestRejected:
+            raise
         except Exception:
             self._events.failed(role)
             raise
-        watch.add(scores)
-        self._events.answered(role, shape[0], shape[0] * shape[1], time.perf_counter() - began)
+        took = time.perf_counter() - began
+        told_apart = None if rival is None else partial(self._told_apart, rival, inputs, shape)
+        watch.add(release.manifest, inputs, scores, told_apart)
+        self._events.answered(role, shape[0], shape[0] * shape[1], took)
         self._events.constant(role, watch.share)
         return scores
 
-    def _batched(self, release: LoadedRelease, inputs: Arrays, shape: tuple[int, int]) -> F32:
-        assert self._batcher is not None
-        return self._batcher.run(release, inputs, shape)
+    def _numbers(self, release: LoadedRelease, inputs: Arrays, shape: tuple[int, int]) -> F32:
+        """Scores that are numbers; where they are none, it is found out whether feedback is to blame.
+
+        Raises:
+            RequestRejected: without their feedback all of the requests in question have scores.
+            ReleaseRefused: they have none either.
+        """
+        scores = self._scores(release, inputs, shape)
+        bad: npt.NDArray[np.bool_] = np.asarray(~np.isfinite(scores).all(axis=(1, 2)))
+        count = int(bad.sum())
+        feedback = [spec.name for spec in release.manifest.interface.inputs if spec.per == "feedback"] if count else []
+        if any(name in inputs for name in feedback):
+            plain = _rows({name: values for name, values in inputs.items() if name not in feedback}, bad)
+            if np.isfinite(self._scores(release, plain, (count, shape[1]))).all():
+                raise RequestRejected(
+                    f"the feedback of {count} of {shape[0]} requests cannot be solved: with it release "
+                    f"{release.manifest.release[:12]} gives scores that are no numbers, without it numbers; look at "
+                    f"the values in {', '.join(feedback)}, or leave them out"
+                )
+        require_finite(release.manifest, scores)
+        return scores
+
+    def _scores(self, release: LoadedRelease, inputs: Arrays, shape: tuple[int, int]) -> F32:
+        return release.run(inputs, shape) if self._batcher is None else self._batcher.run(release, inputs, shape)
+
+    def _told_apart(
+        self, rival: LoadedRelease, inputs: Arrays, shape: tuple[int, int], which: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_]:
+        """Of these requests, those whose candidates a rival tells apart."""
+        count = int(which.sum())
+        try:
+            return ~constant(self._scores(rival, _rows(inputs, which), (count, shape[1])))
+        except Exception:  # whatever it is, the request is answered already
+            log.warning("release %s cannot be compared with", rival.manifest.release[:12], exc_info=True)
+            return np.zeros(count, bool)
 
 
 class Contest(Champion):
     """A champion, and a challenger that answers a share of the users.
 
-    A challenger that gives no numbers, or constant scores to most of its users, has lost: from then on the champion
-    answers everybody, until the pointer moves.
+    A challenger has lost where two users got no numbers from it and numbers from the champion, or where it gives
+    constant scores to most requests whose candidates the champion tells apart: from then on the champion answers
+    everybody, until the pointer moves.
     """
 
     def __init__(
@@ -146,7 +196,8 @@ class Contest(Champion):
         self.challenger, self.share = challenger, share
         self.lost: str | None = None
         self._losing = threading.Lock()
-        self._challengers_watch = ConstantWatch()
+        self._challengers_watch = ConstantWatch(lists=1)
+        self._failed_for: set[object] = set()
         if _asks(release) != _asks(challenger):
             raise ReleaseRefused(
                 f"challenger {challenger.manifest.release[:12]} takes other inputs or has other objectives than "
@@ -162,8 +213,16 @@ class Contest(Champion):
         try:
             scores[theirs] = self._challenge(_rows(inputs, theirs), (int(theirs.sum()), shape[1]))
         except Exception as error:  # whatever it is, its users must not be without an answer
-            log.warning("the challenger failed", exc_info=None if isinstance(error, NightrankError) else error)
-            self._lose(f"{type(error).__name__}: {error}")
+            unknown = None if isinstance(error, NightrankError) else error
+            log.warning("the challenger failed: %s", error, exc_info=unknown)
+            answer = super()._score(inputs, shape)  # raises where the champion has none either: no proof then
+            self._blame(error, _rows(inputs, theirs), (int(theirs.sum()), shape[1]))
+            return answer
+        if self._challengers_watch.broken:
+            self._lose(
+                f"challenger {self.challenger.manifest.release[:12]} gave all candidates the same score in "
+                f"{self._challengers_watch.share:.0%} of its last answers, and the champion did not; look at its exam"
+            )
             return super()._score(inputs, shape)
         for at in np.flatnonzero(theirs).tolist():
             releases[at] = self.challenger.manifest.release
@@ -171,6 +230,9 @@ class Contest(Champion):
             ours = super()._score(_rows(inputs, ~theirs), (int((~theirs).sum()), shape[1]))
             scores[~theirs] = ours.scores
         return Answer(self.release.manifest, inputs[self.release.item], scores, tuple(releases))
+
+    def _rival(self) -> LoadedRelease | None:
+        return self.challenger if self.lost is None else None
 
     def _theirs(self, inputs: Arrays) -> npt.NDArray[np.bool_]:
         """Requests that are the challenger's."""
@@ -182,13 +244,31 @@ class Contest(Champion):
         return challenged(users.tolist(), missing, self.challenger.manifest.release, self.share)
 
     def _challenge(self, inputs: Arrays, shape: tuple[int, int]) -> F32:
-        scores = self._run("challenger", self.challenger, self._challengers_watch, inputs, shape)
-        if self._challengers_watch.broken:
-            raise ReleaseRefused(
-                f"challenger {self.challenger.manifest.release[:12]} gave all candidates the same score in "
-                f"{self._challengers_watch.share:.0%} of its last answers; look at its exam"
-            )
-        return scores
+        return self._run("challenger", self.challenger, self._challengers_watch, inputs, shape, self.release)
+
+    def _blame(self, error: Exception, inputs: Arrays, shape: tuple[int, int]) -> None:
+        """Note whom the challenger failed, asking for each alone where a call was of several; of two it loses."""
+        if isinstance(error, RequestRejected):
+            self._events.failed("challenger")
+        for at, user in enumerate(inputs[self.release.user].tolist()):
+            if user in self._failed_for:
+                continue
+            found = error if shape[0] == 1 else self._failure(_rows(inputs, np.arange(shape[0]) == at), shape[1])
+            if found is None:
+                continue
+            with self._losing:
+                self._failed_for.add(user)
+            if len(self._failed_for) > 1:
+                self._lose(f"{type(found).__name__}: {found}")
+                return
+
+    def _failure(self, inputs: Arrays, candidates: int) -> Exception | None:
+        """Why the challenger does not answer one request."""
+        try:
+            self._numbers(self.challenger, inputs, (1, candidates))
+        except Exception as error:  # noqa: BLE001 - it is noted
+            return error
+        return None
 
     def _lose(self, reason: str) -> None:
         with self._losing:
@@ -210,4 +290,4 @@ def _asks(release: LoadedRelease) -> object:
         (one.name, one.per, one.dtype, one.missing, one.values, one.of, one.personal, one.rows)
         for one in interface.inputs
     )
-    return inputs, interface.objectives
+    return inputs, [(objective.name, objective.kind) for objective in interface.objectives]

@@ -8,12 +8,34 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.errors import RequestRejected
-from tasks.release.manifest import InputSpec
+from tasks.release.manifest import InputSpec, Objective
 from tasks.serving.columns import Arrays, read_column, require_same_rows, rows_of, shielded
+
+LARGEST = 1e6
+"""Where a contract says nothing: a label of a rating is no larger. Stars, minutes and prices are smaller, and what is
+solved from a label is squared in float32, which has seven digits and ends at 3e38."""
+Bounds = tuple[float, float]
+"""Of an objective the smallest and the largest label."""
+
+
+def bounds_of(objective: Objective) -> Bounds:
+    """Between what labels of feedback lie: what the contract says, else `LARGEST` from zero or from its other bound.
+
+    >>> bounds_of(Objective("stars", "rating", 1.0, 5.0)), bounds_of(Objective("seconds", "rating", minimum=0.0))
+    ((1.0, 5.0), (0.0, 1000000.0))
+    """
+    low, high = objective.minimum, objective.maximum
+    if low is None:
+        low = -LARGEST if high is None else min(high, 0.0) - LARGEST
+    return low, max(low, 0.0) + LARGEST if high is None else high
 
 
 def read_feedback(
-    specs: Sequence[InputSpec], request: Mapping[str, object], requests: int, binary: Sequence[bool]
+    specs: Sequence[InputSpec],
+    request: Mapping[str, object],
+    requests: int,
+    binary: Sequence[bool],
+    bounds: Sequence[Bounds] = (),
 ) -> Arrays:
     """Check feedback and give its columns their types.
 
@@ -25,6 +47,7 @@ def read_feedback(
         request: column name to values; what is no feedback is not looked at.
         requests: R.
         binary: of each objective, whether its labels are 0 and 1.
+        bounds: of each objective, between what its labels lie; of golden requests none, whatever is finite goes.
 
     Returns:
         Arrays by column, [R, F] and of lists [R, F, V]; empty where nobody brings a row with a label.
@@ -43,8 +66,9 @@ def read_feedback(
     arrays: Arrays = {spec.name: shielded(spec, partial(_filled, spec, brought[spec.name], requests)) for spec in specs}
     require_same_rows(brought, "feedback", "rows")
     labels = {spec.name: arrays[spec.name] for spec in specs[len(specs) - len(binary) :]}
-    for (name, values), chance in zip(labels.items(), binary, strict=True):
-        _require_labels(name, values, chance)
+    between = bounds or [(-np.inf, np.inf)] * len(binary)
+    for (name, values), chance, limits in zip(labels.items(), binary, between, strict=True):
+        _require_labels(name, values, chance, limits)
     return arrays if any((~np.isnan(values)).any() for values in labels.values()) else {}
 
 
@@ -67,13 +91,20 @@ def _filled(spec: InputSpec, values: object, requests: int) -> npt.NDArray[np.ge
     return read_column(plain, [[*cell, *[None] * (longest - len(cell))] for cell in newest])
 
 
-def _require_labels(name: str, values: npt.NDArray[np.generic], binary: bool) -> None:
-    """Refuse labels that are no numbers, or of a binary objective neither 0 nor 1; NaN is a missing one."""
+def _require_labels(name: str, values: npt.NDArray[np.generic], binary: bool, limits: Bounds) -> None:
+    """Refuse labels that are no numbers, out of bounds, or of a binary objective neither 0 nor 1; NaN is a missing one.
+
+    Bounds are rounded to float32 as labels were, so that a label may be just as large as its bound.
+    """
     given = ~np.isnan(values)
-    wrong = given & ~(np.isin(values, (0.0, 1.0)) if binary else np.isfinite(values))
+    with np.errstate(over="ignore"):
+        low, high = np.array(limits).astype(np.float32)
+    good = np.isin(values, (0.0, 1.0)) if binary else np.isfinite(values) & (values >= low) & (values <= high)
+    wrong = given & ~good
     if wrong.any():
         request, row = np.argwhere(wrong)[0].tolist()
+        bounded = f"a number from {low:.9g} to {high:.9g}" if np.isfinite((low, high)).all() else "a finite number"
         raise RequestRejected(
             f"column {name!r} holds the label {values[request, row]} in row {row} of request {request}, expected "
-            f"{'0 or 1' if binary else 'a finite number'}, or None where it is missing"
+            f"{'0 or 1' if binary else bounded}, or None where it is missing"
         )

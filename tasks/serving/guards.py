@@ -6,8 +6,8 @@ is refused, and while it serves its answers are watched.
 """
 
 import threading
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ LEAST = 200
 """Requests before there is a verdict."""
 MOST = 0.5
 """Share of constant answers above which a release is held to be broken."""
+SPREAD = 10
+"""Users, and lists of candidates, that constant answers must come from: one caller who probes is no proof."""
 
 
 def require_finite(manifest: Manifest, scores: F32) -> None:
@@ -56,6 +58,16 @@ def constant(scores: F32) -> npt.NDArray[np.bool_]:
     return same
 
 
+def candidates_differ(manifest: Manifest, inputs: Arrays) -> npt.NDArray[np.bool_]:
+    """Which requests have candidates that differ in a column [R]; two missing numbers do not."""
+    columns = [inputs[spec.name] for spec in manifest.interface.inputs if spec.per == "candidate"]
+    differ = np.zeros(len(columns[0]), bool)
+    for column in columns:
+        values = column.reshape(*column.shape[:2], -1)
+        differ |= ((values != values[:, :1]) & ((values == values) | (values[:, :1] == values[:, :1]))).any((1, 2))
+    return differ
+
+
 def require_variety(
     manifest: Manifest, golden: Sequence[tuple[Arrays, tuple[int, int], F32]], answers: Sequence[F32]
 ) -> None:
@@ -69,13 +81,9 @@ def require_variety(
     Raises:
         ReleaseRefused: there are requests with candidates that differ, and none is answered with different scores.
     """
-    names = [spec.name for spec in manifest.interface.inputs if spec.per == "candidate"]
     judged = 0
     for (inputs, _, _), answer in zip(golden, answers, strict=True):
-        differ = np.zeros(len(answer), bool)
-        for name in names:
-            values = inputs[name].reshape(*answer.shape[:2], -1)
-            differ |= ((values != values[:, :1]) & ((values == values) | (values[:, :1] == values[:, :1]))).any((1, 2))
+        differ = candidates_differ(manifest, inputs)
         if differ.any():
             judged += int(differ.sum())
             if not constant(answer)[differ].all():
@@ -88,31 +96,100 @@ def require_variety(
 
 
 class ConstantWatch:
-    """The share of a release's recent answers that ranked nothing. Any number of threads may add to it."""
+    """The share of a release's recent answers that ranked nothing. Any number of threads may add to it.
 
-    def __init__(self) -> None:
+    A constant answer counts where the candidates differ, and the same user with the same candidates counts once among
+    the answers that are looked back on. Other answers have told candidates apart and all count.
+    """
+
+    def __init__(self, lists: int = SPREAD) -> None:
+        """Begin with nothing.
+
+        Args:
+            lists: different lists of candidates that constant answers must come from before there is a verdict.
+        """
+        self._lists = lists
         self._lock = threading.Lock()
-        self._recent: deque[bool] = deque(maxlen=WINDOW)
-        self._constant = 0
+        self._recent: deque[tuple[int, int] | None] = deque(maxlen=WINDOW)
+        self._constant: set[tuple[int, int]] = set()
+        self._users: Counter[int] = Counter()
+        self._candidates: Counter[int] = Counter()
 
-    def add(self, scores: F32) -> None:
-        """Look at scores [R, M, K]."""
-        found = constant(scores).tolist()
+    def add(
+        self,
+        manifest: Manifest,
+        inputs: Arrays,
+        scores: F32,
+        told_apart: Callable[[npt.NDArray[np.bool_]], npt.NDArray[np.bool_]] | None = None,
+    ) -> None:
+        """Look at an answer.
+
+        Args:
+            manifest: of the release.
+            inputs: what it was asked, R requests.
+            scores: what it answered [R, M, K].
+            told_apart: asked for constant answers that would count: given which requests [R] they are of, says for each
+                of these whether another release tells its candidates apart. Where not, the answer does not count.
+        """
+        same = constant(scores)
+        new = same.copy()
+        if same.any():
+            new[same] = candidates_differ(manifest, {name: values[same] for name, values in inputs.items()})
+        asked = {at: _asked(manifest, inputs, at) for at in np.flatnonzero(new).tolist()}
         with self._lock:
-            for one in found:
-                if len(self._recent) == WINDOW:
-                    self._constant -= self._recent[0]
-                self._recent.append(one)
-                self._constant += one
+            for at, key in asked.items():
+                new[at] = key not in self._constant
+        if told_apart is not None and new.any():
+            new[new] = told_apart(new)
+        with self._lock:
+            for at, one in enumerate(same.tolist()):
+                if not one:
+                    self._append(None)
+                elif new[at] and asked[at] not in self._constant:
+                    self._append(asked[at])
+
+    def _append(self, key: tuple[int, int] | None) -> None:
+        if len(self._recent) == WINDOW and (gone := self._recent[0]) is not None:
+            self._constant.remove(gone)
+            for counted, part in zip((self._users, self._candidates), gone, strict=True):
+                counted[part] -= 1
+                if not counted[part]:
+                    del counted[part]
+        self._recent.append(key)
+        if key is not None:
+            self._constant.add(key)
+            self._users[key[0]] += 1
+            self._candidates[key[1]] += 1
 
     @property
     def share(self) -> float:
         """Share of the last answers that were constant; 0 before there were any."""
         with self._lock:
-            return self._constant / len(self._recent) if self._recent else 0.0
+            return len(self._constant) / len(self._recent) if self._recent else 0.0
 
     @property
     def broken(self) -> bool:
-        """Whether too many of enough answers were constant."""
+        """Whether too many of enough answers were constant, of enough users and lists of candidates."""
         with self._lock:
-            return len(self._recent) >= LEAST and self._constant > MOST * len(self._recent)
+            spread = len(self._users) >= SPREAD and len(self._candidates) >= self._lists
+            return spread and len(self._recent) >= LEAST and len(self._constant) > MOST * len(self._recent)
+
+
+def _asked(manifest: Manifest, inputs: Arrays, request: int) -> tuple[int, int]:
+    """Who asks, and about what: hashes of the user, or of all that is known of him where he has no key; of the list."""
+    specs = manifest.interface.inputs
+    user = next(spec for spec in specs if spec.per == "request")
+    nobody = inputs[user.name][request] == user.missing
+    own = [spec.name for spec in specs if spec.per == "request"] if nobody else [user.name]
+    candidates = [spec.name for spec in specs if spec.per == "candidate"]
+
+    def hashed(names: Sequence[str]) -> int:
+        return hash(tuple(_hashable(inputs[name][request]) for name in names))
+
+    return hashed(own), hashed(candidates)
+
+
+def _hashable(values: npt.NDArray[np.generic]) -> Hashable:
+    """The values of a column in one request as something that equals itself, missing numbers included."""
+    array = np.asarray(values)
+    return tuple(array.ravel().tolist()) if array.dtype == object else array.tobytes()

@@ -6,7 +6,7 @@ from tasks.errors import RequestRejected
 from tasks.release.manifest import InputSpec
 from tasks.serving.columns import Arrays as Arrays
 from tasks.serving.columns import read_column, require_newest_first, require_same_rows
-from tasks.serving.feedback import read_feedback
+from tasks.serving.feedback import Bounds, read_feedback
 from tasks.serving.hashing import Hasher
 
 
@@ -15,6 +15,7 @@ def read_request(
     request: Mapping[str, object],
     hasher: Hasher | None = None,
     binary: Sequence[bool] = (),
+    bounds: Sequence[Bounds] = (),
 ) -> tuple[Arrays, tuple[int, int]]:
     """Check a request and give its columns their types.
 
@@ -31,6 +32,7 @@ def read_request(
         request: column name to array or nested list.
         hasher: hashes personal columns; None where the request holds what the lake holds.
         binary: of each objective, whether its labels are 0 and 1, as feedback gives them.
+        bounds: of each objective, between what labels of feedback lie; see `read_feedback`.
 
     Returns:
         Arrays by column, those of feedback only where there is some, and (R, M): requests and candidates per request.
@@ -71,7 +73,7 @@ def read_request(
                 f"column {spec.name!r} has shape {list(found)}, expected {list(expected)}, because "
                 f"{first['candidate']!r} has shape {[requests, candidates]} (requests x candidates)"
             )
-    arrays |= read_feedback(given, request, requests, binary)
+    arrays |= read_feedback(given, request, requests, binary, bounds)
     if hasher is not None:
         arrays |= {
             spec.name: hasher.hashed(spec, arrays[spec.name]) for spec in (*specs, *given) if spec.name in arrays

@@ -25,7 +25,18 @@ from tasks.release.publishing import publish_release
 from tasks.serving.ranker import Ranker
 from tests.benchmarks import traffic
 from tests.infra.running import ROOT, Running, as_json, running, under_traffic
-from tests.releases import NIGHT, PIPELINE, Made, make_release, next_night, shared_graph, with_variants
+from tests.releases import (
+    NIGHT,
+    PIPELINE,
+    UNSOLVABLE,
+    Made,
+    bounded,
+    make_release,
+    next_night,
+    shared_feedback_graph,
+    shared_graph,
+    with_variants,
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +107,35 @@ def test_it_tells_which_graph_serves_and_why_fp32_does(store: ObjectStore, night
         while told["release"] != sound.manifest.release:
             _, told = service.call("/readyz")
         assert (told["variant"], told["spared"]) == ("int8", None)
+
+
+def test_labels_out_of_bounds_and_feedback_without_a_solution_are_rejected_and_blame_nobody(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    graphs = shared_graph(tmp_path_factory, "full"), shared_feedback_graph(tmp_path_factory, "full")
+    made = make_release(tmp_path / "made", graphs[0], with_feedback=graphs[1])
+    wide = bounded(made, tmp_path / "wide", -3.4e38, 3.4e38)
+    store = open_store(str(tmp_path / "feedback"))
+    for one in (made, wide):
+        publish_release(store, PIPELINE, one.folder, one.manifest, {})
+        promote(store, PIPELINE, one.manifest.release, NIGHT, token=1)
+    promote(store, PIPELINE, made.manifest.release, NIGHT, token=1)
+    body, good = (json.dumps(UNSOLVABLE | {"feedback_stars": [[1, 2, 3, 4, one]]}).encode() for one in (1e30, 5))
+    with running(store, tmp_path, "--poll", "0.2") as service:
+        assert service.call("/score", good)[0] == 200
+        status, told = service.call("/score", body)
+        assert (status, told["error"]) == (422, "rejected")
+        assert "the label 1.0000000150474662e+30 in row 4 of request 0, expected a number from" in told["message"]
+        promote(store, PIPELINE, wide.manifest.release, NIGHT, token=1)
+        while service.call("/readyz")[1]["release"] != wide.manifest.release:
+            time.sleep(0.02)
+        status, told = service.call("/score", json.dumps(UNSOLVABLE).encode())
+        assert (status, told["error"]) == (422, "rejected")
+        assert told["message"].startswith("the feedback of 1 of 1 requests cannot be solved")
+        metrics = service.text("/metrics")
+        assert f'nightrank_requests_total{{outcome="rejected",pipeline="{PIPELINE}",role="champion"}} 2.0' in metrics
+        assert 'outcome="failed"' not in metrics
+        assert service.call("/readyz")[1]["warnings"] == []
 
 
 def refused(service: Running, made: Made) -> None:

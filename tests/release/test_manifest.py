@@ -67,6 +67,16 @@ def test_a_manifest_reads_back_as_it_was_written(manifest: Manifest):
     assert manifest.size == sum(file.bytes for file in manifest.files)
 
 
+@pytest.mark.parametrize("bounds", [{"minimum": 1.0, "maximum": 5.0}, {"minimum": 0.0}, {"maximum": -2.5}])
+def test_bounds_of_ratings_read_back_and_those_that_are_not_named_are_not_there(manifest: Manifest, bounds):
+    binary, rating = manifest.interface.objectives
+    interface = replace(manifest.interface, objectives=(binary, replace(rating, **bounds)))
+    told = json.loads(interface.serialise())["objectives"]
+    assert told == [{"name": "liked", "kind": "binary"}, {"name": "stars", "kind": "rating"} | bounds]
+    bounded = replace(manifest, interface=interface)
+    assert Manifest.parse(bounded.serialise(), "shop", manifest.release) == bounded
+
+
 def test_the_id_is_the_digest_of_names_sizes_and_digests_alone(manifest: Manifest):
     assert manifest.release == content_digest(reversed(manifest.files))
     for change in ({"name": "x"}, {"bytes": 1}, {"sha256": "0" * 64}):
@@ -124,6 +134,11 @@ ODD: dict[str, Callable[[dict[str, Any]], object]] = {
     "another shape": lambda found: found["interface"]["inputs"][0].update(shape=["requests", "candidates"]),
     "missing marker of another type": lambda found: found["interface"]["inputs"][0].update(missing=0),
     "unknown objective kind": lambda found: found["interface"]["objectives"][0].update(kind="rank"),
+    "a bound that is no number": lambda found: found["interface"]["objectives"][1].update(maximum="5"),
+    "a bound of null": lambda found: found["interface"]["objectives"][1].update(minimum=None),
+    "bounds in disorder": lambda found: found["interface"]["objectives"][1].update(minimum=5.5, maximum=5.0),
+    "a bound of a binary objective": lambda found: found["interface"]["objectives"][0].update(maximum=1.0),
+    "an objective with another field": lambda found: found["interface"]["objectives"][1].update(median=3.0),
     "no objective": lambda found: found["interface"].update(objectives=[]),
     "output of another type": lambda found: found["interface"]["output"].update(dtype="float16"),
     "night is no date": lambda found: found["interface"].update(night="yesterday"),
@@ -262,6 +277,10 @@ def test_manifests_that_older_versions_wrote_are_read_and_written_as_they_were(v
     assert found.serialise() == data
     assert (found.schema_version, found.graphs) == (version, {})
     assert set(selected(found, choose(found, "auto", "cpu"), "cpu").files) == {file.name for file in found.files}
+    bounds = told | {"interface": json.loads(json.dumps(told["interface"]))}
+    bounds["interface"]["objectives"][-1].update(kind="rating", minimum=1.0)
+    with pytest.raises(ReleaseRefused, match="an objective has bounds, which its schema version does not have"):
+        Manifest.parse(json.dumps(bounds).encode(), told["pipeline"], told["release"])
     if version == 4:
         assert found.requires is not None
         assert (set(found.variants), len(found.beside)) == ({"fp16", "int8"}, 3)

@@ -22,7 +22,7 @@ ONLY_THE_READER = {
     "another digest", "another size", "oversize", "doubled input", "another shape", "segments that do not add up",
     "segments of another ladder", "segments of more levels", "a variant of files that are not there",
     "size is a float", "a float as schema version", "no word of what a graph opens", "a graph that is not there",
-    "a graph that opens what is not there", "a graph that opens files in disorder",
+    "a graph that opens what is not there", "a graph that opens files in disorder", "bounds in disorder",
 }  # fmt: skip
 """Oddities that follow from other fields, from the place of the document, or from sums; 1.0 is an integer there."""
 
@@ -48,6 +48,9 @@ def test_real_manifests_of_older_versions_fit(version: int) -> None:
     assert not accepts("manifest", told | {"variants": {}})
     told["interface"]["inputs"][0]["optional"] = True
     assert not accepts("manifest", told)
+    del told["interface"]["inputs"][0]["optional"]
+    told["interface"]["objectives"][-1].update(kind="rating", minimum=1.0)
+    assert not accepts("manifest", told)
 
 
 def test_a_real_manifest_of_the_version_before_fits() -> None:
@@ -56,13 +59,17 @@ def test_a_real_manifest_of_the_version_before_fits() -> None:
     for version in (1, 3, 5):
         assert not accepts("manifest", told | {"schema_version": version})
     assert not accepts("manifest", told | {"graphs": {}})
+    told["interface"]["objectives"][-1].update(kind="rating", minimum=1.0)
+    assert not accepts("manifest", told)
 
 
 def test_a_manifest_of_today_fits_with_all_that_it_may_say(manifest: Manifest) -> None:
     assert accepts("manifest", json.loads(manifest.serialise()))
     (first, *rest) = manifest.interface.inputs
     marked = replace(first, personal=Personal("k1"), optional=True)
-    interface = replace(manifest.interface, inputs=(marked, *rest))
+    binary, rating = manifest.interface.objectives
+    bounded = (binary, replace(rating, minimum=1.0, maximum=5.0))
+    interface = replace(manifest.interface, inputs=(marked, *rest), objectives=bounded)
     rich = replace(manifest, interface=interface)
     assert Manifest.parse(rich.serialise(), "shop", rich.release) == rich
     assert accepts("manifest", json.loads(rich.serialise()))

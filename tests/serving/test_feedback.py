@@ -1,30 +1,43 @@
 """Requests with feedback: what a caller may pass, which graphs answer, and what is refused."""
 
 import json
+import re
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from tasks.clients.object_store import open_store
+from tasks.data.contract import DataConfig
 from tasks.errors import ReleaseRefused, RequestRejected
-from tasks.release.interface import InputSpec, read_interface
+from tasks.release.interface import InputSpec, Objective, read_interface
+from tasks.release.lookups import objectives
 from tasks.release.manifest import Manifest, content_digest
+from tasks.release.moves import challenge
 from tasks.release.pointer import promote
 from tasks.release.publishing import publish_release
 from tasks.release.strict_json import Reader
 from tasks.serving import loaded
+from tasks.serving.feedback import bounds_of
 from tasks.serving.loaded import load
+from tasks.serving.metrics import Metrics
 from tasks.serving.ranker import Ranker
 from tasks.serving.requests import read_request
+from tasks.serving.runners import Whole
 from tasks.serving.sessions import Engine
 from tests.releases import (
+    COLUMNS,
     FEEDBACK,
     NIGHT,
     PIPELINE,
+    UNSOLVABLE,
     Made,
+    bounded,
     make_release,
+    next_night,
     shared_feedback_graph,
     shared_graph,
     with_variants,
@@ -123,6 +136,50 @@ def test_where_nobody_brings_a_label_there_is_no_feedback(brought):
 def test_feedback_that_means_nothing_is_rejected(changed, told):
     with pytest.raises(RequestRejected, match=told):
         read_request(SPECS, PLAIN | BROUGHT | changed, binary=BINARY)
+
+
+def test_labels_of_ratings_lie_within_bounds():
+    for label, bound in ((5.5, (1.0, 5.0)), (0.5, (1.0, 5.0)), (-1e30, bounds_of(Objective("stars", "rating")))):
+        told = re.escape(
+            f"the label {np.float32(label)} in row 2 of request 0, expected a number from {bound[0]:.0f} to"
+        )
+        with pytest.raises(RequestRejected, match=told):
+            read_request(
+                SPECS,
+                PLAIN | BROUGHT | {"feedback_stars": [[4, 3, label, 1], [1], None]},
+                binary=BINARY,
+                bounds=((-1e6, 1e6), bound),
+            )
+    for label in (0.1, 0.7):  # neither is a number of float32
+        arrays, _ = read_request(
+            SPECS,
+            PLAIN | BROUGHT | {"feedback_stars": [[label] * 4, [None], None]},
+            binary=BINARY,
+            bounds=((-1e6, 1e6), (label, label)),
+        )
+        assert arrays["feedback_stars"][0, 0] == np.float32(label)
+
+
+def test_bounds_are_the_contracts_or_a_million():
+    def objective(minimum: float | None, maximum: float | None) -> Objective:
+        columns = [*COLUMNS["full"][:4], {**COLUMNS["full"][4], "minimum": minimum, "maximum": maximum}]
+        outcomes = [{"name": "stars", "column": "stars", "kind": "rating"}, {"name": "liked", "column": "liked"}]
+        data = DataConfig.model_validate({"source": "lake", "columns": columns, "objectives": outcomes})
+        first, second = objectives(data)
+        assert second == Objective("liked", "binary")
+        return first
+
+    for said, expected in (
+        ((1, 5), (1.0, 5.0)),
+        ((None, None), (-1e6, 1e6)),
+        ((-np.inf, np.inf), (-1e6, 1e6)),
+        ((0, None), (0.0, 1e6)),
+        ((3e6, None), (3e6, 4e6)),
+        ((None, 10), (-1e6, 10.0)),
+        ((None, -3e6), (-4e6, -3e6)),
+        ((0, 1e9), (0.0, 1e9)),
+    ):
+        assert bounds_of(objective(*said)) == expected
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +301,82 @@ def test_a_release_whose_graphs_with_feedback_answer_otherwise_is_refused(made, 
     plain = replace(made.manifest.interface, inputs=tuple(s for s in made.manifest.interface.inputs if not s.optional))
     (tmp_path / "interface.json").write_bytes(plain.serialise())
     assert load(tmp_path, replace(made.manifest, interface=plain), "cpu").feedback is None
+
+
+@pytest.fixture
+def wide(made, tmp_path: Path) -> tuple[Made, Made]:
+    """The release, and another bank, of a contract that lets any label of a rating through."""
+    other = next_night(made, tmp_path / "next", NIGHT + timedelta(days=1))
+    return tuple(bounded(one, tmp_path / f"wide {n}", -3.4e38, 3.4e38) for n, one in enumerate((made, other)))
+
+
+@pytest.mark.parametrize("batching", [False, True])
+def test_feedback_that_cannot_be_solved_is_rejected_and_no_release_is_blamed(wide, tmp_path: Path, batching: bool):
+    champion, challenger = wide
+    store, registry = open_store(str(tmp_path)), CollectorRegistry()
+    for one in wide:
+        publish_release(store, PIPELINE, one.folder, one.manifest, {})
+    promote(store, PIPELINE, champion.manifest.release, NIGHT, token=1)
+    plain = {name: values for name, values in UNSOLVABLE.items() if "feedback" not in name}
+    with Ranker(store, PIPELINE, device="cpu", batching=batching, events=Metrics(registry, PIPELINE)) as ranker:
+        for rival in (None, challenger.manifest.release):
+            if rival is not None:
+                challenge(store, PIPELINE, rival, 10_000, "a try")
+                ranker.refresh()
+            for user in range(4):
+                with pytest.raises(RequestRejected, match=r"feedback of 1 of 1 requests cannot be solved: .*numbers"):
+                    ranker.score(UNSOLVABLE | {"user": [f"x{user}"]})
+            assert np.isfinite(ranker.score(plain)).all()
+            assert (ranker.challenger, ranker.warnings) == (rival, ())
+    for role, outcome, count in (
+        ("champion", "rejected", 8),
+        ("champion", "failed", None),
+        ("challenger", "failed", None),
+    ):
+        labels = {"pipeline": PIPELINE, "role": role, "outcome": outcome}
+        assert registry.get_sample_value("nightrank_requests_total", labels) == count
+
+
+def test_a_challenger_that_cannot_solve_what_the_champion_can_loses_with_the_second_user(
+    wide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    champion, challenger = wide
+    store, run = open_store(str(tmp_path)), Whole.run
+    for one in wide:
+        publish_release(store, PIPELINE, one.folder, one.manifest, {})
+    promote(store, PIPELINE, champion.manifest.release, NIGHT, token=1)
+    challenge(store, PIPELINE, challenger.manifest.release, 10_000, "a try")
+    asked = UNSOLVABLE | {"feedback_stars": [[1.0, 2.0, 3.0, 4.0, 5.0]]}
+    with Ranker(store, PIPELINE, device="cpu") as ranker:
+        state, specs = ranker._follower.serving(), champion.manifest.interface.inputs
+        answers = {
+            user: state.release.run(*read_request(specs, asked | {"user": [user]}, binary=BINARY))
+            for user in ("x1", "x2")
+        }
+
+        def bad(self: Whole, inputs):
+            return run(self, inputs) * np.float32(np.nan if self is state.challenger.feedback else 1)
+
+        monkeypatch.setattr(Whole, "run", bad)
+        for user, expected in (("x1", challenger), ("x1", challenger), ("x2", None)):
+            answer = ranker.answer(asked | {"user": [user]})
+            np.testing.assert_allclose(answer.scores, answers[user], rtol=1e-6)
+            assert answer.releases == (champion.manifest.release,)
+            assert ranker.challenger == (expected and expected.manifest.release)
+        assert "cannot be solved" in ranker.warnings[0]
+
+
+def test_a_release_that_is_at_fault_without_feedback_too_is_refused(made, ranker, monkeypatch: pytest.MonkeyPatch):
+    run = Whole.run
+    monkeypatch.setattr(Whole, "run", lambda self, inputs: run(self, inputs) * np.float32(np.nan))
+    asked = UNSOLVABLE | {"feedback_stars": [[1.0, 2.0, 3.0, 4.0, 5.0]]}
+    with pytest.raises(ReleaseRefused, match="gives nan for request 0"):
+        ranker.score(asked)
+
+
+def test_a_label_beyond_every_rating_is_rejected(ranker):
+    for label in (3.4e38, -1e30, 1.1e6):
+        with pytest.raises(
+            RequestRejected, match=r"'feedback_stars' holds the label .*from -1000000 to 1000000, or None"
+        ):
+            ranker.score(UNSOLVABLE | {"feedback_stars": [[1.0, label, 3.0, 4.0, 5.0]]})

@@ -50,6 +50,12 @@ def expected(tonight: Made, tomorrow: Made, share: int = 5_000) -> np.ndarray:
     return np.where(which[:, None, None], tomorrow.golden[-2].scores, tonight.golden[-2].scores)
 
 
+def another(inputs: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """The same requests of other users, the candidates in another order."""
+    turned = {name: np.roll(one, number, axis=1) for name, one in inputs.items() if one.ndim == 2}
+    return {**inputs, **turned, "user": np.array([f"{number} {one}" for one in range(len(inputs["user"]))], object)}
+
+
 def test_shares_are_what_they_say_and_grow_by_those_who_join():
     users = [f"user {one}" for one in range(20_000)]
     small, large = (challenged(users, "", SALT, share) for share in (1_000, 3_000))
@@ -186,13 +192,18 @@ def test_a_challenger_that_goes_bad_has_lost_until_the_pointer_moves(
             return np.full_like(run(self, inputs), np.nan if how == "no numbers" else 0.5)
 
         monkeypatch.setattr(Whole, "run", bad)
-        asked = 0
+        calls, counted = 0, [0]
         while ranker.challenger is not None:
-            asked += 1
-            assert np.isfinite(ranker.score(golden.inputs)).all()
-            assert asked < 300
-        needed = -(-200 // int(theirs(tonight, tomorrow).sum())) if how == "constant" else 1
-        assert asked == needed
+            inputs = another(golden.inputs, calls)
+            its = challenged(inputs["user"].tolist(), "", tomorrow.manifest.release, 5_000)
+            counted.append(counted[-1] + int(its.sum()))
+            calls += 1
+            assert np.isfinite(ranker.score(inputs)).all()
+            assert calls < 100
+        if how == "constant":
+            assert counted[-2] < 200 <= counted[-1]
+        else:
+            assert calls == 1  # of several of its users
         np.testing.assert_allclose(ranker.score(golden.inputs), golden.scores, rtol=1e-5, atol=1e-5)
         (warning,) = ranker.warnings
         assert "the champion answers the challenger's users" in warning
@@ -208,14 +219,71 @@ def test_a_challenger_that_goes_bad_has_lost_until_the_pointer_moves(
     assert registry.get_sample_value("nightrank_challenger_fallbacks_total", {"pipeline": PIPELINE}) == 1
 
 
+def test_one_user_loses_no_challenger_and_two_do(
+    contest: ObjectStore, tonight: Made, tomorrow: Made, monkeypatch: pytest.MonkeyPatch
+):
+    golden, run, harmed = tonight.golden[-2], Whole.run, set()
+    first, second = [at for at, one in enumerate(theirs(tonight, tomorrow)) if one][:2]
+    users = golden.inputs["user"].tolist()
+    assert users[first] != users[second]
+    one = {name: values[first : first + 1] for name, values in golden.inputs.items()}
+    with Ranker(contest, PIPELINE) as ranker:
+        state = ranker._follower.serving()
+        assert isinstance(state, Contest)
+
+        def bad(self: Whole, inputs):
+            if self is state.challenger.runner and harmed & set(inputs["user"].tolist()):
+                raise RuntimeError("out of memory")
+            return run(self, inputs)
+
+        monkeypatch.setattr(Whole, "run", bad)
+        harmed.add(users[first])
+        for _ in range(5):
+            answer = ranker.answer(one)
+            assert answer.releases == (tonight.manifest.release,)
+            np.testing.assert_allclose(answer.scores, golden.scores[first : first + 1], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(ranker.score(golden.inputs), golden.scores, rtol=1e-5, atol=1e-5)
+        assert (ranker.challenger, ranker.warnings) == (tomorrow.manifest.release, ())
+        harmed.add(users[second])
+        np.testing.assert_allclose(ranker.score(golden.inputs), golden.scores, rtol=1e-5, atol=1e-5)
+        assert ranker.challenger is None
+        assert "out of memory" in ranker.warnings[0]
+
+
+def test_requests_that_nobody_could_rank_end_no_challenger(contest: ObjectStore, tonight: Made, tomorrow: Made):
+    """The same candidate twice, and items that neither release knows."""
+    base = {"job": [None], "zone": [None], "age": [None], "member": [None], "year": [[None, None]]}
+    challenge(contest, tomorrow.manifest.release, 10_000)
+    with Ranker(contest, PIPELINE, device="cpu") as ranker:
+        for number in range(250):
+            call = base | {"user": [f"x{number}"], "genre": [["genre 1 é"] * 2]}
+            ranker.score(call | {"item": [[1_000_003, 1_000_003]]})
+            assert np.ptp(ranker.score(call | {"item": [[-1 - number, -2000 - number]]})[..., 0]) == 0
+        assert (ranker.challenger, ranker.warnings) == (tomorrow.manifest.release, ())
+
+
+def test_a_challenger_with_other_bounds_of_its_labels_may_serve(contest: ObjectStore):
+    with Ranker(contest, PIPELINE) as ranker:
+        champion = ranker._follower.serving().release
+        interface = champion.manifest.interface
+        bounded = replace(interface.objectives[1], minimum=1.0, maximum=5.0)
+        newer = replace(interface, objectives=(interface.objectives[0], bounded))
+        rival = replace(champion, manifest=replace(champion.manifest, interface=newer))
+        assert Contest(champion, rival, 5_000, Events(), None).challenger is rival
+        unlike = replace(interface, objectives=(interface.objectives[0], replace(bounded, name="minutes")))
+        other = replace(champion, manifest=replace(champion.manifest, interface=unlike))
+        with pytest.raises(ReleaseRefused, match="has other objectives"):
+            Contest(champion, other, 5_000, Events(), None)
+
+
 def test_a_champion_that_ranks_nothing_is_told_and_serves_on(
     store: ObjectStore, tonight: Made, monkeypatch: pytest.MonkeyPatch
 ):
     golden, run = tonight.golden[-2], Whole.run
     with Ranker(store, PIPELINE) as ranker:
         monkeypatch.setattr(Whole, "run", lambda self, inputs: np.full_like(run(self, inputs), 0.5))
-        for _ in range(20):
-            ranker.score(golden.inputs)
+        for call in range(13):
+            ranker.score(another(golden.inputs, call))
         assert "gave all candidates the same score in 100% of its last answers" in ranker.warnings[0]
         monkeypatch.setattr(Whole, "run", lambda self, inputs: np.full_like(run(self, inputs), np.nan))
         with pytest.raises(ReleaseRefused, match="gives nan"):

@@ -142,7 +142,7 @@ def about(store: ObjectStore, pipeline: str, release: str) -> About:
         damaged.append(str(error))
     # `run.json` keeps the first word; an override since, which made the same bytes, stands in the state of the night.
     last = noted if noted is not None and noted.release == release else run
-    override = last.override if isinstance(last, NightNote) else None
+    override = None if last is None else last.override
     moves, unreadable = ledger(store, pipeline)
     metrics: Mapping[str, Any] = manifest.metrics
     return About(

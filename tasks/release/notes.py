@@ -29,6 +29,7 @@ class Run:
         parent: the release that its night started from.
         champion: the release beside which it was examined.
         config: digest of the config that made it.
+        override: the reason of the operator who made it by a fallback.
     """
 
     night: date
@@ -38,6 +39,7 @@ class Run:
     parent: str | None
     champion: str | None
     config: str
+    override: str | None
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def read_run(store: ObjectStore, pipeline: str, release: str) -> Run:
         parent=read.optional(found["parent"], "parent"),
         champion=read.optional(found.get("champion"), "champion"),
         config=read.text(found["config"], "config"),
+        override=read.optional(found.get("override"), "override"),
     )
 
 

@@ -28,6 +28,7 @@ from tasks.serving.ranker import Ranker
 from tasks.serving.requests import read_request
 from tasks.serving.runners import Whole
 from tasks.serving.sessions import Engine
+from tests.release.test_schemas import accepts
 from tests.releases import (
     COLUMNS,
     FEEDBACK,
@@ -276,6 +277,22 @@ def test_an_interface_with_feedback_is_read_strictly(made):
         change(inputs)
         with pytest.raises(ReleaseRefused):
             read_interface(Reader("it"), told | {"inputs": inputs})
+
+
+def test_a_manifest_with_feedback_fits_its_schema(made):
+    told = json.loads(made.manifest.serialise())
+    assert accepts("manifest", told)
+    inputs = told["interface"]["inputs"]
+    given = next(one for one in inputs if one["per"] == "feedback")
+    for odd in ("of", "rows", "optional"):
+        kept = given.pop(odd)
+        assert not accepts("manifest", told), odd
+        given[odd] = kept
+    given["rows"] = 0
+    assert not accepts("manifest", told)
+    given["rows"] = FEEDBACK
+    inputs[0]["rows"] = FEEDBACK
+    assert not accepts("manifest", told)
 
 
 def test_a_release_whose_graphs_with_feedback_answer_otherwise_is_refused(made, tmp_path: Path, monkeypatch):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 NAMES = "an id or its first digits, a night (YYYY-MM-DD), champion, previous or challenger"
 GRACE = 24
+_MOST = 1_000_000
+"""Releases, or hours, that a number can say."""
 _NAMED = 4
 """Releases that a message names one by one."""
 
@@ -316,8 +318,8 @@ def _gc(options: argparse.Namespace, console: "Console") -> None:
 
 def _sign(options: argparse.Namespace, console: "Console") -> None:
     from flows.display_releases import show_signed
-    from tasks.errors import InvalidConfig, ReleaseRefused
-    from tasks.release.published import resolve
+    from tasks.errors import InvalidConfig, NoRelease, ReleaseRefused
+    from tasks.release.published import folders, no_releases, resolve
     from tasks.release.resigning import sign_releases
     from tasks.release.signing import KEY_VARIABLE, KEYS_VARIABLE, Keyring, signer
 
@@ -329,6 +331,8 @@ def _sign(options: argparse.Namespace, console: "Console") -> None:
         raise InvalidConfig(
             f"no keyring says what is good so far; name it by {KEYS_VARIABLE}, or say --unsigned where you have looked"
         )
+    if not folders(store, pipeline).visible:
+        raise NoRelease(no_releases(store, pipeline))
     named = [resolve(store, pipeline, name) for name in options.release] or None
     with_pointer = options.pointer or named is None
     done = sign_releases(*(store, pipeline, key, keyring, named), unsigned=options.unsigned, with_pointer=with_pointer)
@@ -376,6 +380,6 @@ def _share(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number from 1 on")
+    if not text.isdecimal() or len(text) > len(str(_MOST)) or not 1 <= int(text) <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no count; give a whole number from 1 to {_MOST:,}")
     return int(text)

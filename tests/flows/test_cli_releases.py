@@ -13,6 +13,7 @@ import yaml
 from flows import cli
 from tasks.release.manifest import blob_key
 from tasks.release.published import stored_manifest
+from tasks.release.signing import KEY_VARIABLE, SigningKey
 from tests.finished import Finished
 
 ROOT = Path(__file__).parent.parent.parent
@@ -219,7 +220,8 @@ def test_what_cannot_be_done_is_told_in_one_block_and_changes_nothing(
         ),
         (["challenger", "ab12", "--share", "5.000000001", "--reason", "x"], "by hundredths"),
         (["challenger", "ab12", "--share", "100.01", "--reason", "x"], "percent from 0.01 to 100"),
-        (["gc", "--config", "C", "--grace", "0"], "give a whole number from 1 on"),
+        (["gc", "--config", "C", "--grace", "0"], "give a whole number from 1 to 1,000,000"),
+        (["gc", "--config", "C", "--grace", "9" * 5000], "give a whole number from 1 to 1,000,000"),
         (["fallback", "--config", "C", "ann"], "give COLUMN=KEY"),
         (["rollback"], "--reason"),
     ],
@@ -295,8 +297,10 @@ def test_a_place_that_nobody_names_is_asked_for(capsys: pytest.CaptureFixture[st
 
 
 def test_a_store_that_is_not_there_and_a_pipeline_without_releases_are_told_apart(
-    damageable: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damageable: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    SigningKey.generate().save(tmp_path / "key.pem")
+    monkeypatch.setenv(KEY_VARIABLE, str(tmp_path / "key.pem"))
     missing = tmp_path / "no" / "such"
     for words in (
         ["list"],
@@ -318,7 +322,13 @@ def test_a_store_that_is_not_there_and_a_pipeline_without_releases_are_told_apar
     assert said in capsys.readouterr().out
     cli.main(["releases", "list", "--json", *where])
     assert json.loads(capsys.readouterr().out) == []
-    for words in (["verify", "--all"], ["verify"], ["show", "2026-03-05"], ["show", "previous"]):
+    for words in (
+        ["verify", "--all"],
+        ["verify"],
+        ["show", "2026-03-05"],
+        ["show", "previous"],
+        ["sign", "--unsigned"],
+    ):
         with pytest.raises(SystemExit) as ended:
             cli.main(["releases", *words, *where])
         assert ended.value.code == 2

@@ -13,7 +13,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -165,7 +165,7 @@ class DirectoryStore(ObjectStore):
                     if leftover.stat().st_mtime < horizon:
                         leftover.unlink()
 
-    def _stream(self, key: str) -> Iterator[bytes]:
+    def _stream(self, key: str) -> Generator[bytes, None, None]:
         path = self._path(key)
         try:
             file = open_regular(path)

@@ -10,8 +10,8 @@ import re
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -159,7 +159,7 @@ class ObjectStore(ABC):
         """
 
     @abstractmethod
-    def _stream(self, key: str) -> Iterator[bytes]:
+    def _stream(self, key: str) -> Generator[bytes, None, None]:
         """The object's content in chunks; `ObjectMissing` when there is none."""
 
     def is_made(self) -> bool:
@@ -170,20 +170,24 @@ class ObjectStore(ABC):
         """Whether there is an object under the key."""
         return self.size(key) is not None
 
-    def download(self, key: str, path: Path, sha256: str | None = None) -> None:
+    def download(
+        self, key: str, path: Path, sha256: str | None = None, between: Callable[[], object] | None = None
+    ) -> None:
         """Copy an object to a local file, which appears whole or not at all.
 
         Args:
             key: the object.
             path: the file to make or replace; missing parents are made.
             sha256: what the content must hash to, if known.
+            between: called behind each chunk of at most 1 MiB. What it raises gives the copy up, and passes as it is.
 
         Raises:
             ObjectMissing: there is no such object.
             ObjectCorrupt: the content hashes to something else.
             StoreUnwritable: the local disk refuses.
         """
-        write_local(path, self._stream(key), sha256, f"{self.url}/{key}")
+        chunks = self._stream(key) if between is None else _called_behind(self._stream(key), between)
+        write_local(path, chunks, sha256, f"{self.url}/{key}")
 
     def sweep(self) -> None:
         """Free what processes that died a day ago or earlier left: half-written objects, and scratch objects of checks.
@@ -279,6 +283,13 @@ class ObjectStore(ABC):
                 f"store {self.url} does not honour conditional writes: {otherwise}; two runs could overwrite each "
                 "other unseen. Use a directory, or a server with If-None-Match and If-Match on PUT, also of parts"
             )
+
+
+def _called_behind(chunks: Generator[bytes, None, None], between: Callable[[], object]) -> Iterator[bytes]:
+    with closing(chunks):  # a copy that is given up leaves no connection open
+        for chunk in chunks:
+            yield chunk
+            between()
 
 
 def open_store(url: str) -> ObjectStore:

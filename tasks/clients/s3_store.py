@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -174,11 +174,13 @@ class S3Store(ObjectStore):
         checked_key(key)
         return None
 
-    def download(self, key: str, path: Path, sha256: str | None = None) -> None:
+    def download(
+        self, key: str, path: Path, sha256: str | None = None, between: Callable[[], object] | None = None
+    ) -> None:
         """Copy the object to a local file; a transfer that breaks is started again."""
-        self._repeated(key, lambda: super(S3Store, self).download(key, path, sha256))
+        self._repeated(key, lambda: super(S3Store, self).download(key, path, sha256, between))
 
-    def _stream(self, key: str) -> Iterator[bytes]:
+    def _stream(self, key: str) -> Generator[bytes, None, None]:
         """One attempt at the content; a failure passes as it is, for `_repeated` to judge."""
         try:
             body = self._client.get_object(Bucket=self._bucket, Key=self._name(key))["Body"]

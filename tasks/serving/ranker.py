@@ -80,7 +80,7 @@ class Ranker:
                 is one, whatever it does not vouch for is refused. It is read at each refresh.
 
         Raises:
-            InvalidConfig: the keyring cannot be used.
+            InvalidConfig: the keyring cannot be used, or the cache is no folder.
             NoRelease: nothing was promoted yet.
             ReleaseRefused: the champion is damaged, or does not answer its golden requests.
             DeviceUnavailable: `cuda` was asked for and no GPU works.
@@ -214,8 +214,9 @@ class Ranker:
     def refresh(self) -> bool:
         """Look at the pointer and swap to its release, if it is another one and a good one.
 
-        Requests in flight finish on the release they began with. Concurrent calls wait for each other. Never raises
-        for a bad release or an ailing store: the old release keeps serving, and `refusal` says why.
+        Requests in flight finish on the release they began with. Concurrent calls wait for each other, and take it
+        for theirs where the store gave the one before no answer. Never raises for a bad release or an ailing store: the
+        old release keeps serving, and `refusal` says why.
 
         Returns:
             Whether another champion serves now.

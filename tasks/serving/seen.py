@@ -4,13 +4,13 @@ An old pointer is as well signed as a new one. What tells them apart is the gene
 remembers the highest one beside its files, for its next process.
 """
 
-import fcntl
 import json
 import os
 import uuid
 from pathlib import Path
 
 from tasks.errors import InvalidConfig, ReleaseRefused
+from tasks.serving.locks import locked
 
 
 class SeenGeneration:
@@ -24,8 +24,8 @@ class SeenGeneration:
         """The highest generation that was served; 0 where there was none.
 
         Raises:
-            InvalidConfig: the folder is another pipeline's.
-            ReleaseRefused: the file is damaged.
+            InvalidConfig: the folder is another pipeline's, or no folder.
+            ReleaseRefused: the file is damaged, or the disk refuses.
         """
         try:
             found = json.loads(self._path.read_bytes())
@@ -34,7 +34,17 @@ class SeenGeneration:
                 raise ValueError(f"it says generation {generation!r} of pipeline {pipeline!r}")
         except FileNotFoundError:
             return 0
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except NotADirectoryError as error:
+            raise InvalidConfig(
+                f"the cache {self._path.parent} is a file, or lies under one; name a folder, or a path where one can "
+                f"be made"
+            ) from error
+        except OSError as error:
+            raise ReleaseRefused(
+                f"{self._path} cannot be read ({error.strerror or error}), so that an old pointer could not be told "
+                f"from a new one; let this process read and write there, or name another folder"
+            ) from error
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ReleaseRefused(
                 f"{self._path} cannot be read ({error!r}), so that an old pointer could not be told from a new one; "
                 f"look who wrote to that folder, then delete the file"
@@ -50,12 +60,11 @@ class SeenGeneration:
         """Remember a generation whose release was verified, loaded and found good; a lower one changes nothing.
 
         Raises:
-            ReleaseRefused: the disk refuses, or the file is damaged.
+            ReleaseRefused: the disk refuses, the file is damaged, or a process that was stopped holds its lock.
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.with_suffix(".lock").open("wb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with locked(self._path.with_suffix(".lock")):
                 if generation > self.read():
                     self._write(generation)
         except OSError as error:

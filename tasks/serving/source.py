@@ -1,6 +1,6 @@
 """Where a ranker's releases come from: pointer, manifest and files, each read without trust."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import date
 from pathlib import Path
 from typing import Literal
@@ -104,13 +104,20 @@ class ReleaseSource:
             self._loaded[release] = (data, known)
         return True
 
-    def load(self, release: str, keep: Collection[str], night: date | None = None) -> LoadedRelease:
+    def load(
+        self,
+        release: str,
+        keep: Collection[str],
+        night: date | None = None,
+        between: Callable[[], object] | None = None,
+    ) -> LoadedRelease:
         """Fetch, verify and load a release, and ask it its golden requests.
 
         Args:
             release: its id.
             keep: ids of releases that stay in the cache.
             night: what the pointer says of its night; None where it says nothing.
+            between: called while files arrive; what it raises gives that up, and passes as it is.
 
         Raises:
             ReleaseRefused: anything about it is odd.
@@ -122,23 +129,24 @@ class ReleaseSource:
                 f"the pointer says that release {release[:12]} is of night {night}, its manifest says "
                 f"{manifest.night}; promote it again"
             )
-        with self._cache.opened(self._store, self.pipeline, manifest, keep) as lay_out:
+        with self._cache.opened(self._store, self.pipeline, manifest, keep, between) as lay_out:
             loaded = load(lay_out, manifest, self._device, self._engine, self._variant)
         self._runs_on = loaded.device
         self._loaded[release] = (data, key)
         return loaded
 
-    def hold(self, release: str, keep: Collection[str]) -> None:
+    def hold(self, release: str, keep: Collection[str], between: Callable[[], object] | None = None) -> None:
         """Have the files that this ranker opens of a release on the disk, so that going back to it fetches nothing.
 
         It is not loaded: should its variant not answer its golden requests, the files of fp32 are fetched then.
+        Arguments as for `load`.
 
         Raises:
             ReleaseRefused, StoreError: it is gone, odd, or cannot be fetched, or lacks the variant that is insisted on.
         """
         manifest = self.manifest(release)
         chosen = choose(manifest, self._variant, self._runs_on)
-        with self._cache.opened(self._store, self.pipeline, manifest, keep) as lay_out:
+        with self._cache.opened(self._store, self.pipeline, manifest, keep, between) as lay_out:
             lay_out(selected(manifest, chosen, self._runs_on))
 
     def _checked(self, release: str) -> tuple[Manifest, bytes, TrustedKey | None]:

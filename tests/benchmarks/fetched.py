@@ -9,6 +9,7 @@ back, for a new ranker with an empty cache each time. Bytes are those of the blo
 import argparse
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tasks.clients.object_store import ObjectStore, open_store
@@ -27,9 +28,11 @@ class Counted:
         self._store, self.url = store, store.url
         self.blobs: list[int] = []
 
-    def download(self, key: str, path: Path, sha256: str | None = None) -> None:
+    def download(
+        self, key: str, path: Path, sha256: str | None = None, between: Callable[[], object] | None = None
+    ) -> None:
         """As the store does."""
-        self._store.download(key, path, sha256)
+        self._store.download(key, path, sha256, between)
         self.blobs.append(path.stat().st_size)
 
     def __getattr__(self, name: str) -> object:

@@ -153,6 +153,26 @@ def test_a_download_replaces_the_file_only_by_the_right_bytes(store: ObjectStore
     assert (tmp_path / "copy").read_bytes() == b"tampered"
 
 
+def test_a_download_is_given_up_between_its_chunks_and_leaves_nothing(store: ObjectStore, tmp_path: Path) -> None:
+    content = os.urandom(3_000_000)
+    store.put_if_absent("f", content)
+    (tmp_path / "copy").write_bytes(b"old")
+    calls: list[int] = []
+
+    def second() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        store.download("f", tmp_path / "copy", None, second)
+    assert (tmp_path / "copy").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir() if path.name != "store"] == ["copy"]
+    store.download("f", tmp_path / "copy", None, second)
+    assert (tmp_path / "copy").read_bytes() == content
+    assert len(calls) >= 4
+
+
 def test_a_file_in_place_has_the_object_s_bytes(store: ObjectStore) -> None:
     store.put_if_absent("a/b", b"x")
     place = store.local_path("a/b")

@@ -153,7 +153,7 @@ class Publisher:
 
 @pytest.mark.parametrize(
     ("publishes", "polls", "kills"),
-    [(6, 40, 1), pytest.param(500, 10_000, 50, marks=pytest.mark.soak)],
+    [(7, 40, 1), pytest.param(501, 10_000, 50, marks=pytest.mark.soak)],
     ids=["short", "soak"],
 )
 def test_p5_no_poll_sees_part_of_a_release_and_no_request_goes_unserved(
@@ -177,6 +177,7 @@ def test_p5_no_poll_sees_part_of_a_release_and_no_request_goes_unserved(
             assert ranker.refusal is None
             verified += 1
         ranker.refresh()
+        traffic.ask()  # the last publish is the other release's: readers may pass over what another one follows at once
         # It ended by itself, or was killed behind its last publish, before it was over.
         assert publisher.process.returncode in (0, -signal.SIGKILL)
         assert not publisher.left

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -217,25 +216,3 @@ def test_a_disk_that_refuses_keeps_what_serves(
         assert "No space left" in (ranker.refusal or "")
         assert ranker.release == tonight.manifest.release
         assert ranker.refresh()
-
-
-def test_processes_that_share_a_cache_wait_for_each_other(store: ObjectStore, tonight: Made, tmp_path: Path):
-    """Nobody prunes or lays out what another one is loading."""
-    inside, ended, order = threading.Event(), threading.Event(), []
-
-    def second() -> None:
-        inside.wait()
-        with ReleaseCache(tmp_path / "cache").opened(store, PIPELINE, tonight.manifest):
-            order.append("second")
-        ended.set()
-
-    thread = threading.Thread(target=second)
-    thread.start()
-    with ReleaseCache(tmp_path / "cache").opened(store, PIPELINE, tonight.manifest) as lay_out:
-        folder = lay_out(everything(tonight.manifest))
-        inside.set()
-        assert not ended.wait(0.2)
-        order.append("first")
-        assert (folder / "model.onnx").is_file()
-    thread.join()
-    assert order == ["first", "second"]

@@ -52,9 +52,9 @@ class Watched:
         self.sizes.append(key)
         return self._store.size(key)
 
-    def download(self, key: str, path: Path, sha256: str | None = None) -> None:
+    def download(self, key: str, path: Path, sha256: str | None = None, between: object = None) -> None:
         self.downloads.append(key)
-        self._store.download(key, path, sha256)
+        self._store.download(key, path, sha256, between)  # type: ignore[arg-type]
 
     def find(self, key: str, most: int | None = None) -> object:
         self.reads.append(key)

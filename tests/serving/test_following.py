@@ -136,8 +136,8 @@ def test_the_champion_does_not_wait_for_its_challenger_and_a_rollback_for_neithe
         assert ranker.warnings == ()
         slow.end()
         move(store, PIPELINE, both, "a try", "challenger")
-        eventually(lambda: ranker.challenger == third.manifest.release)
-        assert (ranker.release, ranker.warnings) == (tomorrow.manifest.release, ())
+        eventually(lambda: (ranker.release, ranker.challenger) == (tomorrow.manifest.release, third.manifest.release))
+        assert ranker.warnings == ()
 
 
 def test_files_that_are_fetched_ahead_are_given_up_for_a_pointer_that_moves(
@@ -193,6 +193,26 @@ def test_a_champion_is_not_loaded_twice_because_a_challenger_is_named_meanwhile(
         ranker.refresh()
         assert (ranker.generation, ranker.challenger) == (3, rival)
     assert loaded == [tomorrow.manifest.release, rival]
+
+
+def test_a_pointer_that_moves_faster_than_releases_load_is_followed_all_the_same(
+    store: ObjectStore, tonight: Made, tomorrow: Made, third: Made, monkeypatch: pytest.MonkeyPatch
+):
+    publish(store, tomorrow, third)
+    with Ranker(store, PIPELINE) as ranker:
+        point(store, tomorrow)
+        load, loaded, moves = ranker._source.load, [], iter([third, tomorrow, third, tomorrow, tonight])
+
+        def overtaken(release: str, *rest: object, **more: object) -> object:
+            found = load(release, *rest, **more)
+            loaded.append(release)
+            point(store, next(moves))
+            return found
+
+        monkeypatch.setattr(ranker._source, "load", overtaken)
+        assert ranker.refresh()
+        assert (ranker.release, ranker.generation) == (third.manifest.release, 3)
+        assert loaded == [tomorrow.manifest.release, third.manifest.release]
 
 
 def test_a_pointer_that_cannot_be_read_while_files_arrive_stops_nothing(

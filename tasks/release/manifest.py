@@ -18,7 +18,7 @@ from tasks.release.interface import InputSpec as InputSpec  # serving imports fr
 from tasks.release.interface import Interface, Json, read_interface
 from tasks.release.interface import Objective as Objective
 from tasks.release.interface import Personal as Personal
-from tasks.release.manifest_parts import GRAPH as GRAPH
+from tasks.release.manifest_parts import GRAPH_SUFFIX as GRAPH_SUFFIX
 from tasks.release.manifest_parts import LARGEST_DIFFERENCE as LARGEST_DIFFERENCE
 from tasks.release.manifest_parts import (
     LevelSegments,
@@ -35,6 +35,7 @@ from tasks.release.strict_json import (
     HISTORY_VERSION,
     LISTS_VERSION,
     MANIFEST_VERSION,
+    REMEDY,
     SCHEMA_VERSION,
     VARIANTS_VERSION,
     Reader,
@@ -236,15 +237,13 @@ def blob_key(pipeline: str, sha256: str) -> str:
 
 def _complete(names: set[str], what: str, optional: frozenset[str]) -> None:
     if missing := sorted(CONTENT - names):
-        raise ReleaseRefused(f"{what} is refused: it lacks {', '.join(missing)}; publish the release again")
+        raise ReleaseRefused(f"{what} is refused: it lacks {', '.join(missing)}; {REMEDY}")
     if extra := sorted(names - CONTENT - optional):
         shown = ", ".join(repr(name[:80]) for name in extra[:5])
-        raise ReleaseRefused(f"{what} is refused: it names {shown}, which no release has; publish the release again")
+        raise ReleaseRefused(f"{what} is refused: it names {shown}, which no release has; {REMEDY}")
     for feature in TOGETHER:
         if lacking := sorted(OPTIONAL[feature] - names) if OPTIONAL[feature] & names else []:
-            raise ReleaseRefused(
-                f"{what} is refused: of {feature} it lacks {', '.join(lacking)}; publish the release again"
-            )
+            raise ReleaseRefused(f"{what} is refused: of {feature} it lacks {', '.join(lacking)}; {REMEDY}")
 
 
 def _older_version(interface: Interface) -> int:

@@ -15,7 +15,7 @@ VERDICTS = ("passed", "failed")
 LARGEST_DIFFERENCE = 0.05
 """A variant whose answer to a golden request is further off than this is no form of the same graph, whatever its loss;
 absolute for probabilities, relative to 1 + the score for ratings. No tolerance may be larger."""
-GRAPH = ".onnx"
+GRAPH_SUFFIX = ".onnx"
 """How the names of graphs end."""
 _VERSION = re.compile(r"\d+\.\d+")
 _VARIANT = re.compile(r"[a-z][a-z0-9]{0,31}")
@@ -223,7 +223,7 @@ def read_graphs(read: Reader, value: object, files: Sequence[str]) -> dict[str, 
         ReleaseRefused: they are malformed, leave a graph out, or name files that the release does not have.
     """
     told = read.mapping(value, "graphs")
-    if odd := sorted(set(told) ^ {name for name in files if name.endswith(GRAPH)}):
+    if odd := sorted(set(told) ^ {name for name in files if name.endswith(GRAPH_SUFFIX)}):
         read.refuse(f"it must say for its graphs, and for nothing else, which files they open: {odd[0]!r:.80}")
     found: dict[str, tuple[str, ...]] = {}
     for graph, listed in told.items():

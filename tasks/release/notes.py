@@ -14,7 +14,7 @@ from tasks.release.pointer_json import Pointer
 from tasks.release.strict_json import Reader
 
 LARGEST_NOTE = 2**28
-"""Bytes; a note that is longer is refused."""
+"""Bytes; a note that is longer is refused unread."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def read_run(store: ObjectStore, pipeline: str, release: str) -> Run:
         f"compares them); without a copy, and where neither the pointer nor a night to come needs the release, delete "
         f"{folder}/manifest.json, and `nightrank releases gc` removes the rest"
     )
-    stored = store.find(f"{folder}/run.json")
+    stored = store.find(f"{folder}/run.json", LARGEST_NOTE)
     if stored is None:
         raise ObjectMissing(f"{store.url}/{folder}/run.json is gone; {remedy}")
     read = _Note(f"{store.url}/{folder}/run.json", remedy)
@@ -159,7 +159,7 @@ def find_night(store: ObjectStore, key: str) -> NightNote | None:
     Raises:
         ObjectCorrupt: it is not what publish writes.
     """
-    stored = store.find(key)
+    stored = store.find(key, LARGEST_NOTE)
     if stored is None:
         return None
     read = _Note(
@@ -199,7 +199,7 @@ def read_resolved(store: ObjectStore, key: str) -> Resolved:
         ObjectCorrupt: it is not what a night writes.
     """
     read = _Note(f"{store.url}/{key}", "delete it and run that night again, or delete it where it never will be")
-    found = read.note(store.get(key).data, ("release",))
+    found = read.note(store.get(key, LARGEST_NOTE).data, ("release",))
     named = (read.optional(found.get(name), name) for name in ("parent", "champion", "replaces"))
     return Resolved(read.optional(found["release"], "release"), frozenset(one for one in named if one is not None))
 
@@ -220,7 +220,7 @@ def read_entry(store: ObjectStore, key: str) -> Entry:
         f"{store.url}/{key}",
         "put it back from a copy, or delete it: the pointer does not depend on it, and the move that it told is lost",
     )
-    found = read.note(store.get(key).data, ("what", "pointer"))
+    found = read.note(store.get(key, LARGEST_NOTE).data, ("what", "pointer"))
     try:
         pointer = Pointer.parse((read.text(found["pointer"], "pointer") + "\n").encode())
     except (ReleaseRefused, UnicodeEncodeError) as refused:

@@ -14,7 +14,7 @@ from tasks.clients.object_store import ObjectStore
 from tasks.errors import ObjectCorrupt, ReleaseRefused
 from tasks.release.manifest import (
     BESIDE,
-    GRAPH,
+    GRAPH_SUFFIX,
     LARGEST_MANIFEST,
     Manifest,
     ReleaseFile,
@@ -112,7 +112,7 @@ def _check_opened(folder: Path, manifest: Manifest) -> None:
     """Hold what a manifest says of the files that its graphs open against what they open."""
     from tasks.release.external import opened_by  # onnx takes most of a second to import, and rollbacks come by here
 
-    for graph, opens in opened_by(sorted(folder.glob(f"*{GRAPH}"))).items():
+    for graph, opens in opened_by(sorted(folder.glob(f"*{GRAPH_SUFFIX}"))).items():
         if opens != (told := manifest.graphs.get(graph)):
             raise ReleaseRefused(
                 f"{graph} of release {manifest.release[:12]} opens {_listed(opens)}, the manifest says "

@@ -22,7 +22,7 @@ MANIFEST_VERSION = 5
 POINTER_VERSION = 2
 """Of a pointer that is signed, or names a challenger or a hold; every other one keeps the number that older readers
 know."""
-REMEDY = "publish the release again"
+REMEDY = "publish the release again (its night, or the fallback that made it), or promote another one"
 """What helps where nothing else is said."""
 _DIGITS = re.compile(r"[0-9a-f]+")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from tasks.serving.batcher import Batcher
 from tasks.serving.events import Events, Role
 from tasks.serving.feedback import bounds_of
 from tasks.serving.guards import ConstantWatch, constant, require_finite
-from tasks.serving.loaded import LoadedRelease
+from tasks.serving.loaded import LoadedRelease, without_feedback
 from tasks.serving.requests import Arrays, read_request
 from tasks.serving.split import challenged
 
@@ -142,16 +142,14 @@ class Champion:
         """
         scores = self._scores(release, inputs, shape)
         bad: npt.NDArray[np.bool_] = np.asarray(~np.isfinite(scores).all(axis=(1, 2)))
-        count = int(bad.sum())
-        feedback = [spec.name for spec in release.manifest.interface.inputs if spec.per == "feedback"] if count else []
-        if any(name in inputs for name in feedback):
-            plain = _rows({name: values for name, values in inputs.items() if name not in feedback}, bad)
-            if np.isfinite(self._scores(release, plain, (count, shape[1]))).all():
-                raise RequestRejected(
-                    f"the feedback of {count} of {shape[0]} requests cannot be solved: with it release "
-                    f"{release.manifest.release[:12]} gives scores that are no numbers, without it numbers; look at "
-                    f"the values in {', '.join(feedback)}, or leave them out"
-                )
+        count, plain = int(bad.sum()), without_feedback(release.manifest, inputs)
+        suspect = count > 0 and len(plain) < len(inputs)
+        if suspect and np.isfinite(self._scores(release, _rows(plain, bad), (count, shape[1]))).all():
+            raise RequestRejected(
+                f"the feedback of {count} of {shape[0]} requests cannot be solved: with it release "
+                f"{release.manifest.release[:12]} gives scores that are no numbers, without it numbers; look at "
+                f"the values in {', '.join(sorted(inputs.keys() - plain.keys()))}, or leave them out"
+            )
         require_finite(release.manifest, scores)
         return scores
 
@@ -247,25 +245,33 @@ class Contest(Champion):
         return self._run("challenger", self.challenger, self._challengers_watch, inputs, shape, self.release)
 
     def _blame(self, error: Exception, inputs: Arrays, shape: tuple[int, int]) -> None:
-        """Note whom the challenger failed, asking for each alone where a call was of several; of two it loses."""
+        """Note whom the challenger failed, of several users in a call by halves; of two it loses."""
         if isinstance(error, RequestRejected):
             self._events.failed("challenger")
-        for at, user in enumerate(inputs[self.release.user].tolist()):
-            if user in self._failed_for:
-                continue
-            found = error if shape[0] == 1 else self._failure(_rows(inputs, np.arange(shape[0]) == at), shape[1])
-            if found is None:
-                continue
+        users = inputs[self.release.user].tolist()
+        new = np.array([at for at, user in enumerate(users) if user not in self._failed_for], np.int64)
+        for at, found in self._failures(inputs, new, shape[1], error if len(new) == shape[0] else None):
             with self._losing:
-                self._failed_for.add(user)
+                self._failed_for.add(users[at])
             if len(self._failed_for) > 1:
                 self._lose(f"{type(found).__name__}: {found}")
                 return
 
-    def _failure(self, inputs: Arrays, candidates: int) -> Exception | None:
-        """Why the challenger does not answer one request."""
+    def _failures(
+        self, inputs: Arrays, which: npt.NDArray[np.int64], candidates: int, known: Exception | None = None
+    ) -> Iterator[tuple[int, Exception]]:
+        """Those of some requests that the challenger does not answer, with the reason; `known` is that of all."""
+        found = known or self._failure(_rows(inputs, which), (len(which), candidates))
+        if found is not None and len(which) == 1:
+            yield int(which[0]), found
+        elif found is not None:
+            for half in np.array_split(which, 2):
+                yield from self._failures(inputs, half, candidates)
+
+    def _failure(self, inputs: Arrays, shape: tuple[int, int]) -> Exception | None:
+        """Why the challenger does not answer some requests."""
         try:
-            self._numbers(self.challenger, inputs, (1, candidates))
+            self._numbers(self.challenger, inputs, shape)
         except Exception as error:  # noqa: BLE001 - it is noted
             return error
         return None
@@ -279,7 +285,7 @@ class Contest(Champion):
         self._events.fell_back(reason)
 
 
-def _rows(inputs: Arrays, which: npt.NDArray[np.bool_]) -> Arrays:
+def _rows(inputs: Arrays, which: npt.NDArray[np.bool_ | np.int64]) -> Arrays:
     return {name: values[which] for name, values in inputs.items()}
 
 

@@ -68,7 +68,7 @@ class LoadedRelease:
         """
         if 0 in shape:
             return np.zeros((*shape, len(self.binary)), np.float32)
-        plain, brings = _without_feedback(self.manifest, inputs), _brings(self.manifest, inputs, shape[0])
+        plain, brings = without_feedback(self.manifest, inputs), _brings(self.manifest, inputs, shape[0])
         if self.feedback is None or not brings.any():
             return self._scores(self.runner, plain, shape)
         if brings.all():
@@ -197,7 +197,8 @@ def _brings(manifest: Manifest, inputs: Arrays, requests: int) -> npt.NDArray[np
     return brings
 
 
-def _without_feedback(manifest: Manifest, inputs: Arrays) -> Arrays:
+def without_feedback(manifest: Manifest, inputs: Arrays) -> Arrays:
+    """What is left of a request where nobody brings feedback."""
     names = {spec.name for spec in _feedback(manifest)}
     return {name: values for name, values in inputs.items() if name not in names} if names else inputs
 

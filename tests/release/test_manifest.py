@@ -14,7 +14,7 @@ from tasks.release.interface import InputSpec, Interface, LevelSpec, Objective
 from tasks.release.manifest import CONTENT, OPTIONAL, Manifest, Pointer, ReleaseFile, content_digest, describe
 from tasks.release.manifest_parts import LevelSegments, Lift, Requires, Support, Variant
 from tasks.release.signature import Signature
-from tasks.release.strict_json import canonical
+from tasks.release.strict_json import REMEDY, canonical
 from tasks.serving.variants import choose, selected
 
 INTERFACE = Interface(
@@ -336,7 +336,7 @@ def test_sizes_and_digests_are_those_of_the_files(tmp_path: Path):
     [
         (6, "update nightrank on this host"),
         (2**70, "update nightrank on this host"),
-        *((odd, "publish the release again") for odd in (0, -1, "6", None, 6.0, True, "x" * 999)),
+        *((odd, REMEDY) for odd in (0, -1, "6", None, 6.0, True, "x" * 999)),
     ],
 )
 def test_a_newer_schema_version_asks_for_a_newer_reader_and_an_odd_one_for_another_manifest(

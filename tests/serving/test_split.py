@@ -250,6 +250,34 @@ def test_one_user_loses_no_challenger_and_two_do(
         assert "out of memory" in ranker.warnings[0]
 
 
+def test_whom_a_challenger_failed_in_a_large_call_is_found_by_halves(
+    contest: ObjectStore, tonight: Made, tomorrow: Made, monkeypatch: pytest.MonkeyPatch
+):
+    """Of 64 users one is failed: the call, both halves of what fails, and no more of him."""
+    challenge(contest, tomorrow.manifest.release, 10_000)
+    users = np.array([f"user {one}" for one in range(64)], object)
+    inputs = {name: np.repeat(one[:1], 64, axis=0) for name, one in tonight.golden[-2].inputs.items()} | {"user": users}
+    run, runs = Whole.run, []
+    with Ranker(contest, PIPELINE) as ranker:
+        state = ranker._follower.serving()
+        assert isinstance(state, Contest)
+
+        def bad(self: Whole, given):
+            if self is state.challenger.runner:
+                runs.append(len(given["user"]))
+                if "user 41" in given["user"]:
+                    raise RuntimeError("out of memory")
+            return run(self, given)
+
+        monkeypatch.setattr(Whole, "run", bad)
+        assert np.isfinite(ranker.score(inputs)).all()
+        assert sorted(runs) == [1, 1, 2, 2, 4, 4, 8, 8, 16, 16, 32, 32, 64]
+        assert state._failed_for == {"user 41"}
+        assert np.isfinite(ranker.score(inputs)).all()
+        assert runs[13:] == [64, 63]
+        assert ranker.challenger == tomorrow.manifest.release
+
+
 def test_requests_that_nobody_could_rank_end_no_challenger(contest: ObjectStore, tonight: Made, tomorrow: Made):
     """The same candidate twice, and items that neither release knows."""
     base = {"job": [None], "zone": [None], "age": [None], "member": [None], "year": [[None, None]]}
